@@ -1,0 +1,101 @@
+"""The tilt: π(y|x) ∝ π_ref(y|x) · exp(Q(x, y)/η) on logits (Eq. 2), and its KL to the reference.
+
+Shapes: ``B`` rows, ``V`` vocabulary of the reference, ``K`` candidates, ``A`` logits of one return distribution.
+
+Temperature. vLLM divides by T after logits processors. The policy that was rolled out is π_ref at temperature T, so the
+target is softmax(logits/T + Q/η), and what is added to the raw logits is T·Q/η. (The official code adds Q/η before the
+division, an offset 1/T times ours.) As T → 0⁺ this lets guidance vanish; T = 0 is by definition the argmax of
+logits + Q/η.
+
+Unscored tokens keep their logit plus v_min/η, the offset of the lowest possible return. The official Bernoulli code
+does the same; its categorical code subtracts the smallest scored offset instead.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtilt.distributions import ReturnDistribution
+
+
+class Candidates(NamedTuple):
+    """The tokens that are scored: ``token_ids_BK`` in order of falling reference logit, and which of them count.
+
+    An entry that isn't ``valid_BK`` (masked by a grammar, beyond the row's own top-k or the scorable vocabulary) holds
+    some token id within the scorable vocabulary and is treated like an unscored token.
+    """
+
+    token_ids_BK: Tensor
+    valid_BK: Tensor
+
+
+def top_candidates(logits_BV: Tensor, k: int, scorable: int, top_k_B: Tensor | None = None) -> Candidates:
+    """The k likeliest tokens of each row among ids below ``scorable``, at most ``min(scorable, V)`` of them.
+
+    Tokens with a logit of −inf or NaN never count. ``top_k_B`` narrows single rows below k.
+    """
+    scorable = min(scorable, logits_BV.shape[-1])
+    scorable_logits = logits_BV[:, :scorable]
+    finite_logits = scorable_logits.masked_fill(~scorable_logits.isfinite(), -torch.inf)
+    top_logits_BK, token_ids_BK = finite_logits.topk(min(k, scorable), dim=-1)
+    valid_BK = top_logits_BK.isfinite()
+    if top_k_B is not None:
+        rank_K = torch.arange(valid_BK.shape[-1], device=valid_BK.device)
+        valid_BK = valid_BK & (rank_K < top_k_B.unsqueeze(-1))
+    return Candidates(token_ids_BK, valid_BK)
+
+
+def qsharp_offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: Tensor) -> Tensor:
+    """Q♯: ln E[e^{Z/η}] in nats, float64 ``[B, K]`` (Theorem 2.2)."""
+    return distribution.log_mgf(logits_BKA.double(), inv_eta_B.double().unsqueeze(-1))
+
+
+def cd_offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: Tensor) -> Tensor:
+    """Controlled decoding: E[Z]/η in nats, float64 ``[B, K]``."""
+    return distribution.mean(logits_BKA.double()) * inv_eta_B.double().unsqueeze(-1)
+
+
+OFFSETS = {"qsharp": qsharp_offsets, "cd": cd_offsets}
+
+
+def offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: Tensor, method: str) -> Tensor:
+    """What the method adds to each candidate's log-probability: nats, float64 ``[B, K]``.
+
+    float64 because offsets grow to v_max/η, where a float32 would round off the differences that decide.
+    """
+    return OFFSETS[method](distribution, logits_BKA, inv_eta_B)
+
+
+def tilt(
+    logits_BV: Tensor, candidates: Candidates, offsets_BK: Tensor, floor_B: Tensor, temperature_B: Tensor
+) -> Tensor:
+    """Tilted logits ``[B, V]``: softmax(tilted/T) is the guided distribution; the dtype is that of ``logits_BV``.
+
+    offsets_BK: nats added to the candidates. floor_B: nats added to all other tokens, v_min/η; no offset is below it.
+    Only differences of offsets matter, so each row is shifted by its largest: a row of equal offsets comes back
+    bit-identical, and large 1/η costs no precision where the mass is. −inf and NaN logits stay as they are.
+    """
+    floor_B1 = floor_B.double().unsqueeze(-1)
+    offsets_BK = torch.where(candidates.valid_BK, offsets_BK.double(), floor_B1)
+    largest_B1 = offsets_BK.amax(-1, keepdim=True)
+    scale_B1 = torch.where(temperature_B > 0, temperature_B, 1.0).double().unsqueeze(-1)
+    tilted_BV = logits_BV + (scale_B1 * (floor_B1 - largest_B1)).to(logits_BV.dtype)
+    candidate_logits_BK = logits_BV.gather(-1, candidates.token_ids_BK)
+    shifted_BK = (scale_B1 * (offsets_BK - largest_B1)).to(logits_BV.dtype)
+    return tilted_BV.scatter(-1, candidates.token_ids_BK, candidate_logits_BK + shifted_BK)
+
+
+def kl_divergence(tilted_BV: Tensor, logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
+    """KL(guided ‖ reference) of the two sampling distributions at temperature T, in nats, float32 ``[B]``.
+
+    Full vocabulary, before penalties and truncation; T = 0 is measured at T = 1. Tokens masked in the logits (−inf or
+    NaN) have no mass in either. (The official code compares a truncated with an untruncated distribution, which isn't 0
+    without guidance.)
+    """
+    scale_B1 = torch.where(temperature_B > 0, temperature_B, 1.0).float().unsqueeze(-1)
+    masked_BV = ~logits_BV.isfinite()
+    log_reference_BV = (logits_BV.float() / scale_B1).masked_fill(masked_BV, -torch.inf).log_softmax(-1)
+    log_guided_BV = (tilted_BV.float() / scale_B1).masked_fill(masked_BV, -torch.inf).log_softmax(-1)
+    log_ratio_BV = (log_guided_BV - log_reference_BV).masked_fill(masked_BV, 0.0)
+    return (log_guided_BV.exp() * log_ratio_BV).sum(-1).clamp(min=0.0)
