@@ -180,15 +180,17 @@ def load_value_model(
 
 def _load_backbone(directory: Path, dtype: torch.dtype) -> Any:
     try:
+        # transformers sets torch's process-wide default dtype to the one it loads in. A server loads while its other
+        # thread computes, so load in float32, which is the default already, and convert.
         backbone, report = AutoModel.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: the backbone can't be loaded ({_one_line(error)})") from error
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
         raise CheckpointError(f"{directory}: weights missing or of another shape than config.json says: {absent[:3]}")
-    return backbone
+    return backbone.to(dtype)
 
 
 def _load_head(path: Path, manifest: Manifest, hidden_size: int, dtype: torch.dtype) -> nn.Linear:

@@ -1,0 +1,132 @@
+"""The tilt against its formula written out token by token with Python floats."""
+
+import math
+
+import pytest
+import torch
+
+from qtilt.distributions import Bernoulli, Categorical
+from qtilt.tilt import Candidates, kl_divergence, offsets, tilt, top_candidates
+
+INF = float("inf")
+
+
+def softmax(logits: list[float]) -> list[float]:
+    largest = max(logits)
+    weights = [math.exp(x - largest) for x in logits]
+    return [w / sum(weights) for w in weights]
+
+
+def guided_distribution(logits: list[float], q_over_eta: dict[int, float], floor: float, temperature: float):
+    """softmax(logits/T + Q/η), candidates with their own Q/η, all others with v_min/η; T = 0 as T = 1."""
+    scale = temperature or 1.0
+    return softmax([x / scale + q_over_eta.get(token, floor) for token, x in enumerate(logits)])
+
+
+def candidates_of(token_ids: list[list[int]]) -> Candidates:
+    token_ids_BK = torch.tensor(token_ids)
+    return Candidates(token_ids_BK, torch.ones_like(token_ids_BK, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
+@pytest.mark.parametrize("inv_eta", [0.5, 10.0, 1000.0])
+@pytest.mark.parametrize("method", ["qsharp", "cd"])
+@pytest.mark.parametrize("distribution", [Bernoulli(), Categorical(-1.0, 2.0, 7)], ids=["bernoulli", "categorical"])
+def test_tilted_probabilities_and_kl_equal_the_formula(distribution, method, inv_eta, temperature):
+    torch.manual_seed(1)
+    logits_BV = torch.randn(3, 12) * 3
+    value_logits_BKA = torch.randn(3, 5, distribution.num_logits) * 4
+    candidates = top_candidates(logits_BV, 5, scorable=12)
+    inv_eta_B = torch.full((3,), inv_eta, dtype=torch.float64)
+    temperature_B = torch.full((3,), temperature)
+    offsets_BK = offsets(distribution, value_logits_BKA, inv_eta_B, method)
+    tilted_BV = tilt(logits_BV, candidates, offsets_BK, distribution.v_min * inv_eta_B, temperature_B)
+    kl_B = kl_divergence(tilted_BV, logits_BV, temperature_B)
+    scale = temperature_B.clone().masked_fill(temperature_B == 0, 1.0)
+    got_BV = (tilted_BV / scale.unsqueeze(-1)).softmax(-1)
+
+    for row in range(3):
+        q_over_eta = {}
+        for token, value_logits in zip(candidates.token_ids_BK[row].tolist(), value_logits_BKA[row], strict=True):
+            q_over_eta[token] = brute_force_offset(distribution, value_logits.tolist(), inv_eta, method)
+        logits = logits_BV[row].tolist()
+        expected = guided_distribution(logits, q_over_eta, distribution.v_min * inv_eta, temperature)
+        reference = softmax([x / (temperature or 1.0) for x in logits])
+        kl = sum(p * math.log(p / q) for p, q in zip(expected, reference, strict=True) if p > 0)
+        assert got_BV[row].tolist() == pytest.approx(expected, abs=1e-6)
+        assert kl_B[row].item() == pytest.approx(kl, abs=1e-5)
+
+
+def brute_force_offset(distribution, value_logits: list[float], inv_eta: float, method: str) -> float:
+    if isinstance(distribution, Bernoulli):
+        pmf, values = softmax([0.0, value_logits[0]]), [0.0, 1.0]
+    else:
+        step = (distribution.high - distribution.low) / (distribution.atoms - 1)
+        pmf, values = softmax(value_logits), [distribution.low + i * step for i in range(distribution.atoms)]
+    if method == "cd":
+        return sum(p * v for p, v in zip(pmf, values, strict=True)) * inv_eta
+    largest = max(values)
+    return largest * inv_eta + math.log(
+        sum(p * math.exp((v - largest) * inv_eta) for p, v in zip(pmf, values, strict=True))
+    )
+
+
+def test_small_differences_between_huge_offsets_survive():
+    """1/η = 1000: two candidates whose offsets differ by a thousandth of a nat keep that difference."""
+    logits_BV = torch.zeros(1, 2)
+    offsets_BK = torch.tensor([[1000.0, 999.999]], dtype=torch.float64)
+    tilted_BV = tilt(logits_BV, candidates_of([[0, 1]]), offsets_BK, torch.zeros(1), torch.ones(1))
+    assert (tilted_BV[0, 0] - tilted_BV[0, 1]).item() == pytest.approx(1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_equal_offsets_over_the_whole_vocabulary_change_no_bit(temperature):
+    logits_BV = torch.randn(2, 9)
+    candidates = top_candidates(logits_BV, 9, scorable=9)
+    tilted_BV = tilt(logits_BV, candidates, torch.full((2, 9), 7.3), torch.zeros(2), torch.full((2,), temperature))
+    assert torch.equal(tilted_BV, logits_BV)
+    assert kl_divergence(tilted_BV, logits_BV, torch.full((2,), temperature)).tolist() == [0.0, 0.0]
+
+
+def test_offsets_at_the_floor_change_no_bit_even_for_few_candidates():
+    logits_BV = torch.randn(2, 9)
+    candidates = top_candidates(logits_BV, 3, scorable=9)
+    floor_B = torch.full((2,), -4.0)
+    assert torch.equal(tilt(logits_BV, candidates, torch.full((2, 3), -4.0), floor_B, torch.ones(2)), logits_BV)
+
+
+def test_masked_and_nan_logits_are_never_candidates_and_never_come_back():
+    logits_BV = torch.tensor([[0.0, -INF, 1.0, float("nan"), 2.0]])
+    candidates = top_candidates(logits_BV, 5, scorable=5)
+    assert candidates.token_ids_BK[candidates.valid_BK].tolist() == [4, 2, 0]
+    tilted_BV = tilt(logits_BV, candidates, torch.full((1, 5), 3.0), torch.zeros(1), torch.ones(1))
+    assert tilted_BV[0, 1].item() == -INF
+    assert tilted_BV[0, 3].isnan()
+    kl = kl_divergence(tilted_BV, logits_BV, torch.ones(1))
+    assert kl.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_row_with_one_allowed_token_has_no_kl():
+    logits_BV = torch.tensor([[-INF, 0.5, -INF]])
+    candidates = top_candidates(logits_BV, 2, scorable=3)
+    tilted_BV = tilt(logits_BV, candidates, torch.tensor([[9.0, 9.0]]), torch.zeros(1), torch.ones(1))
+    assert tilted_BV.softmax(-1).tolist() == [[0.0, 1.0, 0.0]]
+    assert kl_divergence(tilted_BV, logits_BV, torch.ones(1)).item() == 0.0
+
+
+def test_padding_rows_beyond_the_scorable_vocabulary_are_never_scored():
+    logits_BV = torch.tensor([[0.0, 1.0, 9.0, 8.0]])
+    assert top_candidates(logits_BV, 4, scorable=2).token_ids_BK.tolist() == [[1, 0]]
+
+
+def test_a_row_may_ask_for_fewer_candidates_than_the_batch():
+    candidates = top_candidates(torch.randn(2, 8), 5, scorable=8, top_k_B=torch.tensor([2, 5]))
+    assert candidates.valid_BK.sum(-1).tolist() == [2, 5]
+
+
+def test_an_unscored_token_gets_the_offset_of_the_lowest_return():
+    logits_BV, inv_eta = torch.zeros(1, 3), 2.0
+    floor_B = torch.tensor([-1.0 * inv_eta])
+    tilted_BV = tilt(logits_BV, candidates_of([[0]]), torch.tensor([[3.0]]), floor_B, torch.ones(1))
+    difference = tilted_BV[0, 0] - tilted_BV[0, 1]
+    assert difference.item() == pytest.approx(3.0 + 2.0)
