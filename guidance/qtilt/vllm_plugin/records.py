@@ -1,0 +1,107 @@
+"""KL(guided ‖ reference) per generated token, kept until the server asks for it.
+
+A processor sees no request id, and the children of n > 1 share one trace id. So a record is found by what was
+generated: the KL of the step that follows n tokens depends on those n tokens only, and equal tokens have equal KL.
+A record is indexed by the number of tokens generated before the step. A step whose token vLLM discards (a chunk of an
+unfinished prefill, work lost to a preemption) is overwritten by the one that counts, or lies beyond what was returned.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+
+class GuidanceSummary(TypedDict):
+    """What was done to one returned choice: how many of its tokens were guided, and their summed KL in nats."""
+
+    guided_tokens: int
+    kl: float
+
+
+class Record:
+    """The guided steps of one running request.
+
+    output_token_ids: the model runner's live list. guided_tokens: how many tokens are guided at most, None for all.
+    A KL stays a reference into its step's tensor until it is read, so a step never waits for the device.
+    """
+
+    def __init__(self, output_token_ids: list[int], guided_tokens: int | None) -> None:
+        self.output_token_ids = output_token_ids
+        self._guided_tokens = guided_tokens
+        self._kl_by_step: dict[int, tuple[Tensor, int]] = {}
+
+    def write(self, step: int, kl_B: Tensor, row: int) -> None:
+        """The KL of the token drawn after ``step`` generated ones is ``kl_B[row]``."""
+        self._kl_by_step[step] = (kl_B, row)
+
+    def copy_steps(self, other: "Record", count: int) -> None:
+        """Take over the first ``count`` steps of a record of the same tokens."""
+        for step in range(count):
+            if step in other._kl_by_step:
+                self._kl_by_step[step] = other._kl_by_step[step]
+
+    def generated(self, tokens: Sequence[int]) -> bool:
+        """Whether these were the first tokens of this request, as far as they decided any KL: all but the last."""
+        # With async scheduling the last token of the live list may still be a placeholder.
+        decided = max(len(tokens) - 1, 0)
+        return self.output_token_ids[:decided] == list(tokens[:decided]) and self._covers(len(tokens))
+
+    def summary(self, tokens_returned: int) -> GuidanceSummary:
+        """The sum over the guided steps of the first ``tokens_returned`` tokens."""
+        guided = self._guided_steps(tokens_returned)
+        kls = [kl_B[row] for kl_B, row in (self._kl_by_step[step] for step in range(guided))]
+        return {"guided_tokens": guided, "kl": float(torch.stack(kls).double().sum()) if kls else 0.0}
+
+    def _covers(self, tokens_returned: int) -> bool:
+        return all(step in self._kl_by_step for step in range(self._guided_steps(tokens_returned)))
+
+    def _guided_steps(self, tokens_returned: int) -> int:
+        return tokens_returned if self._guided_tokens is None else min(tokens_returned, self._guided_tokens)
+
+
+class RecordStore:
+    """All records by trace id. A trace stays until it is taken, however its requests ended."""
+
+    def __init__(self) -> None:
+        self._traces: dict[str, list[Record]] = {}
+
+    def __len__(self) -> int:
+        """Traces not taken yet."""
+        return len(self._traces)
+
+    def open(self, trace_id: str, output_token_ids: list[int], guided_tokens: int | None) -> Record:
+        """The record of a request that enters the batch, new or back after a preemption.
+
+        A request that comes back has its tokens in the same list, or (async scheduling) in an equal one; then its
+        earlier steps are copied, and it doesn't matter from which record of equal tokens.
+        """
+        records = self._traces.setdefault(trace_id, [])
+        for record in records:
+            if record.output_token_ids is output_token_ids:
+                return record
+        resumed = Record(output_token_ids, guided_tokens)
+        if output_token_ids:
+            source = next((record for record in records if record.generated(output_token_ids)), None)
+            if source is not None:
+                resumed.copy_steps(source, len(output_token_ids))
+        records.append(resumed)
+        return resumed
+
+    def take(self, trace_id: str, returned: Sequence[Sequence[int]]) -> list[GuidanceSummary]:
+        """One summary per returned token sequence; the trace is forgotten, also when ``returned`` is empty.
+
+        Raises ValueError when a returned sequence was not generated under this trace.
+        """
+        records = self._traces.pop(trace_id, [])
+        return [_find(records, tokens, trace_id).summary(len(tokens)) for tokens in returned]
+
+
+def _find(records: list[Record], tokens: Sequence[int], trace_id: str) -> Record:
+    if not tokens:
+        return Record([], None)
+    for record in records:
+        if record.generated(tokens):
+            return record
+    raise ValueError(f"no guidance record of trace {trace_id!r} has generated these {len(tokens)} tokens")

@@ -1,0 +1,160 @@
+"""The value-model versions a worker holds, and the two-phase way a new one comes in.
+
+prepare (reading, checking, allocating: a background thread, steps go on) → ready → commit (a dictionary entry).
+Until the commit nothing that runs can see the new version; a failed preparation changes nothing.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from qtilt.checkpoint import Manifest, load_value_model, read_manifest
+from qtilt.distributions import ReturnDistribution
+from qtilt.engine import ValueEngine
+from qtilt.value_model import ValueModel
+from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
+
+VersionKey = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """slots: most requests in one batch. max_length: longest sequence, in tokens. dtype: of weights and caches."""
+
+    slots: int
+    max_length: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(eq=False)
+class ResidentVersion:
+    """One loaded version of one value model. rows: the rows of the running batch that use it."""
+
+    name: str
+    version: int
+    path: Path
+    manifest: Manifest
+    engine: ValueEngine
+    scorable: int
+    warnings: list[str]
+    rows: int = field(default=0)
+
+    @property
+    def distribution(self) -> ReturnDistribution:
+        return self.manifest.distribution
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "path": str(self.path),
+            "type": self.manifest.type,
+            "distribution": self.manifest.distribution.to_config(),
+            "provenance": self.manifest.provenance,
+            "scorable_tokens": self.scorable,
+            "warnings": self.warnings,
+            "rows": self.rows,
+        }
+
+
+class PreparationStatus(TypedDict):
+    """state: loading, ready or failed. error: why it failed, else None."""
+
+    state: str
+    error: str | None
+
+
+class Residents:
+    """Versions that requests may name, and versions in preparation."""
+
+    def __init__(self, reference: Reference, settings: EngineSettings) -> None:
+        self._reference = reference
+        self._settings = settings
+        self._resident: dict[VersionKey, ResidentVersion] = {}
+        self._preparing: dict[VersionKey, Future[ResidentVersion]] = {}
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qtilt-prepare")
+
+    def __iter__(self) -> Iterator[ResidentVersion]:
+        return iter(self._resident.values())
+
+    def get(self, name: str, version: int) -> ResidentVersion:
+        """Raises ValueError for a version that isn't resident."""
+        try:
+            return self._resident[name, version]
+        except KeyError:
+            resident = ", ".join(f"{known}@{number}" for known, number in self._resident) or "none"
+            raise ValueError(f"value model {name}@{version} isn't resident; resident: {resident}") from None
+
+    def load_at_start(self, name: str, path: str) -> ResidentVersion:
+        """Load version 1 of a name, in the calling thread. Raises ValueError when it can't be used."""
+        self._resident[name, 1] = self._load(name, 1, Path(path))
+        return self._resident[name, 1]
+
+    def prepare(self, name: str, version: int, path: str) -> None:
+        """Begin to load; ``status`` tells how it goes. Raises ValueError when that version is known already."""
+        key = (name, version)
+        if key in self._resident or key in self._preparing:
+            raise ValueError(f"value model {name}@{version} is already resident or being prepared")
+        self._preparing[key] = self._loader.submit(self._load, name, version, Path(path))
+
+    def status(self, name: str, version: int) -> PreparationStatus:
+        """Raises ValueError for a version that isn't being prepared."""
+        future = self._prepared(name, version)
+        if not future.done():
+            return {"state": "loading", "error": None}
+        error = future.exception()
+        return {"state": "failed", "error": str(error)} if error else {"state": "ready", "error": None}
+
+    def commit(self, name: str, version: int) -> None:
+        """From now on requests may name this version. Raises ValueError unless its preparation is ready."""
+        status = self.status(name, version)
+        if status["state"] != "ready":
+            raise ValueError(f"value model {name}@{version} is {status['state']}, only a ready one can be committed")
+        self._resident[name, version] = self._preparing.pop((name, version)).result()
+
+    def discard(self, name: str, version: int) -> None:
+        """Drop a prepared or resident version. Raises ValueError while rows of the running batch use it.
+
+        A preempted request isn't in the batch: who discards must know that none is waiting (the server's leases do).
+        """
+        if (name, version) in self._preparing:
+            self._preparing.pop((name, version)).cancel()
+            return
+        rows = self.get(name, version).rows
+        if rows:
+            raise ValueError(f"value model {name}@{version} guides {rows} running request(s), it can't be discarded")
+        del self._resident[name, version]
+
+    def _prepared(self, name: str, version: int) -> Future[ResidentVersion]:
+        try:
+            return self._preparing[name, version]
+        except KeyError:
+            raise ValueError(f"value model {name}@{version} isn't being prepared") from None
+
+    def _load(self, name: str, version: int, path: Path) -> ResidentVersion:
+        manifest = read_manifest(path)
+        warnings = check_fits_reference(manifest, path, self._reference)
+        model = _load_without_changing_defaults(path, self._settings)
+        engine = ValueEngine(model, self._settings.slots, self._settings.max_length)
+        return ResidentVersion(
+            name, version, path, manifest, engine, scorable_tokens(manifest, self._reference), warnings
+        )
+
+
+def _load_without_changing_defaults(path: Path, settings: EngineSettings) -> ValueModel:
+    """Read in float32, then cast the parameters.
+
+    transformers' `from_pretrained(dtype=…)` sets torch's default dtype while it builds the model. That default belongs
+    to the process, and the running batch uses it in another thread. Buffers (rotary frequencies) stay in float32, as
+    `from_pretrained` leaves them.
+    """
+    model = load_value_model(path, torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(settings.dtype)
+    return model.to(settings.device)

@@ -1,0 +1,49 @@
+"""What the server can ask of the worker, through ``engine_client.collective_rpc``.
+
+vLLM mixes this class into its worker, so every name starts with ``qtilt`` to collide with none of the worker's. A call
+runs between two steps: nothing here waits for long. Arguments and results are JSON-able.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from qtilt.vllm_plugin.processor import GuidanceProcessor
+from qtilt.vllm_plugin.records import GuidanceSummary
+from qtilt.vllm_plugin.residents import PreparationStatus
+
+
+class GuidanceWorkerExtension:
+    """Mixed into the worker by ``worker_extension_cls``. Errors are ValueError unless said otherwise."""
+
+    model_runner: Any
+    """The worker's own."""
+
+    def qtilt_describe(self) -> dict[str, Any]:
+        """What is loaded; RuntimeError when the processor isn't live in the model runner."""
+        return self._qtilt_processor().describe()
+
+    def qtilt_prepare_value_model(self, name: str, version: int, path: str) -> None:
+        """Begin to read and check the directory ``path`` off the step path."""
+        self._qtilt_processor().residents.prepare(name, version, path)
+
+    def qtilt_prepare_status(self, name: str, version: int) -> PreparationStatus:
+        """How the preparation goes."""
+        return self._qtilt_processor().residents.status(name, version)
+
+    def qtilt_commit_value_model(self, name: str, version: int) -> None:
+        """Make a ready version one that requests may name."""
+        self._qtilt_processor().residents.commit(name, version)
+
+    def qtilt_discard_value_model(self, name: str, version: int) -> None:
+        """Drop a prepared version, or a resident one that guides no running request."""
+        self._qtilt_processor().residents.discard(name, version)
+
+    def qtilt_take_records(self, trace_id: str, returned: Sequence[Sequence[int]]) -> list[GuidanceSummary]:
+        """One summary per returned token sequence, then forget the trace; ``[]`` just forgets it."""
+        return self._qtilt_processor().records.take(trace_id, returned)
+
+    def _qtilt_processor(self) -> GuidanceProcessor:
+        for processor in self.model_runner.input_batch.logitsprocs.all:
+            if isinstance(processor, GuidanceProcessor):
+                return processor
+        raise RuntimeError("the guidance processor isn't live in vLLM's model runner: every request would be unguided")
