@@ -60,7 +60,7 @@ class GuidedRow:
 
 
 class GuidedBatch:
-    """Rows by their index in the batch. Rows that asked for no guidance aren't here, and their logits aren't touched."""
+    """Rows by their index in the batch. Requests without guidance have no row, and their logits aren't touched."""
 
     def __init__(self) -> None:
         self._rows: dict[int, GuidedRow] = {}

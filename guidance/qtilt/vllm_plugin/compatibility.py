@@ -1,4 +1,4 @@
-"""Does a value model fit the reference model that is served? Imports no vLLM: the launcher asks before it starts one."""
+"""Does a value model fit the reference model that is served? Imports no vLLM: the launcher asks first."""
 
 from dataclasses import dataclass
 from pathlib import Path
