@@ -1,0 +1,38 @@
+"""Files that exist completely or not at all, whatever kills the process that writes them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+UNFINISHED = ".unfinished"
+"""Suffix of a file that is being written; one that stays was left by a process that died."""
+
+
+def publish_file(unfinished: Path, file: Path) -> None:
+    """Gives a fully written file its real name, durably: data first, then the name."""
+    with unfinished.open("rb") as stream:
+        os.fsync(stream.fileno())
+    unfinished.replace(file)
+    _sync_directory(file.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes `file` so that a reader sees the old content or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}{UNFINISHED}")
+    unfinished.write_text(text, encoding="utf-8")
+    publish_file(unfinished, file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """The same for a JSON value, indented."""
+    write_text(file, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

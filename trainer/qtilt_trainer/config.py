@@ -1,0 +1,257 @@
+"""The one TOML file a loop runs from: a frozen, self-checking model for each of its tables.
+
+Knows nothing of tasks' own settings: `[task]` is handed to `make_task` as it is.
+"""
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qtilt_trainer.describe import describe_errors
+
+Method = Literal["qsharp", "cd"]
+Decoding = Literal["sample", "greedy"]
+
+
+class Table(BaseModel):
+    """What all tables share: they don't change, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+T = TypeVar("T", bound=Table)
+
+
+class TaskConfig(BaseModel):
+    """`[task]`: `name` and whatever that task takes; `tasks.make_task` checks the rest."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+
+class ServerConfig(Table):
+    """`[server]`: where the guided server is and how it is asked."""
+
+    url: str = "http://127.0.0.1:8000"
+    """Without /v1."""
+    model: str | None = None
+    """Server model id; None: the only one it serves."""
+    api_key: str = "none"
+    concurrency: int = Field(default=64, ge=1)
+    """Requests in flight at most."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds one request may take."""
+    retries: int = Field(default=6, ge=0)
+    """How often a request is repeated after a lost connection, a timeout, a 429 or a 5xx; the waits double up to 8 s."""
+    value_model_root: Path | None = None
+    """The server's --value-model-root as this machine sees it; None: the path the server reports."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_base_url(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        return value.rstrip("/").removesuffix("/v1")
+
+
+class ValueModelConfig(Table):
+    """`[value_model]`: what is fitted, and the name it is served under."""
+
+    backbone: str
+    """Directory or hub id of the pre-trained model the value model starts from."""
+    name: str = Field(default="value", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    type: Literal["q", "v"] = "v"
+    distribution: Literal["bernoulli", "categorical"] = "bernoulli"
+    atoms: int = Field(default=11, ge=2)
+    """Categorical only: evenly spaced from low to high."""
+    low: float = 0.0
+    high: float = 1.0
+    head_std: float = Field(default=0.0, ge=0.0)
+    """Standard deviation of the head's initial weights; 0: every value starts equal."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "ValueModelConfig":
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        if self.distribution == "bernoulli" and (self.low, self.high) != (0.0, 1.0):
+            raise ValueError("a bernoulli value is for rewards 0 and 1: use categorical for other low and high")
+        return self
+
+
+class SamplingConfig(Table):
+    """`[sampling]`: how completions are sampled, for roll-outs and for sampled evaluation alike."""
+
+    temperature: float = Field(default=1.0, gt=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    """0: no truncation."""
+    max_tokens: int = Field(ge=1)
+
+
+class CollectConfig(Table):
+    """`[collect]`: how many roll-outs an iteration adds and how its guided part is guided."""
+
+    prompts: int = Field(ge=1)
+    samples_per_prompt: int = Field(ge=1)
+    eta: float = Field(default=0.1, gt=0.0)
+    """KL weight of the guided roll-in: smaller is a stronger tilt."""
+    guidance_top_k: int = Field(default=20, ge=1)
+    method: Method = "qsharp"
+    seed: int = 0
+
+
+class FitConfig(Table):
+    """`[fit]`: supervised training of the return distribution on all roll-outs so far."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; give either steps or epochs."""
+    epochs: float | None = Field(default=None, gt=0.0)
+    batch_size: int = Field(default=64, ge=1)
+    """Sequences a step."""
+    learning_rate: float = Field(default=2e-5, gt=0.0)
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    held_out: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Fraction of the prompts that is measured, not trained on."""
+    drop_unanimous: bool = True
+    """Leave prompts out whose rewards all agree, as the paper does."""
+    seed: int = 0
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of torch; None: its own choice."""
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> "FitConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+
+class EvaluateConfig(Table):
+    """`[evaluate]`: the grid of guided policies that is measured on test prompts, next to the reference."""
+
+    prompts: int = Field(ge=1)
+    samples: int = Field(default=1, ge=1)
+    """Completions a prompt in sampled cells; greedy cells have one."""
+    k: int | None = Field(default=None, ge=1)
+    """k of pass@k and maj1@k; None: samples."""
+    inv_eta: tuple[float, ...] = (1.0, 5.0, 10.0, 40.0)
+    """1/eta, larger is a stronger tilt."""
+    methods: tuple[Method, ...] = ("qsharp", "cd")
+    decoding: tuple[Decoding, ...] = ("sample", "greedy")
+    guidance_top_k: int = Field(default=20, ge=1)
+    reference: bool = True
+    """Measure the unguided reference too."""
+    seed: int = 0
+
+    @field_validator("inv_eta")
+    @classmethod
+    def _is_positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(math.isfinite(value) and value > 0 for value in values):
+            raise ValueError("every 1/eta must be finite and > 0")
+        return values
+
+    @field_validator("inv_eta", "methods", "decoding")
+    @classmethod
+    def _is_distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError("an entry is repeated")
+        return values
+
+    @model_validator(mode="after")
+    def _has_enough_samples(self) -> "EvaluateConfig":
+        if self.k is not None and self.k > self.samples:
+            raise ValueError(f"k must be at most samples = {self.samples}, got {self.k}")
+        return self
+
+
+class IterationConfig(Table):
+    """One `[[iterations]]` entry: fields of `[collect]` and `[fit]` that differ in this iteration."""
+
+    collect: dict[str, Any] = {}
+    fit: dict[str, Any] = {}
+
+
+class LoopConfig(Table):
+    """The whole file."""
+
+    run_dir: Path
+    """Everything the loop writes is below it."""
+    task: TaskConfig
+    server: ServerConfig = Field(default_factory=lambda: ServerConfig())
+    value_model: ValueModelConfig
+    sampling: SamplingConfig
+    collect: CollectConfig
+    fit: FitConfig
+    evaluate: EvaluateConfig | None = None
+    """None: the loop ends with the last publication."""
+    iterations: tuple[IterationConfig, ...] = Field((IterationConfig(), IterationConfig()), min_length=1)
+    """How many iterations, and what differs in each; a number n means n equal ones."""
+
+    @field_validator("iterations", mode="before")
+    @classmethod
+    def _count_to_list(cls, value: Any) -> Any:
+        return [{}] * value if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _iterations_are_valid(self) -> "LoopConfig":
+        for number in range(1, len(self.iterations) + 1):
+            self.collect_of(number)
+            self.fit_of(number)
+        return self
+
+    def collect_of(self, iteration: int) -> CollectConfig:
+        """`[collect]` with what iteration `iteration` (from 1) says differently."""
+        return _overridden(self.collect, self._iteration(iteration).collect, f"iterations.{iteration}.collect")
+
+    def fit_of(self, iteration: int) -> FitConfig:
+        """`[fit]` with what iteration `iteration` (from 1) says differently."""
+        overrides = dict(self._iteration(iteration).fit)
+        # steps and epochs exclude each other: naming one takes the place of the other.
+        if ("steps" in overrides) != ("epochs" in overrides):
+            overrides = {"steps": None, "epochs": None, **overrides}
+        return _overridden(self.fit, overrides, f"iterations.{iteration}.fit")
+
+    def _iteration(self, iteration: int) -> IterationConfig:
+        if not 1 <= iteration <= len(self.iterations):
+            raise ValueError(f"iteration must be 1 to {len(self.iterations)}, got {iteration}")
+        return self.iterations[iteration - 1]
+
+
+def _overridden(base: T, overrides: dict[str, Any], where: str) -> T:
+    try:
+        return type(base)(**{**base.model_dump(), **overrides})
+    except ValidationError as error:
+        raise ValueError(describe_errors(error, where)) from error
+
+
+def read_config(file: Path, overrides: dict[str, Any] | None = None) -> LoopConfig:
+    """The checked configuration in a TOML file.
+
+    `overrides` replaces single fields, by `table.field` or top-level name, where its value isn't None.
+    Raises ValueError that names the file and the field.
+    """
+    try:
+        with file.open("rb") as stream:
+            tables = tomllib.load(stream)
+    except OSError as error:
+        raise ValueError(f"can't read the configuration {file}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file}: not TOML: {error}") from error
+    for name, value in (overrides or {}).items():
+        if value is not None:
+            _replace(tables, name, value)
+    try:
+        return LoopConfig(**tables)
+    except ValidationError as error:
+        raise ValueError(f"{file}: {describe_errors(error)}") from error
+
+
+def _replace(tables: dict[str, Any], name: str, value: Any) -> None:
+    *parents, field = name.split(".")
+    table = tables
+    for parent in parents:
+        table = table.setdefault(parent, {})
+    table[field] = value

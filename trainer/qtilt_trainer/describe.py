@@ -1,0 +1,20 @@
+"""Pydantic's validation errors as one line a person can act on."""
+
+from pydantic import ValidationError
+
+
+def describe_errors(error: ValidationError, prefix: str = "") -> str:
+    """`section.field: what is wrong, got VALUE` for each error, joined by `; `."""
+    return "; ".join(_describe(item, prefix) for item in error.errors(include_url=False))
+
+
+def _describe(item: object, prefix: str) -> str:
+    assert isinstance(item, dict)
+    where = ".".join(str(part) for part in [prefix, *item["loc"]] if str(part))
+    if item["type"] == "missing":
+        return f"{where}: this field is required"
+    if item["type"] == "extra_forbidden":
+        return f"{where}: there is no such field"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+    return f"{where}: {message}{given}"
