@@ -1,0 +1,118 @@
+"""Attention of packed, ragged rows over a slot cache, as a transformers attention function.
+
+Shapes: ``T`` packed tokens = the ``N`` new tokens of all histories, then ``M = B·K`` candidates (``B`` rows, ``K``
+candidates each); ``H`` query heads and ``G`` key/value heads of size ``D``; ``W`` cache rows in the step's window,
+``P`` cached positions read, ``R`` tail queries of a row, ``Q = R·H/G`` queries of one key/value head.
+
+Every token of a row attends to the row's cached prefix; a candidate also attends to itself but never to another
+candidate, and is never cached. The candidates read the shared prefix in place: attention over the prefix with its
+log-sum-exp, then the candidate's own key and value merged in.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "qtilt_packed"
+
+
+class AttentionStep(Protocol):
+    """What one packed forward does in each attention layer; it reaches the layers as the keyword ``attention_step``."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, extras: dict[str, Any]
+    ) -> Tensor:
+        """``query [1, H, T, D]``, ``key`` and ``value [1, G, T, D]`` → ``[1, T, H, D]``.
+
+        ``extras`` are the layer's other keywords; the exactness probe refuses those that would change the result.
+        """
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001  the signature is theirs; who sees what is the step's business
+    scaling: float,
+    attention_step: AttentionStep | None = None,
+    **extras: Any,
+) -> tuple[Tensor, None]:
+    """The attention function transformers calls."""
+    if attention_step is None:
+        raise ValueError(
+            f"{type(module).__name__} got no attention_step: its model does not pass the keywords of its forward on "
+            "to its attention, so the value engine cannot run it; use another backbone"
+        )
+    return attention_step.attend(module, query, key, value, scaling, extras), None
+
+
+def register_attention() -> None:
+    """Make the function known to transformers. Idempotent; models that don't name it aren't affected."""
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+
+
+def attend_prefix(
+    query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of all queries of a row over the same visible positions: output ``[W, G, Q, D]``, lse ``[W, G, Q]``.
+
+    ``mask_W11P`` is added to the scores: 0 where visible, −inf elsewhere, one visible position a row at least. The
+    log-sum-exp is float32.
+    """
+    if query_WGQD.device.type == "cpu":
+        # The public scaled_dot_product_attention drops the log-sum-exp that its own kernel computes.
+        out_WGQD, lse_WGQ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query_WGQD, key_WGPD, value_WGPD, 0.0, False, attn_mask=mask_W11P, scale=scaling
+        )
+        return out_WGQD, lse_WGQ
+    return attend_prefix_plainly(query_WGQD, key_WGPD, value_WGPD, mask_W11P, scaling)
+
+
+def attend_prefix_plainly(
+    query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`attend_prefix` written out, for devices without a kernel that gives the log-sum-exp under a mask."""
+    scores_WGQP = (query_WGQD @ key_WGPD.transpose(-1, -2)).float() * scaling + mask_W11P
+    lse_WGQ = scores_WGQP.logsumexp(-1)
+    weights_WGQP = (scores_WGQP - lse_WGQ.unsqueeze(-1)).exp().to(value_WGPD.dtype)
+    return weights_WGQP @ value_WGPD, lse_WGQ
+
+
+def attend_span(
+    query_1HCD: Tensor, key_1GED: Tensor, value_1GED: Tensor, visible_CE: Tensor | None, scaling: float
+) -> Tensor:
+    """Causal attention of ``C`` consecutive tokens over the ``E`` positions up to the last of them: ``[1, H, C, D]``.
+
+    ``visible_CE`` is None when the tokens are the first of their row (C = E), otherwise True where a token may look.
+    """
+    groups = query_1HCD.shape[1] // key_1GED.shape[1]
+    if groups > 1 and query_1HCD.device.type != "cpu":
+        # The CUDA kernels that accept a mask don't accept fewer key heads; torch's fallback holds all scores at once.
+        key_1GED, value_1GED = key_1GED.repeat_interleave(groups, 1), value_1GED.repeat_interleave(groups, 1)
+    return scaled_dot_product_attention(
+        query_1HCD,
+        key_1GED,
+        value_1GED,
+        attn_mask=visible_CE,
+        is_causal=visible_CE is None,
+        scale=scaling,
+        enable_gqa=query_1HCD.shape[1] != key_1GED.shape[1],
+    )
+
+
+def merge_own(
+    out_MHD: Tensor, lse_MH: Tensor, query_MHD: Tensor, key_MGD: Tensor, value_MGD: Tensor, scaling: float
+) -> Tensor:
+    """Add each token's own key and value to its attention over a prefix: ``out + (v_self − out)·σ(s_self − lse)``.
+
+    Exact: the softmax over prefix and self gives self the weight e^s / (e^lse + e^s).
+    """
+    groups = query_MHD.shape[1] // key_MGD.shape[1]
+    key_MHD, value_MHD = key_MGD.repeat_interleave(groups, 1), value_MGD.repeat_interleave(groups, 1)
+    own_MH = (query_MHD.float() * key_MHD.float()).sum(-1) * scaling
+    weight_MH1 = (own_MH - lse_MH).sigmoid().unsqueeze(-1)
+    return (out_MHD + (value_MHD - out_MHD) * weight_MH1).to(out_MHD.dtype)

@@ -1,0 +1,103 @@
+"""Per-slot memory of a value model: keys, values and the last hidden state of each running history.
+
+Shapes: ``L`` layers, ``S`` slots (``W`` of them read), ``G`` key/value heads of size ``D``, ``P`` positions, ``N``
+tokens, ``H`` hidden size.
+
+Knows nothing of tokens, rows or models: the engine decides what is written where. Engines of models with equal
+geometry may share one cache, because a slot belongs to one engine from ``acquire`` to ``release``.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGeometry:
+    """What two models must agree on to share a cache."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class KVCache:
+    """All memory for ``slots`` histories of up to ``max_length`` tokens, allocated at once.
+
+    Bytes: ``2 · layers · slots · kv_heads · max_length · head_size`` elements of the geometry's dtype, and
+    ``slots · hidden_size``. Raises ValueError unless both sizes are positive.
+    """
+
+    def __init__(self, geometry: CacheGeometry, slots: int, max_length: int) -> None:
+        if slots < 1 or max_length < 1:
+            raise ValueError(f"a cache of {slots} slots × {max_length} tokens was asked for, both must be positive")
+        self.geometry = geometry
+        self.slots = slots
+        self.max_length = max_length
+        shape = (geometry.layers, slots, geometry.kv_heads, max_length, geometry.head_size)
+        self.keys_LSGPD = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
+        self.values_LSGPD = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
+        self.last_hidden_SH = torch.zeros(slots, geometry.hidden_size, dtype=geometry.dtype, device=geometry.device)
+        # The lowest free slot goes first, so that the slots in use stay close together and can be read as a slice.
+        self._free = list(range(slots))
+        self._covered = [0] * slots
+        self._written = [0] * slots
+        self._hidden_at = [0] * slots
+
+    def acquire(self) -> int:
+        """An empty slot. Raises ValueError when all are in use."""
+        if not self._free:
+            raise ValueError(f"all {self.slots} cache slots are in use; release one or build the cache with more")
+        return heapq.heappop(self._free)
+
+    @torch.inference_mode()
+    def release(self, slot: int) -> None:
+        """Give a slot back.
+
+        What it held is zeroed: a later reader multiplies the positions beyond its own by a weight of 0, and 0·NaN is
+        NaN, so one history's overflow would otherwise reach another's.
+        """
+        self.keys_LSGPD[:, slot, :, : self._written[slot]].zero_()
+        self.values_LSGPD[:, slot, :, : self._written[slot]].zero_()
+        self._covered[slot] = self._written[slot] = self._hidden_at[slot] = 0
+        heapq.heappush(self._free, slot)
+
+    def covered(self, slot: int) -> int:
+        """How many tokens of its history the slot holds."""
+        return self._covered[slot]
+
+    def has_last_hidden(self, slot: int) -> bool:
+        """Whether ``last_hidden_SH[slot]`` is the state after the last covered token."""
+        return 0 < self._covered[slot] == self._hidden_at[slot]
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Forget all but the first ``length`` tokens. Raises ValueError if the slot holds fewer."""
+        if not 0 <= length <= self._covered[slot]:
+            raise ValueError(f"slot {slot} holds {self._covered[slot]} tokens and cannot be rewound to {length}")
+        self._covered[slot] = length
+
+    def reserve(self, slot: int, length: int) -> None:
+        """Note that positions below ``length`` are about to be written."""
+        assert self._covered[slot] <= length <= self.max_length, f"slot {slot} to hold {length} of {self.max_length}"
+        self._written[slot] = max(self._written[slot], length)
+
+    def advance(self, slot: int, length: int) -> None:
+        """Note that keys, values and last hidden state of the first ``length`` tokens have been written."""
+        assert length <= self._written[slot], f"slot {slot} advanced to {length}, {self._written[slot]} reserved"
+        self._covered[slot] = self._hidden_at[slot] = length
+
+    def write(self, layer: int, slots_N: Tensor, positions_N: Tensor, keys_NGD: Tensor, values_NGD: Tensor) -> None:
+        """Store one key and value per token at (slot, position)."""
+        self.keys_LSGPD[layer][slots_N, :, positions_N] = keys_NGD
+        self.values_LSGPD[layer][slots_N, :, positions_N] = values_NGD
+
+    def read(self, layer: int, window: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[W, G, length, D]`` of a window of slots: a view for a slice, a copy for an index."""
+        keys_SGPD = self.keys_LSGPD[layer, :, :, :length]
+        values_SGPD = self.values_LSGPD[layer, :, :, :length]
+        return keys_SGPD[window], values_SGPD[window]
