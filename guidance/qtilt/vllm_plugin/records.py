@@ -89,12 +89,16 @@ class RecordStore:
         records.append(resumed)
         return resumed
 
-    def take(self, trace_id: str, returned: Sequence[Sequence[int]]) -> list[GuidanceSummary]:
+    def take(
+        self, trace_id: str, returned: Sequence[Sequence[int]], more_to_come: bool = False
+    ) -> list[GuidanceSummary]:
         """One summary per returned token sequence; the trace is forgotten, also when ``returned`` is empty.
+
+        more_to_come: keep the trace, because other choices of it (a stream with n > 1) haven't finished yet.
 
         Raises ValueError when a returned sequence was not generated under this trace.
         """
-        records = self._traces.pop(trace_id, [])
+        records = self._traces.get(trace_id, []) if more_to_come else self._traces.pop(trace_id, [])
         return [_find(records, tokens, trace_id).summary(len(tokens)) for tokens in returned]
 
 

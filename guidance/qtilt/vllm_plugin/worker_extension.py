@@ -38,9 +38,11 @@ class GuidanceWorkerExtension:
         """Drop a prepared version, or a resident one that guides no running request."""
         self._qtilt_processor().residents.discard(name, version)
 
-    def qtilt_take_records(self, trace_id: str, returned: Sequence[Sequence[int]]) -> list[GuidanceSummary]:
-        """One summary per returned token sequence, then forget the trace; ``[]`` just forgets it."""
-        return self._qtilt_processor().records.take(trace_id, returned)
+    def qtilt_take_records(
+        self, trace_id: str, returned: Sequence[Sequence[int]], more_to_come: bool = False
+    ) -> list[GuidanceSummary]:
+        """One summary per returned token sequence, then forget the trace unless more is to come; ``[]`` forgets it."""
+        return self._qtilt_processor().records.take(trace_id, returned, more_to_come)
 
     def _qtilt_processor(self) -> GuidanceProcessor:
         for processor in self.model_runner.input_batch.logitsprocs.all:
