@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml requirements/$(DEVICE).txt
 	@if [ ! -x $(BIN)/python ] || { ls .venv/installed-for-* >/dev/null 2>&1 && [ ! -e $@ ]; }; then \
 	  echo "creating .venv"; $(PYTHON) -m venv --clear .venv; fi
 ifeq ($(DEVICE),cpu)
-	$(PIP) install --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH_CPU)
+	$(PIP) install --no-deps --retries 1 $(addprefix --extra-index-url ,$(TORCH_INDEX)) $(TORCH_CPU)
 endif
 	$(PIP) install --no-deps -r requirements/$(DEVICE).txt
 	$(PIP) install --no-deps --no-build-isolation -e .
