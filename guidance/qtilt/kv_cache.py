@@ -49,6 +49,11 @@ class KVCache:
         self._written = [0] * slots
         self._hidden_at = [0] * slots
 
+    @property
+    def free_slots(self) -> int:
+        """How many slots no history holds."""
+        return len(self._free)
+
     def acquire(self) -> int:
         """An empty slot. Raises ValueError when all are in use."""
         if not self._free:

@@ -9,12 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
+from weakref import WeakValueDictionary
 
 import torch
 
 from qtilt.checkpoint import Manifest, load_value_model, read_manifest
 from qtilt.distributions import ReturnDistribution
 from qtilt.engine import ValueEngine
+from qtilt.exactness import measure_geometry
+from qtilt.kv_cache import CacheGeometry, KVCache
 from qtilt.value_model import ValueModel
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
 
@@ -60,6 +63,7 @@ class ResidentVersion:
             "scorable_tokens": self.scorable,
             "warnings": self.warnings,
             "rows": self.rows,
+            "free_slots": self.engine.cache.free_slots,
         }
 
 
@@ -78,6 +82,8 @@ class Residents:
         self._settings = settings
         self._resident: dict[VersionKey, ResidentVersion] = {}
         self._preparing: dict[VersionKey, Future[ResidentVersion]] = {}
+        # A request holds one slot in all, so caches of `slots` slots can be shared by all versions of equal geometry.
+        self._caches: WeakValueDictionary[CacheGeometry, KVCache] = WeakValueDictionary()
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qtilt-prepare")
 
     def __iter__(self) -> Iterator[ResidentVersion]:
@@ -141,7 +147,9 @@ class Residents:
         manifest = read_manifest(path)
         warnings = check_fits_reference(manifest, path, self._reference)
         model = _load_without_changing_defaults(path, self._settings)
-        engine = ValueEngine(model, self._settings.slots, self._settings.max_length)
+        geometry = measure_geometry(model.backbone, self._settings.max_length)
+        engine = ValueEngine(model, self._settings.slots, self._settings.max_length, self._caches.get(geometry))
+        self._caches[geometry] = engine.cache
         return ResidentVersion(
             name, version, path, manifest, engine, scorable_tokens(manifest, self._reference), warnings
         )
