@@ -72,7 +72,7 @@ lock: install ## resolve requirements/*.txt anew from pyproject.toml
 	  $(foreach name,torch torchvision torchaudio torchcodec,--no-emit-package $(name)) \
 	  --extra cpu --extra dev -o requirements/cpu.txt
 	$(LOCK) --extra cuda --extra dev -o requirements/cuda.txt
-	$(LOCK) -o requirements/trainer.txt
+	$(LOCK) -c requirements/cuda.txt -o requirements/trainer.txt
 
 clean: ## remove the environment, caches and built files (runs/ stays)
 	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
