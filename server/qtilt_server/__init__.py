@@ -1,1 +1,1 @@
-"""The qtilt server: vLLM with guided decoding behind the OpenAI routes."""
+"""The vLLM server with guidance: launcher, request and response schema, routes, value-model versions."""

@@ -1,0 +1,57 @@
+"""From the guidance block of a request to resolved parameters with a lease."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qtilt.params import GuidanceParams
+from qtilt_server.errors import GuidanceRequestError
+from qtilt_server.flags import GuidanceFlags
+from qtilt_server.registry import Lease, ValueModelRegistry
+from qtilt_server.schema import GuidanceDefaults, GuidanceRequest, GuidanceStatus
+
+DEFAULT_METHOD: Literal["qsharp"] = "qsharp"
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The server's defaults and limits, and the versions there are."""
+
+    flags: GuidanceFlags
+    registry: ValueModelRegistry
+
+    def admit(self, request: GuidanceRequest) -> tuple[GuidanceParams, Lease]:
+        """Fill in the defaults and fix the version; the caller releases the lease.
+
+        Raises GuidanceRequestError for a top_k above the server's limit or an unknown value model.
+        """
+        top_k = self.flags.top_k if request.top_k is None else request.top_k
+        if top_k > self.flags.max_top_k:
+            raise GuidanceRequestError(
+                f"guidance.top_k is {top_k}, allowed: 1 to {self.flags.max_top_k} (the server's --guidance-max-top-k)",
+                "guidance.top_k",
+            )
+        lease = self.registry.lease(request.value_model)
+        params = GuidanceParams(
+            value_model=lease.version.name,
+            version=lease.version.version,
+            eta=self.flags.eta if request.eta is None else float(request.eta),
+            top_k=min(top_k, lease.version.scorable_tokens),
+            method=request.method or DEFAULT_METHOD,
+            guided_tokens=request.guided_tokens,
+        )
+        return params, lease
+
+    def status(self) -> GuidanceStatus:
+        """``GET /v1/guidance``."""
+        root = self.flags.value_model_root
+        return GuidanceStatus(
+            value_models=self.registry.describe(),
+            defaults=GuidanceDefaults(
+                value_model=self.registry.default_name,
+                eta=self.flags.eta,
+                top_k=self.flags.top_k,
+                method=DEFAULT_METHOD,
+            ),
+            max_top_k=self.flags.max_top_k,
+            value_model_root=None if root is None else str(root),
+        )

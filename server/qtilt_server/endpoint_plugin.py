@@ -1,0 +1,93 @@
+"""The entry point that vLLM's API server loads: adds the guard and the routes, then checks that guidance is live."""
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.datastructures import State
+
+from qtilt.checkpoint import Manifest
+from qtilt.vllm_plugin.compatibility import Reference
+from qtilt_server.admission import Admission
+from qtilt_server.errors import GuidanceRequestError, StartupError, error_response
+from qtilt_server.flags import GuidanceFlags
+from qtilt_server.guard import GuidanceGuard
+from qtilt_server.metrics import GuidanceMetrics
+from qtilt_server.publication import Publisher, resident_version
+from qtilt_server.reference import check_value_models, reference_of
+from qtilt_server.registry import ValueModelRegistry
+from qtilt_server.routes import completions, guidance
+from qtilt_server.sampling_check import RolloutSamplingCheck
+from qtilt_server.state import GuidanceState
+from qtilt_server.worker import GuidanceWorker, WorkerError
+
+logger = logging.getLogger("vllm.qtilt_server")
+
+
+class GuidanceEndpoints:
+    """vLLM's EndpointPlugin protocol."""
+
+    name = "qtilt"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.add_middleware(GuidanceGuard)
+        app.add_exception_handler(GuidanceRequestError, _answer_refusal)
+        app.include_router(completions.router)
+        app.include_router(guidance.router)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Raises StartupError when guidance isn't live in the worker or a value model doesn't fit."""
+        if not hasattr(args, "guidance_eta"):
+            raise StartupError("the qtilt endpoints need their own launcher: start the server with qtilt-server")
+        flags = GuidanceFlags.from_namespace(args)
+        reference = reference_of(engine_client.vllm_config.model_config, engine_client.renderer.tokenizer)
+        manifests, _ = check_value_models(flags.value_models, reference)
+        worker = GuidanceWorker(engine_client)
+        await _check_live(worker, flags)
+        metrics = GuidanceMetrics()
+        registry = _registry(flags, manifests, reference, metrics)
+        state.guidance = GuidanceState(
+            admission=Admission(flags, registry),
+            publisher=Publisher(registry, worker, reference, metrics, flags.value_model_root, flags.swap_timeout),
+            worker=worker,
+            sampling_check=RolloutSamplingCheck(),
+            metrics=metrics,
+        )
+        logger.info("guidance is live: %s", ", ".join(version.label for version in registry) or "no value model yet")
+
+
+async def _check_live(worker: GuidanceWorker, flags: GuidanceFlags) -> None:
+    """vLLM can swallow a plugin's failure, and the server would answer unguided."""
+    try:
+        described = await worker.describe()
+    except WorkerError as error:
+        raise StartupError(f"guidance is not live in the worker ({error}); see the log above") from error
+    loaded = {entry["name"] for entry in described["value_models"]}
+    missing = sorted(set(flags.value_models) - loaded)
+    if missing:
+        raise StartupError(f"the worker has not loaded value model(s) {', '.join(missing)}; see the log above")
+
+
+def _registry(
+    flags: GuidanceFlags, manifests: dict[str, Manifest], reference: Reference, metrics: GuidanceMetrics
+) -> ValueModelRegistry:
+    registry = ValueModelRegistry()
+    for name, directory in flags.value_models.items():
+        path = _shown(directory, flags.value_model_root)
+        registry.activate(resident_version(name, 1, path, manifests[name], reference))
+        metrics.active(name, 1)
+    return registry
+
+
+def _shown(directory: Path, root: Path | None) -> str:
+    below = root is not None and directory.is_relative_to(root)
+    return str(directory.relative_to(root)) if below and root is not None else str(directory)
+
+
+async def _answer_refusal(_request: Request, refusal: Exception) -> JSONResponse:
+    assert isinstance(refusal, GuidanceRequestError)
+    return error_response(refusal)

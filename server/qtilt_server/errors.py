@@ -1,0 +1,41 @@
+"""What the server refuses, and how it says so.
+
+StartupError              the launcher prints it as one line and exits with code 2
+GuidanceRequestError      HTTP 400: the request, or the directory it names, can't be used
+└─ SwapTimeoutError       HTTP 409: the older version of a name still guides running requests
+"""
+
+from http import HTTPStatus
+
+from fastapi.responses import JSONResponse
+
+
+class StartupError(Exception):
+    """The server must not start; the message says what is wrong and what to do."""
+
+
+class GuidanceRequestError(ValueError):
+    """The client can put it right; ``parameter`` names the field concerned."""
+
+    status = HTTPStatus.BAD_REQUEST
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class SwapTimeoutError(GuidanceRequestError):
+    """The version that has to make room didn't drain in time; trying again later is right."""
+
+    status = HTTPStatus.CONFLICT
+
+
+def error_response(refusal: GuidanceRequestError) -> JSONResponse:
+    """The answer in the OpenAI error shape."""
+    error = {
+        "message": str(refusal),
+        "type": refusal.status.phrase,
+        "param": refusal.parameter,
+        "code": refusal.status.value,
+    }
+    return JSONResponse({"error": error}, status_code=refusal.status)

@@ -1,0 +1,118 @@
+"""The launcher's own flags; all others are vLLM's. Imports neither torch nor vLLM."""
+
+import argparse
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn, Self
+
+from qtilt.vllm_plugin.config import VALUE_DTYPES
+from qtilt_server.errors import StartupError
+from qtilt_server.schema import VALUE_MODEL_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceFlags:
+    """Raises StartupError for a value out of its range or a directory that doesn't exist."""
+
+    value_models: dict[str, Path] = field(default_factory=dict)
+    """Name → directory, in the order given: the first is the default of requests."""
+    eta: float = 0.1
+    top_k: int = 20
+    max_top_k: int = 64
+    value_model_root: Path | None = None
+    """Where POST /v1/guidance/value_models may load from; without it nothing can be published."""
+    swap_timeout: float = 60.0
+    """Seconds that a load waits for the older version of its name to drain."""
+    value_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(0 < self.eta < math.inf, f"--guidance-eta must be finite and above 0, got {self.eta}")
+        _require(self.max_top_k >= 1, f"--guidance-max-top-k must be at least 1, got {self.max_top_k}")
+        _require(
+            1 <= self.top_k <= self.max_top_k,
+            f"--guidance-top-k must be 1 to {self.max_top_k} (--guidance-max-top-k), got {self.top_k}",
+        )
+        _require(0 <= self.swap_timeout < math.inf, f"--swap-timeout must be seconds, got {self.swap_timeout}")
+        for name, directory in self.value_models.items():
+            _require(directory.is_dir(), f"--value-model {name}={directory}: no such directory")
+        root = self.value_model_root
+        _require(root is None or root.is_dir(), f"--value-model-root {root}: no such directory, create it first")
+
+    @classmethod
+    def from_namespace(cls, args: argparse.Namespace) -> Self:
+        return cls(
+            value_models=_parse_value_models(args.value_model),
+            eta=args.guidance_eta,
+            top_k=args.guidance_top_k,
+            max_top_k=args.guidance_max_top_k,
+            value_model_root=None if args.value_model_root is None else Path(args.value_model_root).resolve(),
+            swap_timeout=args.swap_timeout,
+            value_dtype=args.value_dtype,
+        )
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse prints the usage before an error; ours are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise StartupError(message)
+
+
+def parse_own_flags(argv: list[str]) -> GuidanceFlags:
+    """Our flags out of a whole command line, before the seconds it takes to import vLLM's parser."""
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    add_guidance_arguments(parser)
+    namespace, _ = parser.parse_known_args(argv)
+    return GuidanceFlags.from_namespace(namespace)
+
+
+def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define our flags, once for our own parser and once for vLLM's."""
+    group = parser.add_argument_group("Guidance", "Steer the model with value models.")
+    group.add_argument(
+        "--value-model",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="A value-model directory and the name requests use; repeat for more. The first is the default. "
+        "Without any, guided requests are refused until one is published.",
+    )
+    group.add_argument(
+        "--guidance-eta", type=float, default=0.1, help="Default KL weight η; a larger η is a weaker tilt."
+    )
+    group.add_argument("--guidance-top-k", type=int, default=20, help="Default number of scored tokens per step.")
+    group.add_argument("--guidance-max-top-k", type=int, default=64, help="Largest top_k a request may ask for.")
+    group.add_argument(
+        "--value-model-root", metavar="DIR", help="POST /v1/guidance/value_models loads directories below DIR only."
+    )
+    group.add_argument(
+        "--swap-timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="How long a load waits for the older of two resident versions to drain before it answers 409.",
+    )
+    group.add_argument(
+        "--value-dtype", choices=VALUE_DTYPES, default="auto", help="dtype of the value models; auto: the reference's."
+    )
+
+
+def _parse_value_models(entries: list[str]) -> dict[str, Path]:
+    value_models: dict[str, Path] = {}
+    for entry in entries:
+        name, equals, directory = entry.partition("=")
+        _require(bool(equals and directory), f"--value-model {entry}: expected NAME=DIR")
+        _require(
+            re.match(VALUE_MODEL_NAME, name) is not None,
+            f"--value-model {entry}: a name is 1 to 64 of A-Z a-z 0-9 . _ - and starts with a letter or digit",
+        )
+        _require(name not in value_models, f"--value-model {entry}: the name {name} is given twice")
+        value_models[name] = Path(directory).resolve()
+    return value_models
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise StartupError(message)

@@ -1,0 +1,149 @@
+"""Starts ``vllm serve`` with guidance: its environment, its arguments, and what it can't be combined with.
+
+The ``vllm`` command can't be used for that: with the CPU wheel it fails on looking up its own version. Its serve
+subcommand works, and brings every flag along.
+"""
+
+import argparse
+from collections.abc import MutableMapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from qtilt.vllm_plugin.config import ADDITIONAL_CONFIG_KEY, PROCESSOR, WORKER_EXTENSION, PluginConfig
+from qtilt_server.errors import StartupError
+from qtilt_server.flags import GuidanceFlags, add_guidance_arguments
+
+PLUGIN = "qtilt"
+ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
+OTHER_PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+def prepare_environment(environ: MutableMapping[str, str]) -> None:
+    """Before vLLM is imported: choose the V1 model runner and let vLLM load our endpoints beside its other plugins."""
+    if environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
+        raise StartupError("guidance runs on vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER")
+    if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise StartupError("guidance needs vLLM's Python API server: unset VLLM_USE_RUST_FRONTEND")
+    environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    environ["VLLM_PLUGINS"] = ",".join(_allowed_plugins(environ.get("VLLM_PLUGINS")))
+
+
+def launch(argv: list[str]) -> None:
+    """Parse the whole command line, refuse what can't work, and serve until interrupted."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    cli_env_setup()  # type: ignore[no-untyped-call]
+    command = ServeSubcommand()
+    args = _parse(command, argv)
+    configure_logging_from_args(args)
+    flags = GuidanceFlags.from_namespace(args)
+    refuse_unsupported(args)
+    try:
+        command.validate(args)
+    except (TypeError, ValueError) as error:
+        raise StartupError(str(error)) from error
+    add_guidance(args, flags)
+    _check_against_model(args, flags)
+    command.cmd(args)
+
+
+def refuse_unsupported(args: argparse.Namespace) -> None:
+    """Raise StartupError for flags of vLLM that guidance can't work with."""
+    speculative = (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)
+    reasons = {
+        "speculative decoding drafts tokens without guidance: remove --speculative-config and --spec-*": any(
+            value is not None for value in speculative
+        ),
+        "guidance keeps its state in one API process: remove --api-server-count": (args.api_server_count or 1) != 1,
+        "guidance is not available with data parallelism: remove the --data-parallel-* flags": args.data_parallel_size
+        != 1
+        or args.data_parallel_rank is not None,
+        "guidance is not available with pipeline parallelism: remove --pipeline-parallel-size": (
+            args.pipeline_parallel_size != 1
+        ),
+        "guidance is served over HTTP: remove --headless": args.headless,
+        "guidance is served over HTTP, not gRPC: remove --grpc": args.grpc,
+        "guidance compares tokenizers and needs one: remove --skip-tokenizer-init": args.skip_tokenizer_init,
+        "vLLM takes one worker extension and guidance is it: remove --worker-extension-cls": bool(
+            args.worker_extension_cls
+        ),
+        f"the key {ADDITIONAL_CONFIG_KEY!r} of --additional-config is guidance's own: remove it": (
+            ADDITIONAL_CONFIG_KEY in (args.additional_config or {})
+        ),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise StartupError(reason)
+
+
+def add_guidance(args: argparse.Namespace, flags: GuidanceFlags) -> None:
+    """Tell vLLM about the processor, the worker extension and their settings, beside what the user told it."""
+    config = PluginConfig(
+        value_models={name: str(directory) for name, directory in flags.value_models.items()},
+        max_top_k=flags.max_top_k,
+        value_dtype=flags.value_dtype,
+    )
+    args.logits_processors = [*(args.logits_processors or []), PROCESSOR]
+    args.worker_extension_cls = WORKER_EXTENSION
+    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: config.to_dict()}
+
+
+def _parse(command: Any, argv: list[str]) -> argparse.Namespace:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="qtilt-server")  # type: ignore[no-untyped-call]
+    serve = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve.usage = "qtilt-server MODEL [--value-model NAME=DIR] [options of guidance and of vllm serve]"
+    add_guidance_arguments(serve)
+    args: argparse.Namespace = parser.parse_args([command.name, *argv])
+    args.model = args.model_tag or args.model
+    return args
+
+
+def _allowed_plugins(current: str | None) -> list[str]:
+    """vLLM loads endpoint plugins only if VLLM_PLUGINS names them, and then no other plugin that isn't named either.
+
+    So what it would load without the variable must be named along with ours.
+    """
+    if current is not None:
+        names = current.split(",")
+    else:
+        names = [entry.name for group in OTHER_PLUGIN_GROUPS for entry in entry_points(group=group)]
+    return [*dict.fromkeys([*names, PLUGIN])]
+
+
+def _check_against_model(args: argparse.Namespace, flags: GuidanceFlags) -> None:
+    """Do the value models fit the reference? Asked here, before the engine starts, for the answer to be one line.
+
+    The endpoint plugin asks again when the engine has settled on its maximum length.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    from qtilt_server.reference import check_value_models, reference_of
+
+    if not entry_points(group=ENDPOINT_PLUGINS, name=PLUGIN):
+        raise StartupError("the entry point of qtilt is missing: install the package with pip")
+    try:
+        model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
+        tokenizer = cached_tokenizer_from_config(model_config)
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{args.model}: {error}") from error
+    if model_config.runner_type != "generate":
+        raise StartupError(f"{args.model}: guidance steers generation and this is a {model_config.runner_type} model")
+    _, warnings = check_value_models(flags.value_models, reference_of(model_config, tokenizer))
+    _warn(warnings)
+
+
+def _warn(warnings: list[str]) -> None:
+    from vllm.logger import init_logger
+
+    for warning in warnings:
+        init_logger(__name__).warning(warning)

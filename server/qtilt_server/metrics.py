@@ -1,0 +1,36 @@
+"""Prometheus metrics of guidance; vLLM's own /metrics route exposes them."""
+
+from prometheus_client import Counter, Gauge
+
+from qtilt_server.schema import ChoiceGuidance
+
+
+class GuidanceMetrics:
+    """Made once per server, when its state is initialised."""
+
+    def __init__(self) -> None:
+        self._requests = Counter(
+            "qtilt_guided_requests", "Guided requests admitted.", ["value_model", "version", "method"]
+        )
+        self._tokens = Counter(
+            "qtilt_guided_tokens", "Returned tokens drawn from a guided distribution.", ["value_model", "version"]
+        )
+        self._kl = Counter(
+            "qtilt_guided_kl_nats", "Sum of KL(guided || reference) over returned tokens.", ["value_model", "version"]
+        )
+        self._active = Gauge("qtilt_active_version", "The version that a value model's name means.", ["value_model"])
+        self._swaps = Counter("qtilt_value_model_loads", "Value models published while serving.", ["outcome"])
+
+    def request(self, value_model: str, version: int, method: str) -> None:
+        self._requests.labels(value_model, version, method).inc()
+
+    def choice(self, value_model: str, version: int, choice: ChoiceGuidance) -> None:
+        self._tokens.labels(value_model, version).inc(choice.guided_tokens)
+        self._kl.labels(value_model, version).inc(max(choice.kl, 0.0))
+
+    def active(self, value_model: str, version: int) -> None:
+        self._active.labels(value_model).set(version)
+
+    def load(self, outcome: str) -> None:
+        """outcome: ``loaded``, ``refused`` or ``timeout``."""
+        self._swaps.labels(outcome).inc()

@@ -1,0 +1,167 @@
+"""Loading a further version while requests run: checked, prepared beside the running ones, then swapped in."""
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+from qtilt.checkpoint import Manifest, read_manifest
+from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
+from qtilt_server.errors import GuidanceRequestError, SwapTimeoutError
+from qtilt_server.metrics import GuidanceMetrics
+from qtilt_server.registry import ResidentVersion, ValueModelRegistry
+from qtilt_server.schema import PublishedVersion, PublishRequest
+from qtilt_server.worker import GuidanceWorker, WorkerError
+
+logger = logging.getLogger("vllm.qtilt_server.publication")
+
+DISCARD_POLL_S = 0.05
+
+
+class Publisher:
+    """Serves ``POST /v1/guidance/value_models``, one at a time.
+
+    Nothing that requests see changes before the new version is ready and has a place: a refusal, a failure or a
+    timeout leaves the resident versions as they were.
+    """
+
+    def __init__(
+        self,
+        registry: ValueModelRegistry,
+        worker: GuidanceWorker,
+        reference: Reference,
+        metrics: GuidanceMetrics,
+        root: Path | None,
+        swap_timeout: float,
+    ) -> None:
+        self._registry = registry
+        self._worker = worker
+        self._reference = reference
+        self._metrics = metrics
+        self._root = root
+        self._swap_timeout = swap_timeout
+        self._one_at_a_time = asyncio.Lock()
+
+    async def publish(self, request: PublishRequest) -> PublishedVersion:
+        """Load the directory as the next version of its name.
+
+        Raises GuidanceRequestError for a directory that can't be used, SwapTimeoutError when the older version doesn't
+        drain.
+        """
+        async with self._one_at_a_time:
+            try:
+                version = await self._load_and_swap(request)
+            except SwapTimeoutError:
+                self._metrics.load("timeout")
+                raise
+            except GuidanceRequestError as refusal:
+                self._metrics.load("refused")
+                logger.warning("refused to load %s as %s: %s", request.path, request.name, refusal)
+                raise
+        self._metrics.load("loaded")
+        self._metrics.active(version.name, version.version)
+        logger.info("%s is now %s", version.name, version.label)
+        return PublishedVersion(
+            name=version.name,
+            version=version.version,
+            path=version.path,
+            type=version.type,
+            distribution=version.distribution,
+        )
+
+    async def _load_and_swap(self, request: PublishRequest) -> ResidentVersion:
+        directory = directory_below(self._root, request.path)
+        version = await asyncio.to_thread(self._check, request.name, directory)
+        try:
+            await self._worker.prepare(version.name, version.version, str(directory))
+        except WorkerError as error:
+            raise GuidanceRequestError(self._without_root(error), "path") from error
+        try:
+            await self._make_room(version.name)
+            await self._worker.commit(version.name, version.version)
+        except BaseException:
+            await self._worker.discard(version.name, version.version)
+            raise
+        self._registry.activate(version)
+        return version
+
+    def _check(self, name: str, directory: Path) -> ResidentVersion:
+        try:
+            manifest = read_manifest(directory)
+            warnings = check_fits_reference(manifest, directory, self._reference)
+        except ValueError as error:
+            raise GuidanceRequestError(self._without_root(error), "path") from error
+        for warning in warnings:
+            logger.warning(warning)
+        assert self._root is not None
+        path = str(directory.relative_to(self._root))
+        return resident_version(name, self._registry.next_version(name), path, manifest, self._reference)
+
+    async def _make_room(self, name: str) -> None:
+        older = self._registry.in_the_way(name)
+        if older is None:
+            return
+        deadline = time.monotonic() + self._swap_timeout
+        try:
+            if not await self._registry.drain(older, self._swap_timeout):
+                raise SwapTimeoutError(
+                    f"{older.label} still guides {older.leases} running request(s) after {self._swap_timeout:g} s "
+                    f"(--swap-timeout) and two versions are resident at most; try again later"
+                )
+            await self._discard_when_rows_are_gone(older, deadline)
+        except BaseException:
+            self._registry.keep(older)
+            raise
+        self._registry.remove(older)
+
+    async def _discard_when_rows_are_gone(self, older: ResidentVersion, deadline: float) -> None:
+        """A response ends a step before its row leaves the running batch."""
+        while True:
+            try:
+                return await self._worker.discard(older.name, older.version)
+            except WorkerError as error:
+                if time.monotonic() >= deadline:
+                    raise SwapTimeoutError(f"{older.label} could not be unloaded in time: {error}") from error
+            await asyncio.sleep(DISCARD_POLL_S)
+
+    def _without_root(self, error: Exception) -> str:
+        """Clients name directories below the root; where that is on this machine isn't their business."""
+        return str(error).replace(f"{self._root}/", "")
+
+
+def resident_version(name: str, version: int, path: str, manifest: Manifest, reference: Reference) -> ResidentVersion:
+    """The registry's entry for a checked directory."""
+    rollouts = manifest.provenance.get("rollouts")
+    return ResidentVersion(
+        name=name,
+        version=version,
+        path=path,
+        type=manifest.type,  # type: ignore[arg-type]
+        distribution=manifest.distribution.to_config(),
+        scorable_tokens=scorable_tokens(manifest, reference),
+        rollouts=rollouts if isinstance(rollouts, dict) else {},
+    )
+
+
+def directory_below(root: Path | None, path: str) -> Path:
+    """The directory ``path`` below ``root``, symbolic links resolved.
+
+    Raises GuidanceRequestError when there is no root, or when the directory or a file in it is elsewhere.
+    """
+    if root is None:
+        raise GuidanceRequestError(
+            "this server was started without --value-model-root and loads no further value models"
+        )
+    if "\0" in path:
+        raise GuidanceRequestError("path holds a null character", "path")
+    directory = (root / path).resolve()
+    if Path(path).is_absolute() or not directory.is_relative_to(root):
+        raise GuidanceRequestError(f"path {path!r} must be relative to the value-model root and stay below it", "path")
+    if not directory.is_dir():
+        raise GuidanceRequestError(f"path {path!r}: no such directory below the value-model root", "path")
+    for file in directory.rglob("*"):
+        if not file.resolve().is_relative_to(root):
+            raise GuidanceRequestError(
+                f"{file.relative_to(root)} is a link to a place outside the value-model root", "path"
+            )
+    return directory

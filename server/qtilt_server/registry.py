@@ -1,0 +1,162 @@
+"""Which value-model versions are resident, which one a request gets, and who still uses them.
+
+Pure bookkeeping of the API process on one event loop: it knows nothing of HTTP, vLLM or weights. A lease keeps the
+version of a running guided request from being unloaded.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qtilt_server.errors import GuidanceRequestError
+from qtilt_server.schema import ValueModelStatus, VersionStatus
+
+MAX_RESIDENT_VERSIONS = 2
+
+
+@dataclass(eq=False)
+class ResidentVersion:
+    """One version in the worker.
+
+    path: as clients may see it. scorable_tokens: ids below this can be scored. rollouts: sampling parameters of the
+    roll-outs it was fitted on. leases: guided requests that use it now.
+    """
+
+    name: str
+    version: int
+    path: str
+    type: Literal["q", "v"]
+    distribution: dict[str, Any]
+    scorable_tokens: int
+    rollouts: dict[str, Any] = field(default_factory=dict)
+    leases: int = 0
+    draining: bool = False
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class Lease:
+    """Held by one guided request from its admission until nothing of it runs any more; releasing twice is harmless."""
+
+    def __init__(self, version: ResidentVersion) -> None:
+        self.version = version
+        self._held = True
+        version.leases += 1
+
+    def release(self) -> None:
+        if not self._held:
+            return
+        self._held = False
+        self.version.leases -= 1
+        assert self.version.leases >= 0
+        if self.version.leases == 0:
+            self.version.drained.set()
+
+
+class ValueModelRegistry:
+    """Names in the order they came; under each name at most two versions, the last activated one being active."""
+
+    def __init__(self) -> None:
+        self._versions: dict[str, list[ResidentVersion]] = {}
+
+    def __iter__(self) -> Iterator[ResidentVersion]:
+        return (version for versions in self._versions.values() for version in versions)
+
+    @property
+    def default_name(self) -> str | None:
+        """The first value model named."""
+        return next(iter(self._versions), None)
+
+    def lease(self, wanted: str | None) -> Lease:
+        """Fix the version of a new request: ``wanted`` is NAME, NAME@VERSION, or None for the default.
+
+        Raises GuidanceRequestError when there is no such version, or it no longer takes requests.
+        """
+        return Lease(self._find(wanted))
+
+    def next_version(self, name: str) -> int:
+        """Numbers of resident versions grow, and the newest stays resident: none is used twice."""
+        versions = self._versions.get(name)
+        return versions[-1].version + 1 if versions else 1
+
+    def activate(self, version: ResidentVersion) -> None:
+        """From now on the name means this version."""
+        assert version.version == self.next_version(version.name)
+        assert self.in_the_way(version.name) is None
+        self._versions.setdefault(version.name, []).append(version)
+
+    def in_the_way(self, name: str) -> ResidentVersion | None:
+        """The version that has to go before another one of this name fits."""
+        versions = self._versions.get(name, [])
+        return versions[0] if len(versions) >= MAX_RESIDENT_VERSIONS else None
+
+    async def drain(self, version: ResidentVersion, limit_s: float) -> bool:
+        """Admit no more requests to ``version`` and wait until none uses it; False when they outlast the limit.
+
+        The caller ends the drain with :meth:`remove` or :meth:`keep`.
+        """
+        version.draining = True
+        version.drained.clear()
+        if version.leases == 0:
+            return True
+        try:
+            async with asyncio.timeout(limit_s):
+                await version.drained.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def keep(self, version: ResidentVersion) -> None:
+        """Admit requests again: whatever it was drained for didn't happen."""
+        version.draining = False
+
+    def remove(self, version: ResidentVersion) -> None:
+        """Forget a drained version that the worker no longer holds."""
+        assert version.leases == 0
+        assert version is not self._versions[version.name][-1]
+        self._versions[version.name].remove(version)
+
+    def describe(self) -> list[ValueModelStatus]:
+        return [
+            ValueModelStatus(
+                name=name,
+                active=versions[-1].version,
+                versions=[_describe(version, active=version is versions[-1]) for version in versions],
+            )
+            for name, versions in self._versions.items()
+        ]
+
+    def _find(self, wanted: str | None) -> ResidentVersion:
+        name, at, number = (wanted if wanted is not None else self.default_name or "").partition("@")
+        versions = self._versions.get(name)
+        if versions is None:
+            raise _refused("no value model is loaded" if wanted is None else f"unknown value model {name!r}", self)
+        if not at:
+            return versions[-1]
+        for version in versions:
+            if str(version.version) == number:
+                if version.draining:
+                    raise _refused(f"{wanted} is being unloaded and takes no new requests", self)
+                return version
+        raise _refused(f"value model {name!r} has no version {number!r} loaded", self)
+
+
+def _describe(version: ResidentVersion, active: bool) -> VersionStatus:
+    return VersionStatus(
+        version=version.version,
+        path=version.path,
+        type=version.type,
+        distribution=version.distribution,
+        state="active" if active else "draining" if version.draining else "resident",
+        running=version.leases,
+        rollouts=version.rollouts,
+    )
+
+
+def _refused(reason: str, registry: ValueModelRegistry) -> GuidanceRequestError:
+    loaded = ", ".join(version.label for version in registry if not version.draining) or "none"
+    return GuidanceRequestError(f"guidance.value_model: {reason}; loaded: {loaded}", "guidance.value_model")

@@ -1,0 +1,1 @@
+"""The HTTP routes; each file attaches its own."""

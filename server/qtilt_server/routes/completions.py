@@ -1,0 +1,94 @@
+"""``/v1/completions`` and ``/v1/chat/completions``: vLLM's handlers, watched where a request asks for guidance."""
+
+import copy
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from vllm.entrypoints.openai.chat_completion.api_router import chat, create_chat_completion
+from vllm.entrypoints.openai.completion.api_router import completion, create_completion
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
+from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
+
+from qtilt_server.guard import SESSIONS
+from qtilt_server.requests import GuidedChatCompletionRequest, GuidedCompletionRequest, GuidedRequest
+from qtilt_server.session import GuidedEngine, GuidedSession
+from qtilt_server.state import GuidanceState
+from qtilt_server.streaming import add_guidance, say_guidance
+
+LOAD_METRICS_FORMAT_HEADER = "endpoint-load-metrics-format"
+
+router = APIRouter(
+    dependencies=[Depends(validate_json_request)],
+    responses={
+        HTTPStatus.OK.value: {"content": {"text/event-stream": {}}},
+        HTTPStatus.BAD_REQUEST.value: {"model": ErrorResponse},
+        HTTPStatus.NOT_FOUND.value: {"model": ErrorResponse},
+        HTTPStatus.INTERNAL_SERVER_ERROR.value: {"model": ErrorResponse},
+    },
+)
+
+
+@router.post("/v1/completions", response_model=None)
+async def guided_completion(request: GuidedCompletionRequest, raw_request: Request) -> Any:
+    """vLLM's own route unless the request asks for guidance."""
+    if request.guidance is None:
+        return await create_completion(request, raw_request)
+    return await _answer(request, raw_request, completion(raw_request), "create_completion")
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def guided_chat_completion(request: GuidedChatCompletionRequest, raw_request: Request) -> Any:
+    """vLLM's own route unless the request asks for guidance."""
+    if request.guidance is None:
+        return await create_chat_completion(request, raw_request)
+    return await _answer(request, raw_request, chat(raw_request), "create_chat_completion")
+
+
+@with_cancellation  # type: ignore[untyped-decorator]
+@load_aware_call  # type: ignore[untyped-decorator]
+async def _answer(request: GuidedRequest, raw_request: Request, handler: Any, method: str) -> Response:
+    """What vLLM's route does, with a handler whose engine is watched, and the guidance said in the answer."""
+    if handler is None:
+        raise NotImplementedError(f"the model does not support {raw_request.url.path}")
+    session = _open_session(request, raw_request)
+    result = await getattr(_watched(handler, session, raw_request), method)(request, raw_request)
+    if isinstance(result, ErrorResponse):
+        return JSONResponse(result.model_dump(), status_code=result.error.code)
+    if not request.stream:
+        content = add_guidance(result.model_dump(), session)
+        return JSONResponse(content, headers=metrics_header(raw_request.headers.get(LOAD_METRICS_FORMAT_HEADER, "")))
+    interval = float(getattr(raw_request.app.state.args, "sse_keep_alive_interval", 0))
+    events = with_sse_keep_alive(say_guidance(result, session), interval)
+    return StreamingResponse(events, media_type="text/event-stream")
+
+
+def _open_session(request: GuidedRequest, raw_request: Request) -> GuidedSession:
+    """Admit the request. The guard, which sees its end whatever happens, closes the session."""
+    state: GuidanceState = raw_request.app.state.guidance
+    assert request.guidance is not None
+    params, lease = state.admission.admit(request.guidance)
+    session = GuidedSession(
+        params,
+        lease,
+        state.worker,
+        state.metrics,
+        choices_per_prompt=request.n or 1,
+        returns_tokens=request.returns_tokens,
+    )
+    raw_request.scope[SESSIONS].append(session)
+    state.metrics.request(params.value_model, params.version, params.method)
+    return session
+
+
+def _watched(handler: Any, session: GuidedSession, raw_request: Request) -> Any:
+    """The handler as it is, with an engine of its own for this one request."""
+    state: GuidanceState = raw_request.app.state.guidance
+    watched = copy.copy(handler)
+    check_sampling = partial(state.sampling_check, session.version)
+    watched.engine_client = GuidedEngine(handler.engine_client, session, check_sampling)
+    return watched

@@ -1,0 +1,28 @@
+"""``GET /v1/guidance`` and ``POST /v1/guidance/value_models``; under /v1, so that --api-key guards them."""
+
+import asyncio
+
+from fastapi import APIRouter, Request
+
+from qtilt_server.schema import GuidanceStatus, PublishedVersion, PublishRequest
+from qtilt_server.state import GuidanceState
+
+router = APIRouter()
+
+
+@router.get("/v1/guidance")
+async def guidance_status(raw_request: Request) -> GuidanceStatus:
+    """What is loaded, the versions and the defaults."""
+    return _state(raw_request).admission.status()
+
+
+@router.post("/v1/guidance/value_models")
+async def publish_value_model(request: PublishRequest, raw_request: Request) -> PublishedVersion:
+    """Load a directory as the next version of a name while requests run."""
+    # Shielded: a client that goes away must not leave a swap half done.
+    return await asyncio.shield(asyncio.ensure_future(_state(raw_request).publisher.publish(request)))
+
+
+def _state(raw_request: Request) -> GuidanceState:
+    state: GuidanceState = raw_request.app.state.guidance
+    return state

@@ -1,0 +1,109 @@
+"""The JSON that goes over HTTP: the guidance block of a request, what responses say, the value-model routes.
+
+Requests are strict: no unknown key, no conversion of types (a bool is not a number), every range checked.
+A test freezes these models' JSON schema: they are the public surface.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_GUIDED_TOKENS = 2**31 - 1
+VALUE_MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class StrictModel(BaseModel):
+    """Neither unknown keys nor converted types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class GuidanceRequest(StrictModel):
+    """The ``guidance`` of a completion request; null or absent fields take the server's defaults."""
+
+    value_model: str | None = Field(
+        default=None, description="NAME (its active version) or NAME@VERSION; default: the first value model named"
+    )
+    eta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="KL weight η of the paper, finite and > 0; a larger η is a weaker tilt"
+    )
+    top_k: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="how many of the reference's likeliest tokens are scored each step"
+    )
+    method: Literal["qsharp", "cd"] | None = Field(
+        default=None, description="qsharp adds ln E[exp(Z/η)], cd adds E[Z]/η"
+    )
+    guided_tokens: Annotated[int, Field(ge=0, le=MAX_GUIDED_TOKENS)] | None = Field(
+        default=None, description="guide only the first so many generated tokens; null guides all, 0 none"
+    )
+
+
+class AppliedGuidance(StrictModel):
+    """``guidance`` of a response: what was done, with every default filled in."""
+
+    value_model: str = Field(description="NAME@VERSION")
+    eta: float
+    top_k: int
+    method: Literal["qsharp", "cd"]
+
+
+class ChoiceGuidance(StrictModel):
+    """``choices[i].guidance``: over the returned tokens of this choice."""
+
+    guided_tokens: int = Field(description="how many of the returned tokens were drawn from the guided distribution")
+    kl: float = Field(description="their summed full-vocabulary KL(guided ‖ reference) in nats")
+
+
+class PublishRequest(StrictModel):
+    """Body of ``POST /v1/guidance/value_models``."""
+
+    name: Annotated[str, Field(pattern=VALUE_MODEL_NAME)]
+    path: Annotated[str, Field(min_length=1)] = Field(description="a directory, relative to --value-model-root")
+
+
+class VersionStatus(StrictModel):
+    """One resident version. state: ``draining`` takes no new requests because a load waits for its place."""
+
+    version: int
+    path: str
+    type: Literal["q", "v"]
+    distribution: dict[str, Any]
+    state: Literal["active", "resident", "draining"]
+    running: int = Field(description="requests that use it now")
+    rollouts: dict[str, Any] = Field(description="sampling parameters of the roll-outs it was fitted on, if recorded")
+
+
+class ValueModelStatus(StrictModel):
+    """One name and its resident versions, oldest first."""
+
+    name: str
+    active: int
+    versions: list[VersionStatus]
+
+
+class PublishedVersion(StrictModel):
+    """Answer of ``POST /v1/guidance/value_models``."""
+
+    name: str
+    version: int
+    path: str
+    type: Literal["q", "v"]
+    distribution: dict[str, Any]
+
+
+class GuidanceDefaults(StrictModel):
+    """What an empty ``guidance`` means."""
+
+    value_model: str | None
+    eta: float
+    top_k: int
+    method: Literal["qsharp", "cd"]
+
+
+class GuidanceStatus(StrictModel):
+    """Answer of ``GET /v1/guidance``."""
+
+    value_models: list[ValueModelStatus]
+    defaults: GuidanceDefaults
+    max_top_k: int
+    value_model_root: str | None

@@ -1,0 +1,183 @@
+"""One guided HTTP request: its resolved parameters, its lease, and the records of what was done to each choice."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from qtilt.params import EXTRA_ARGS_KEY, GuidanceParams
+from qtilt_server.metrics import GuidanceMetrics
+from qtilt_server.registry import Lease, ResidentVersion
+from qtilt_server.schema import AppliedGuidance, ChoiceGuidance
+from qtilt_server.worker import GuidanceWorker, WorkerError
+
+logger = logging.getLogger("vllm.qtilt_server.session")  # vLLM configures the loggers below its own name only
+
+
+class GuidedSession:
+    """The lease is released when the response has ended and the engine has let go of every prompt's request.
+
+    returns_tokens: False when the request is answered with its prompt alone (echo without new tokens).
+    """
+
+    def __init__(
+        self,
+        params: GuidanceParams,
+        lease: Lease,
+        worker: GuidanceWorker,
+        metrics: GuidanceMetrics,
+        *,
+        choices_per_prompt: int,
+        returns_tokens: bool,
+    ) -> None:
+        self.params = params
+        self.worker = worker
+        self.metrics = metrics
+        self.returns_tokens = returns_tokens
+        self._lease = lease
+        self._choices_per_prompt = choices_per_prompt
+        self._traces: list[Trace] = []
+        self._running = 0
+        self._closed = False
+
+    @property
+    def version(self) -> ResidentVersion:
+        return self._lease.version
+
+    @property
+    def applied(self) -> AppliedGuidance:
+        """``guidance`` of the response."""
+        return AppliedGuidance(
+            value_model=self.version.label,
+            eta=self.params.eta,
+            top_k=self.params.top_k,
+            method=self.params.method,  # type: ignore[arg-type]
+        )
+
+    def open_trace(self) -> "Trace":
+        """Called once per prompt, in the order of the prompts."""
+        trace = Trace(self, replace(self.params, trace_id=uuid4().hex))
+        self._traces.append(trace)
+        return trace
+
+    def choice(self, index: int) -> ChoiceGuidance:
+        """The record of a finished choice; choices are numbered prompt by prompt."""
+        prompt, child = divmod(index, self._choices_per_prompt)
+        return self._traces[prompt].records[child]
+
+    def engine_started(self) -> None:
+        self._running += 1
+
+    def engine_stopped(self) -> None:
+        self._running -= 1
+        self._release_if_over()
+
+    def close(self) -> None:
+        """The response has ended, one way or another."""
+        self._closed = True
+        self._release_if_over()
+
+    def _release_if_over(self) -> None:
+        if self._closed and self._running == 0:
+            self._lease.release()
+
+
+class Trace:
+    """One prompt's request in the engine: follows its outputs and fetches the record of each choice that finishes."""
+
+    def __init__(self, session: GuidedSession, params: GuidanceParams) -> None:
+        self.params = params
+        self.records: dict[int, ChoiceGuidance] = {}
+        self._session = session
+        self._token_ids: dict[int, list[int]] = {}
+        self._forgotten = False
+
+    async def follow(
+        self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The same outputs, each after the records of the choices that it finishes."""
+        self._session.engine_started()
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    finished = [choice for choice in output.outputs if self._collect(choice, params.output_kind)]
+                    if finished:
+                        await self._fetch([choice.index for choice in finished], more_to_come=not output.finished)
+                    yield output
+        finally:
+            if not self._forgotten:
+                _in_background(self._forget())
+            self._session.engine_stopped()
+
+    def _collect(self, choice: CompletionOutput, kind: RequestOutputKind) -> bool:
+        """Note a choice's tokens; whether that was its last output."""
+        if kind is RequestOutputKind.DELTA:
+            self._token_ids.setdefault(choice.index, []).extend(choice.token_ids)
+        else:
+            self._token_ids[choice.index] = list(choice.token_ids)
+        return choice.finished() and choice.finish_reason != "error"
+
+    async def _fetch(self, choices: list[int], more_to_come: bool) -> None:
+        returned = [self._token_ids[choice] if self._session.returns_tokens else [] for choice in choices]
+        records = await self._session.worker.read_records(self.params.trace_id, returned, more_to_come=more_to_come)
+        self._forgotten = not more_to_come
+        for choice, record in zip(choices, records, strict=True):
+            self.records[choice] = record
+            self._session.metrics.choice(self.params.value_model, self.params.version, record)
+
+    async def _forget(self) -> None:
+        try:
+            await self._session.worker.forget(self.params.trace_id)
+        except WorkerError as error:
+            logger.warning("could not drop the records of an aborted request: %s", error)
+
+
+class GuidedEngine:
+    """Stands in for vLLM's engine client in the handler of one guided request.
+
+    Whatever the handler makes of the outputs afterwards (echo, stop strings, tool and reasoning parsers, hidden
+    reasoning), the tokens are counted here, where they come out of the engine.
+    """
+
+    def __init__(self, engine: Any, session: GuidedSession, check_sampling: Callable[[SamplingParams], None]) -> None:
+        self._engine = engine
+        self._session = session
+        self._check_sampling = check_sampling
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As vLLM's, for a prompt of tokens. Raises VLLMValidationError (HTTP 400) for any other kind."""
+        kind = prompt.get("type") if isinstance(prompt, dict) else type(prompt).__name__
+        if kind != "token":
+            raise VLLMValidationError(
+                f"guidance needs a prompt of text or token ids, this one is of kind {kind!r}", parameter="guidance"
+            )
+        self._check_sampling(sampling_params)
+        trace = self._session.open_trace()
+        sampling_params.extra_args = {
+            **(sampling_params.extra_args or {}),
+            EXTRA_ARGS_KEY: trace.params.to_extra_args(),
+        }
+        outputs = self._engine.generate(prompt, sampling_params, request_id, **options)
+        return trace.follow(outputs, sampling_params)
+
+
+_background: set["asyncio.Task[None]"] = set()
+
+
+def _in_background(work: Any) -> None:
+    """Run to the end although the request is being cancelled; the event loop alone keeps no reference to a task."""
+    task = asyncio.get_running_loop().create_task(work)
+    _background.add(task)
+    task.add_done_callback(_background.discard)

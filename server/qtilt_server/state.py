@@ -1,0 +1,20 @@
+"""What the routes share; made once when the server starts, kept as ``app.state.guidance``."""
+
+from dataclasses import dataclass
+
+from qtilt_server.admission import Admission
+from qtilt_server.metrics import GuidanceMetrics
+from qtilt_server.publication import Publisher
+from qtilt_server.sampling_check import RolloutSamplingCheck
+from qtilt_server.worker import GuidanceWorker
+
+
+@dataclass(frozen=True)
+class GuidanceState:
+    """Everything about guidance that outlives a request."""
+
+    admission: Admission
+    publisher: Publisher
+    worker: GuidanceWorker
+    sampling_check: RolloutSamplingCheck
+    metrics: GuidanceMetrics

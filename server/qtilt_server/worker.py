@@ -1,0 +1,84 @@
+"""The worker's guidance calls with types: a thin face on vLLM's ``collective_rpc``, which runs between two steps.
+
+Every rank of a tensor-parallel engine answers; ranks hold the same value models and compute the same records.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from qtilt_server.schema import ChoiceGuidance
+
+PREPARATION_POLL_S = 0.05
+
+
+class EngineRpc(Protocol):
+    """The part of vLLM's engine client used here."""
+
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        """Call ``method`` in every worker and return their answers."""
+        ...
+
+
+class WorkerError(RuntimeError):
+    """A guidance call failed in the worker; the message is the worker's."""
+
+
+class GuidanceWorker:
+    """Guidance in the engine's workers."""
+
+    def __init__(self, engine: EngineRpc) -> None:
+        self._engine = engine
+
+    async def describe(self) -> dict[str, Any]:
+        """What the first worker has loaded. Raises WorkerError when the guidance processor isn't live in any."""
+        answer: dict[str, Any] = (await self._call("qtilt_describe"))[0]
+        return answer
+
+    async def prepare(self, name: str, version: int, path: str) -> None:
+        """Load a directory beside the running versions; returns when every worker is ready.
+
+        Raises WorkerError, after clearing away what the others prepared, when one of them can't use it.
+        """
+        await self._call("qtilt_prepare_value_model", name, version, path)
+        try:
+            await self._wait_until_ready(name, version)
+        except BaseException:
+            await self.discard(name, version)
+            raise
+
+    async def commit(self, name: str, version: int) -> None:
+        """From now on requests may name the prepared version."""
+        await self._call("qtilt_commit_value_model", name, version)
+
+    async def discard(self, name: str, version: int) -> None:
+        """Unload a prepared or a resident version. Raises WorkerError while running rows use it."""
+        await self._call("qtilt_discard_value_model", name, version)
+
+    async def read_records(
+        self, trace_id: str, returned: Sequence[Sequence[int]], *, more_to_come: bool
+    ) -> list[ChoiceGuidance]:
+        """What was done to each returned token sequence of a trace; forgets the trace unless more is to come."""
+        sequences = [list(token_ids) for token_ids in returned]
+        records = (await self._call("qtilt_take_records", trace_id, sequences, more_to_come))[0]
+        return [ChoiceGuidance(guided_tokens=record["guided_tokens"], kl=float(record["kl"])) for record in records]
+
+    async def forget(self, trace_id: str) -> None:
+        """Drop the records of a trace that nobody will ask for."""
+        await self._call("qtilt_take_records", trace_id, [])
+
+    async def _wait_until_ready(self, name: str, version: int) -> None:
+        while True:
+            statuses = await self._call("qtilt_prepare_status", name, version)
+            failures = [status["error"] for status in statuses if status["state"] == "failed"]
+            if failures:
+                raise WorkerError(failures[0])
+            if all(status["state"] == "ready" for status in statuses):
+                return
+            await asyncio.sleep(PREPARATION_POLL_S)
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        try:
+            return await self._engine.collective_rpc(method, args=args)
+        except Exception as error:  # vLLM hands a worker's error over as a bare Exception
+            raise WorkerError(str(error)) from error
