@@ -10,12 +10,13 @@ not know why a history grew. One step is one packed forward of the backbone.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qtilt.exactness import engine_attention, measure_geometry
 from qtilt.kv_cache import KVCache
-from qtilt.packing import PackedStep, Row, pack
+from qtilt.packing import PackedStep, Row, copy_to_device, pack
 from qtilt.value_model import ValueModel
 
 
@@ -49,7 +50,6 @@ class ValueEngine:
         # with the padding token on the device.
         self._any_mask = torch.zeros(1, 1, 1, 1, device=self.cache.geometry.device)
 
-    @torch.inference_mode()
     def _checked_cache(self, cache: KVCache | None, slots: int) -> KVCache:
         geometry = measure_geometry(self.model.backbone, self.max_length)
         if cache is None:
@@ -161,8 +161,8 @@ class ValueEngine:
             step, hidden_TH = self._forward(growing, None)
             if len(growing) == len(rows):
                 return hidden_TH[step.last_B]
-        slots_B = torch.tensor([row.slot for row in rows]).to(self.cache.geometry.device, non_blocking=True)
-        return self.cache.last_hidden_SH[slots_B]
+        slots_B = np.array([row.slot for row in rows], dtype=np.int64)
+        return self.cache.last_hidden_SH[copy_to_device(self.cache.geometry.device, slots_B=slots_B)["slots_B"]]
 
     def _forward(self, rows: Sequence[Row], candidates_BK: Tensor | None) -> tuple[PackedStep, Tensor]:
         """One packed forward: hidden states ``[T, H]``; the slots then cover their rows' new tokens."""

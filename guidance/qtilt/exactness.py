@@ -49,6 +49,8 @@ class AttentionProbe:
 
     def _refuse(self, module: nn.Module, key: Tensor, value: Tensor, extras: Mapping[str, Any]) -> None:
         name = type(module).__name__
+        if not getattr(module, "is_causal", True):
+            raise ValueError(f"{name} is not causal; the value engine needs a decoder")
         for keyword in CHANGES_ATTENTION:
             if extras.get(keyword) is not None:
                 raise ValueError(f"{name} uses {keyword}, which the value engine cannot compute exactly")
@@ -72,11 +74,14 @@ def engine_attention(backbone: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+@torch.inference_mode()
 def measure_geometry(backbone: PreTrainedModel, max_length: int) -> CacheGeometry:
     """Run the backbone on a few tokens: the shape of the cache it needs, if the engine is exact on it.
 
     Raises ValueError that says what the backbone does differently.
     """
+    if not backbone._supports_attention_backend:
+        raise ValueError(f"{type(backbone).__name__} does not let its attention be replaced; use another backbone")
     register_attention()
     config = backbone.config.get_text_config()
     _refuse_config(config, max_length)
@@ -118,13 +123,8 @@ def _refuse_config(config: PretrainedConfig, max_length: int) -> None:
 def _packed_hidden(backbone: PreTrainedModel, ids_T: Tensor, probe: AttentionProbe) -> Tensor:
     """Hidden states ``[T, hidden]`` of the probe's sequences in one packed forward through our attention function."""
     positions_T = torch.cat([torch.arange(count, device=ids_T.device) for count in PROBE_LENGTHS])
-    try:
-        with engine_attention(backbone):
-            outputs = backbone(
-                input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, attention_step=probe
-            )
-    except TypeError as error:
-        raise ValueError(f"{type(backbone).__name__} cannot run packed rows with our attention: {error}") from error
+    with engine_attention(backbone):
+        outputs = backbone(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, attention_step=probe)
     return outputs.last_hidden_state[0]  # type: ignore[no-any-return]
 
 

@@ -134,7 +134,7 @@ def pack(cache: KVCache, rows: Sequence[Row], candidates_BK: Tensor | None) -> P
     prefix_lengths_W[window_row_B] = np.maximum(lengths_B, 1)
     tail_WR, tail_of_T = _tails(first_B, counts_B, window_row_B, window_rows, columns)
 
-    on_device = _copy(
+    on_device = copy_to_device(
         device,
         new_ids=new_ids_N,
         positions=positions_T,
@@ -221,7 +221,7 @@ def _no_prefix(no_prefix_M: Tensor, new_tokens: int) -> Tensor:
     return torch.cat([no_prefix_M.new_zeros(new_tokens), no_prefix_M]).bool()
 
 
-def _copy(device: torch.device, **arrays: Ints) -> dict[str, Tensor]:
+def copy_to_device(device: torch.device, **arrays: Ints) -> dict[str, Tensor]:
     """Copy integer arrays to the device as one transfer, keeping names and shapes."""
     flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays.values()]))
     flat = flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flat.to(device)

@@ -1,0 +1,245 @@
+"""The value engine against plain Hugging Face forwards, whatever the histories do between steps."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine_histories import EXACT, Histories
+from hf_oracle import CONFIGS, POSITIONS, VOCABULARY, make_value_model, plain_value_logits
+from qtilt.attention import attend_prefix_plainly
+from qtilt.engine import ValueEngine
+
+
+@pytest.fixture(params=["q", "v"])
+def type(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["llama-gqa", "gpt2"])
+def histories(request: pytest.FixtureRequest, type: str) -> Histories:
+    return Histories(make_value_model(request.param, type))
+
+
+@pytest.mark.parametrize("distribution", ["bernoulli", "categorical"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_catch_up_one_token_none_and_mixed_steps_equal_plain_forwards(family: str, type: str, distribution: str):
+    run = Histories(make_value_model(family, type, distribution))
+    first, second, third = run.start(3, 17, 1)
+    run.check(first, second, third)
+    for slot in (first, second, third):
+        run.grow(slot, 1)
+    run.check(first, second, third)
+    run.check(first, second, third)  # nothing new
+    run.grow(first, 1)
+    run.grow(third, 9)
+    (fourth,) = run.start(8)
+    run.check(fourth, third, second, first)  # none, one, many and all new in one step, in another order
+
+
+def test_a_row_scores_the_same_alone_and_beside_others(type: str):
+    model = make_value_model("llama-gqa", type)
+    alone, beside = Histories(model), Histories(model)
+    histories = [alone.draw(length) for length in (4, 30, 11)]
+    candidates_BK = torch.tensor([alone.draw(5) for _ in histories])
+    together = beside.engine.value_logits([beside.engine.acquire() for _ in histories], histories, candidates_BK)
+    for history, candidates_K, expected_KA in zip(histories, candidates_BK, together, strict=True):
+        got_BKA = alone.engine.value_logits([alone.engine.acquire()], [history], candidates_K[None])
+        torch.testing.assert_close(got_BKA[0], expected_KA, **EXACT)
+
+
+def test_a_rewound_history_may_go_another_way(histories: Histories):
+    first, second = histories.start(12, 7)
+    histories.check(first, second)
+    histories.branch(first, kept=5, count=1)
+    histories.grow(second, 1)
+    histories.check(first, second)
+    histories.branch(first, kept=2, count=6)
+    histories.branch(second, kept=1, count=0)
+    histories.check(first, second)
+    histories.branch(first, kept=0, count=4)
+    histories.check(first)
+
+
+def test_a_history_rewound_without_new_tokens_is_scored_from_its_new_end(histories: Histories):
+    (slot,) = histories.start(9)
+    histories.check(slot)
+    histories.branch(slot, kept=4, count=0)
+    histories.check(slot)
+    histories.check(slot)
+
+
+def test_released_slots_start_anew_and_the_lowest_goes_first(histories: Histories):
+    slots = histories.start(20, 5, 9)
+    histories.check(*slots)
+    histories.stop(slots[0])
+    histories.stop(slots[1])
+    reused = histories.start(4, 6)
+    assert reused == slots[:2]
+    assert [histories.engine.covered(slot) for slot in reused] == [0, 0]
+    histories.check(slots[2], *reused)
+
+
+def test_scattered_slots_are_gathered(type: str):
+    run = Histories(make_value_model("llama-gqa", type), slots=12)
+    slots = run.start(*range(3, 15))
+    run.check(*slots)
+    for slot in slots[1:-1]:
+        run.stop(slot)
+    for slot in (slots[0], slots[-1]):
+        run.grow(slot, 1)
+    run.check(slots[-1], slots[0])
+
+
+def test_what_a_broken_history_leaves_in_a_slot_reaches_nobody(type: str):
+    run = Histories(make_value_model("llama-gqa", type))
+    long, short = run.start(20, 3)
+    run.check(long, short)
+    run.engine.cache.keys_LSGPD[:, short, :, 2] = torch.nan
+    run.engine.cache.values_LSGPD[:, short, :, 2] = torch.nan
+    run.stop(short)
+    run.start(1)
+    run.check(long, *(slot for slot in run.tokens if slot != long))
+
+
+@pytest.mark.parametrize("limit", [1, 4, 7])
+def test_a_catch_up_longer_than_one_forward_allows_takes_several(histories: Histories, limit: int):
+    run = Histories(histories.model, max_new_tokens=limit)
+    tokens_of_forwards: list[int] = []
+    run.model.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens_of_forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    slots = run.start(13, 2, 1, 6)
+    candidates_BK = torch.tensor([run.draw(3) for _ in slots])
+    got_BKA = run.engine.value_logits(slots, list(run.tokens.values()), candidates_BK)
+    # A row's last token isn't put off, however many rows there are.
+    candidates = candidates_BK.numel() if run.model.type == "v" else 0
+    assert max(tokens_of_forwards) <= max(limit, len(slots)) + candidates
+    expected_BKA = plain_value_logits(run.model, list(run.tokens.values()), candidates_BK)
+    torch.testing.assert_close(got_BKA, expected_BKA, **EXACT)
+
+
+def test_two_models_share_one_cache_and_a_swap_recomputes_nothing(type: str):
+    old = Histories(make_value_model("qwen3", type, seed=0))
+    new = Histories(make_value_model("qwen3", type, seed=1), seed=1)
+    new.engine = ValueEngine(new.model, 6, POSITIONS - 1, cache=old.engine.cache)
+    (started_before,) = old.start(10)
+    old.check(started_before)
+    (started_after,) = new.start(12)
+    assert started_after != started_before
+    for _ in range(2):
+        new.check(started_after)
+        old.check(started_before)
+        old.grow(started_before, 1)
+        new.grow(started_after, 1)
+    with pytest.raises(ValueError, match="not one this engine acquired"):
+        new.engine.covered(started_before)
+    old.stop(started_before)
+    (reused,) = new.start(5)
+    assert reused == started_before
+    new.check(started_after, reused)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_random_histories_stay_exact(family: str, type: str):
+    run = Histories(make_value_model(family, type, "categorical"), max_new_tokens=24, seed=5)
+    run.wander(steps=40)
+
+
+def test_the_attention_of_devices_without_a_kernel_is_exact_too(type: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qtilt.packing.attend_prefix", attend_prefix_plainly)
+    Histories(make_value_model("llama-gqa", type)).wander(steps=15)
+
+
+def test_one_forward_a_step_with_only_what_the_cache_lacks(type: str):
+    run = Histories(make_value_model("llama", type))
+    first, second = run.start(10, 20)
+    run.check(first, second)
+    tokens_of_forwards: list[int] = []
+    run.model.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens_of_forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    run.grow(first, 1)
+    run.engine.value_logits([first, second], [run.tokens[first], run.tokens[second]], torch.zeros(2, 5).long())
+    assert tokens_of_forwards == [1 + (2 * 5 if type == "v" else 0)]
+    run.engine.value_logits([first, second], [run.tokens[first], run.tokens[second]], torch.zeros(2, 5).long())
+    assert tokens_of_forwards[1:] == ([2 * 5] if type == "v" else [])
+
+
+def test_candidates_are_never_cached():
+    run = Histories(make_value_model("gpt2", "v"))
+    first, second = run.start(6, 9)
+    run.check(first, second)
+    keys = run.engine.cache.keys_LSGPD.clone()
+    run.check(first, second, columns=20)
+    assert torch.equal(run.engine.cache.keys_LSGPD, keys)
+
+
+def test_an_empty_history_is_scored_by_v_type_and_refused_by_q_type():
+    run = Histories(make_value_model("llama-gqa", "v"))
+    empty, other = run.start(0, 7)
+    run.check(empty, other)
+    run.grow(empty, 1)
+    run.check(empty, other)
+    run = Histories(make_value_model("llama-gqa", "q"))
+    with pytest.raises(ValueError, match="is empty"):
+        run.check(*run.start(0))
+
+
+def test_no_rows_give_no_logits(histories: Histories):
+    assert histories.engine.value_logits([], [], torch.zeros(0, 5).long()).shape == (0, 5, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+def test_half_precision_is_as_close_to_float32_as_the_plain_forward_is(family: str, type: str, dtype: torch.dtype):
+    exact = make_value_model(family, type)
+    histories = [Histories(exact).draw(length) for length in (5, 23)]
+    candidates_BK = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    expected_BKA = plain_value_logits(exact, histories, candidates_BK)
+    half = make_value_model(family, type).to(dtype)
+    half.load_state_dict(exact.state_dict())
+    plain_error = (plain_value_logits(half, histories, candidates_BK) - expected_BKA).abs().max()
+    engine = ValueEngine(half, 2, POSITIONS - 1)
+    got_BKA = engine.value_logits([engine.acquire(), engine.acquire()], histories, candidates_BK)
+    assert (got_BKA - expected_BKA).abs().max() < 2 * plain_error + 0.05
+
+
+def test_the_backbone_keeps_its_own_attention_outside_the_engine(histories: Histories):
+    model = histories.model
+    ids_1T = torch.tensor([[1, 2, 3, 4]])
+    before = model.taken_logits(ids_1T).detach()
+    histories.check(*histories.start(5))
+    assert model.backbone.config._attn_implementation == "eager"
+    assert torch.equal(model.taken_logits(ids_1T).detach(), before)
+
+
+def call(histories: Histories, slots: list[int], tokens: list[list[int]], columns: int = 2) -> Tensor:
+    return histories.engine.value_logits(slots, tokens, torch.zeros(len(tokens), columns).long())
+
+
+def test_wrong_calls_say_what_is_wrong(histories: Histories):
+    first, second = histories.start(4, 4)
+    with pytest.raises(ValueError, match="not distinct"):
+        call(histories, [first, first], [[1], [1]])
+    with pytest.raises(ValueError, match="2 slots, 1 histories and 1 rows of candidates"):
+        call(histories, [first, second], [[1]])
+    with pytest.raises(ValueError, match="not one this engine acquired"):
+        call(histories, [5], [[1]])
+    with pytest.raises(ValueError, match="token ids from -1 to 3"):
+        call(histories, [first], [[3, -1]])
+    with pytest.raises(ValueError, match=f"to {VOCABULARY}, the value model's are 0 to {VOCABULARY - 1}"):
+        call(histories, [first], [[3, VOCABULARY]])
+    with pytest.raises(ValueError, match=f"has {POSITIONS} tokens, expected 0"):
+        call(histories, [first], [[1] * POSITIONS])
+    histories.check(first)
+    with pytest.raises(ValueError, match=r"has 3 tokens, expected 4 .*rewind first"):
+        call(histories, [first], [histories.tokens[first][:3]])
+    with pytest.raises(ValueError, match="holds 4 tokens and cannot be rewound to 5"):
+        histories.engine.rewind(first, 5)
+    histories.check(first, second)  # nothing above changed a slot
+
+
+def test_more_histories_than_slots_are_refused(histories: Histories):
+    histories.start(*[1] * 6)
+    with pytest.raises(ValueError, match="all 6 cache slots are in use"):
+        histories.engine.acquire()

@@ -1,0 +1,152 @@
+"""The attention over a prefix and its merge with the own key; which backbones and caches the engine refuses."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BloomConfig,
+    Gemma2Config,
+    GptOssConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from hf_oracle import CONFIGS, POSITIONS, SIZES, VOCABULARY, make_backbone, make_value_model
+from qtilt.attention import attend_prefix, attend_prefix_plainly, merge_own
+from qtilt.distributions import Bernoulli
+from qtilt.engine import ValueEngine
+from qtilt.exactness import measure_geometry
+from qtilt.kv_cache import KVCache
+from qtilt.value_model import ValueModel
+
+ROWS, KV_HEADS, QUERIES, PREFIX, SIZE = 3, 2, 10, 7, 8
+LENGTHS_W = torch.tensor([3, PREFIX, 1])
+SCALING = 0.3
+
+
+def prefix_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    query = torch.randn(ROWS, KV_HEADS, QUERIES, SIZE)
+    # Slices of a larger cache, as the engine reads it.
+    keys, values = torch.randn(2, ROWS + 2, KV_HEADS, PREFIX + 5, SIZE).unbind(0)
+    mask = torch.zeros(ROWS, PREFIX).masked_fill_(torch.arange(PREFIX) >= LENGTHS_W[:, None], -torch.inf)
+    return query, keys[1:-1, :, :PREFIX], values[1:-1, :, :PREFIX], mask[:, None, None]
+
+
+@pytest.mark.parametrize("attend", [attend_prefix, attend_prefix_plainly])
+def test_attention_over_a_prefix_is_the_softmax_over_its_visible_positions(attend):
+    query, keys, values, mask = prefix_inputs()
+    out, lse = attend(query, keys, values, mask, SCALING)
+    for row, length in enumerate(LENGTHS_W.tolist()):
+        scores = query[row].double() @ keys[row, :, :length].double().mT * SCALING
+        torch.testing.assert_close(lse[row].double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
+        expected = scores.softmax(-1) @ values[row, :, :length].double()
+        torch.testing.assert_close(out[row].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("own_size", [1.0, 60.0])
+def test_merging_the_own_key_is_the_softmax_over_prefix_and_self(own_size: float):
+    torch.manual_seed(1)
+    tokens, heads = 4, 6
+    query, keys, values = (torch.randn(tokens, n, SIZE) for n in (heads, PREFIX, PREFIX))
+    own_key, own_value = own_size * torch.randn(tokens, KV_HEADS, SIZE), torch.randn(tokens, KV_HEADS, SIZE)
+    scores = query @ keys.mT * SCALING
+    merged = merge_own(scores.softmax(-1) @ values, scores.logsumexp(-1), query, own_key, own_value, SCALING)
+    for head in range(heads):
+        group = head // (heads // KV_HEADS)
+        own = (query[:, head] * own_key[:, group]).sum(-1, keepdim=True) * SCALING
+        weights = torch.cat([scores[:, head], own], dim=-1).softmax(-1)
+        expected = (weights[:, :-1, None] * values).sum(1) + weights[:, -1:] * own_value[:, group]
+        torch.testing.assert_close(merged[:, head], expected, atol=1e-5, rtol=1e-5)
+
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+TOY = {"hidden_size": 32, "vocab_size": VOCABULARY}
+REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
+    "sliding window": (MistralConfig(sliding_window=16, **HEADS, **SIZES), "sliding window of 16"),
+    "some sliding layers": (
+        Qwen2Config(use_sliding_window=True, sliding_window=16, max_window_layers=1, **HEADS, **SIZES),
+        "sliding_attention layers",
+    ),
+    "soft cap": (Gemma2Config(head_dim=8, sliding_window=128, **HEADS, **SIZES), "softcap"),
+    "sinks": (
+        GptOssConfig(
+            head_dim=8,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            sliding_window=128,
+            rope_parameters=None,
+            **HEADS,
+            **SIZES,
+        ),
+        "s_aux",
+    ),
+    "layers without attention": (
+        Lfm2Config(layer_types=["full_attention", "conv", "conv"], **HEADS, **SIZES),
+        "conv layers",
+    ),
+    "both directions": (BertConfig(num_attention_heads=4, vocab_size=VOCABULARY, **SIZES), "not causal"),
+    "attention of its own": (BloomConfig(n_head=4, n_layer=2, **TOY), "does not let its attention be replaced"),
+    "dynamic frequencies": (LlamaConfig(rope_parameters=DYNAMIC_ROPE, **HEADS, **SIZES), "rope_type is 'dynamic'"),
+}
+
+
+@pytest.mark.parametrize(("config", "reason"), REFUSED.values(), ids=REFUSED)
+def test_backbones_the_engine_is_not_exact_on_are_refused(config: PretrainedConfig, reason: str):
+    with pytest.raises(ValueError, match=reason):
+        measure_geometry(make_backbone(config), POSITIONS)
+
+
+def test_a_backbone_that_mixes_tokens_outside_its_attention_is_refused():
+    backbone = make_backbone(CONFIGS["llama"])
+    backbone.layers[1].register_forward_hook(lambda module, args, out: out + 0.1 * out.roll(1, dims=1))
+    with pytest.raises(ValueError, match="something else than causal attention over each sequence"):
+        measure_geometry(backbone, POSITIONS)
+
+
+def test_a_sliding_window_no_history_outgrows_is_accepted():
+    backbone = make_backbone(MistralConfig(sliding_window=POSITIONS, **HEADS, **SIZES))
+    assert measure_geometry(backbone, POSITIONS).kv_heads == 2
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_cache_has_the_shape_the_backbone_asks_for(family: str):
+    model = make_value_model(family, "v")
+    engine = ValueEngine(model, slots=3, max_length=40)
+    attention = model.backbone.config
+    kv_heads = getattr(attention, "num_key_value_heads", attention.num_attention_heads)
+    head_size = getattr(attention, "head_dim", attention.hidden_size // attention.num_attention_heads)
+    assert engine.cache.keys_LSGPD.shape == engine.cache.values_LSGPD.shape == (3, 3, kv_heads, 40, head_size)
+
+
+def test_positions_must_cover_the_longest_history():
+    with pytest.raises(ValueError, match=f"has {POSITIONS} positions, fewer than the {POSITIONS + 1} tokens"):
+        ValueEngine(make_value_model("gpt2", "v"), 2, POSITIONS + 1)
+
+
+def test_a_cache_of_another_geometry_or_size_is_refused():
+    gpt2, llama = make_value_model("gpt2", "v"), make_value_model("llama-gqa", "v")
+    cache = ValueEngine(gpt2, 2, 32).cache
+    for model, slots, length in [(llama, 2, 32), (gpt2, 3, 32), (gpt2, 2, 33)]:
+        with pytest.raises(ValueError, match="the cache is 2 slots × 32 tokens"):
+            ValueEngine(model, slots, length, cache=cache)
+    assert ValueEngine(gpt2, 2, 32, cache=cache).cache is cache
+
+
+@pytest.mark.parametrize("size", [{"slots": 0, "max_length": 4}, {"slots": 4, "max_length": 0}])
+def test_an_empty_cache_is_refused(size: dict[str, int]):
+    geometry = measure_geometry(make_backbone(CONFIGS["llama"]), 4)
+    with pytest.raises(ValueError, match="both must be positive"):
+        KVCache(geometry, **size)
+
+
+def test_dropout_is_off_in_the_engine():
+    backbone = make_backbone(LlamaConfig(attention_dropout=0.9, attn_implementation="eager", **HEADS, **SIZES)).train()
+    engine = ValueEngine(ValueModel.from_backbone(backbone, "v", Bernoulli(), head_std=0.5), 1, 8)
+    slot, candidates_BK = engine.acquire(), torch.tensor([[4, 4]])
+    first = engine.value_logits([slot], [[1, 2, 3]], candidates_BK)
+    torch.testing.assert_close(engine.value_logits([slot], [[1, 2, 3]], candidates_BK), first)
