@@ -41,14 +41,14 @@ class ServerConfig(Table):
     model: str | None = None
     """Server model id; None: the only one it serves."""
     api_key: str = "none"
-    concurrency: int = Field(default=64, ge=1)
-    """Requests in flight at most."""
+    concurrency: int = Field(default=64, ge=1, le=1000)
+    """Requests in flight at most; the openai client has 1000 connections."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds one request may take."""
     retries: int = Field(default=6, ge=0)
     """How often a request is repeated after a lost connection, a timeout, a 429 or a 5xx; the waits double up to 8 s."""
     value_model_root: Path | None = None
-    """The server's --value-model-root as this machine sees it; None: the path the server reports."""
+    """The server's --value-model-root as this machine sees it; None: as the server does."""
 
     @field_validator("url")
     @classmethod

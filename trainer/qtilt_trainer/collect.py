@@ -1,0 +1,117 @@
+"""Collecting roll-outs: Algorithm 1 of the paper, in the form in which one request rolls in and out.
+
+Iteration 1 asks the reference alone (g = 0), all samples of a prompt in one request. Later iterations draw for every
+sample a switch point g uniformly below the length of an earlier response to the same prompt; the server guides the
+first g tokens and leaves the rest to the reference.
+
+Departures. The official code first generates a guided response to find out how long it is, and rolls in at least one
+token; we take the length from an earlier iteration, which saves that response, and g may be 0. A prompt without an
+earlier response (a later iteration with more prompts) has g = 0.
+"""
+
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from qtilt_trainer.client import Guidance, Sampling
+from qtilt_trainer.config import CollectConfig, SamplingConfig
+from qtilt_trainer.generate import PlannedRequest, seed_of
+from qtilt_trainer.rollouts import Rollout, RolloutStore, rollout_id
+from qtilt_trainer.tasks.problem import Problem, Task
+
+logger = logging.getLogger(__name__)
+
+
+Missing = list[tuple[Problem, tuple[int, ...]]]
+"""Prompts with the numbers of the samples that are not stored."""
+
+
+def missing_samples(task: Task, iteration: int, store: RolloutStore, config: CollectConfig) -> Missing:
+    """What the store lacks of `iteration`."""
+    stored = store.ids()
+    candidates = [
+        (problem, _missing(iteration, problem.id, config.samples_per_prompt, stored))
+        for problem in task.problems("train", config.prompts)
+    ]
+    return [(problem, samples) for problem, samples in candidates if samples]
+
+
+def plan_requests(
+    missing: Missing,
+    iteration: int,
+    store: RolloutStore,
+    config: CollectConfig,
+    sampling: SamplingConfig,
+    value_model: str | None,
+) -> list[PlannedRequest]:
+    """The requests that make the missing roll-outs of `iteration`.
+
+    value_model: NAME@VERSION that rolls in from iteration 2 on; None in iteration 1.
+    The same roll-outs have the same seeds and switch points whenever and in whatever portions they are made.
+    """
+    if (iteration == 1) != (value_model is None):
+        raise ValueError(f"only the first iteration has no value model, got {value_model} for iteration {iteration}")
+    if value_model is None:
+        return [_unguided(iteration, problem, samples, config, sampling) for problem, samples in missing]
+    lengths = earlier_lengths(rollout for rollout in store.read() if rollout.iteration < iteration)
+    _log_unknown([problem for problem, _ in missing], lengths)
+    return [
+        _rolled_in(iteration, problem, sample, config, sampling, lengths, value_model)
+        for problem, samples in missing
+        for sample in samples
+    ]
+
+
+def earlier_lengths(rollouts: Iterable[Rollout]) -> dict[str, list[int]]:
+    """Prompt id -> lengths of its responses in tokens, end token included, in the order of roll-out ids."""
+    lengths = defaultdict(list)
+    for rollout in rollouts:
+        lengths[rollout.prompt_id].append(len(rollout.token_ids))
+    return dict(lengths)
+
+
+def switch_point(seed: int, what: str, lengths: Sequence[int]) -> int:
+    """g uniform on 0 … L - 1, L being the length of one of the earlier responses drawn uniformly; 0 without any."""
+    if not lengths:
+        return 0
+    rng = random.Random(f"{seed}/switch/{what}")
+    return rng.randrange(rng.choice(lengths))
+
+
+def _missing(iteration: int, prompt_id: str, samples: int, stored: set[str]) -> tuple[int, ...]:
+    return tuple(sample for sample in range(samples) if rollout_id(iteration, prompt_id, sample) not in stored)
+
+
+def _unguided(
+    iteration: int, problem: Problem, samples: tuple[int, ...], config: CollectConfig, sampling: SamplingConfig
+) -> PlannedRequest:
+    seed = seed_of(config.seed, rollout_id(iteration, problem.id, samples[0]))
+    return PlannedRequest(iteration, "train", problem, samples, seed, sampling_of(sampling), None)
+
+
+def _rolled_in(
+    iteration: int,
+    problem: Problem,
+    sample: int,
+    config: CollectConfig,
+    sampling: SamplingConfig,
+    lengths: Mapping[str, Sequence[int]],
+    value_model: str,
+) -> PlannedRequest:
+    what = rollout_id(iteration, problem.id, sample)
+    g = switch_point(config.seed, what, lengths.get(problem.id, ()))
+    guidance = Guidance(value_model, config.eta, config.guidance_top_k, config.method, g) if g > 0 else None
+    seed = seed_of(config.seed, what)
+    return PlannedRequest(iteration, "train", problem, (sample,), seed, sampling_of(sampling), guidance)
+
+
+def sampling_of(config: SamplingConfig) -> Sampling:
+    """The configured sampling, for one request."""
+    return Sampling(config.temperature, config.top_p, config.top_k, config.max_tokens)
+
+
+def _log_unknown(problems: Sequence[Problem], lengths: Mapping[str, Sequence[int]]) -> None:
+    unknown = sum(problem.id not in lengths for problem in problems)
+    if unknown:
+        logger.warning("%d of %d prompts have no earlier response: they are not rolled in", unknown, len(problems))

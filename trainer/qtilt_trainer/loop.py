@@ -1,0 +1,176 @@
+"""The whole training: collect, fit, publish for each iteration, then evaluate and report.
+
+There is no state but the files below `run_dir`: every stage looks at what is there, does what is missing and writes its
+result atomically. Killed anywhere and started again, the loop goes on where it was.
+
+    config.json                       the resolved configuration
+    rollouts/iteration-001/           roll-outs (rollouts.py), settings.json
+    value_models/initial              the value model before any fit
+    value_models/iteration-001        … fitted on all roll-outs up to there; with .settings.json and .fit.json beside it
+    published/iteration-001.json      the version the server gave it
+    evaluation/iteration-002/CELL/    completions and record of one cell of the grid (evaluate.py)
+    results.json                      all records
+    report.html, plots/               report
+"""
+
+import asyncio
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qtilt_trainer.atomic_file import write_json
+from qtilt_trainer.client import GuidedClient
+from qtilt_trainer.collect import Missing, missing_samples, plan_requests
+from qtilt_trainer.config import LoopConfig, ValueModelConfig
+from qtilt_trainer.evaluate import Record, evaluate
+from qtilt_trainer.generate import generate
+from qtilt_trainer.publish import publish
+from qtilt_trainer.rollouts import RolloutStore
+from qtilt_trainer.settings_file import claim
+from qtilt_trainer.tasks import Task, make_task
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "results.json"
+
+
+class Run:
+    """One run directory and the stages that fill it. Nothing is kept in memory between stages."""
+
+    def __init__(self, config: LoopConfig) -> None:
+        """Raises ValueError for a task that can't be made or whose rewards the value model can't represent."""
+        self.config = config
+        self.task: Task = make_task(config.task.model_dump())
+        self.store = RolloutStore(config.run_dir / "rollouts")
+        _check_range(config.value_model, self.task)
+
+    def value_model_directory(self, iteration: int) -> Path:
+        """Of the value model fitted in `iteration`; 0 is the initial one."""
+        name = f"iteration-{iteration:03d}" if iteration else "initial"
+        return self.config.run_dir / "value_models" / name
+
+    def loop(self) -> None:
+        """All stages of all iterations, and the evaluation; those already done are skipped."""
+        last = len(self.config.iterations)
+        for iteration in range(1, last + 1):
+            self.collect(iteration)
+            self.fit(iteration)
+            # A version that a later fit replaced is of no further use to anybody.
+            if iteration == last or not self.value_model_directory(iteration + 1).exists():
+                self.publish(iteration)
+        if self.config.evaluate is not None:
+            self.evaluate(last)
+
+    def collect(self, iteration: int) -> None:
+        """Makes the roll-outs of `iteration` that are missing."""
+        config = self.config.collect_of(iteration)
+        claim(self.store.directory / f"iteration-{iteration:03d}" / "settings.json", self._collect_settings(iteration))
+        self.store.remove_unfinished()
+        missing = missing_samples(self.task, iteration, self.store, config)
+        if missing:
+            asyncio.run(self._collect(iteration, missing))
+
+    async def _collect(self, iteration: int, missing: Missing) -> None:
+        config, sampling = self.config.collect_of(iteration), self.config.sampling
+        async with GuidedClient(self.config.server) as client:
+            value_model = await self._publish(client, iteration - 1) if iteration > 1 else None
+            plan = plan_requests(missing, iteration, self.store, config, sampling, value_model)
+            label = f"collect {iteration}"
+            await generate(client, self.task, plan, self.store, self.config.server.concurrency, label)
+
+    def fit(self, iteration: int) -> None:
+        """Fits the value model of `iteration` on the roll-outs of all iterations up to it, unless that is done."""
+        directory = self.value_model_directory(iteration)
+        claim(directory.with_name(f"{directory.name}.settings.json"), self._fit_settings(iteration))
+        if directory.exists():
+            return
+        from qtilt_trainer.fit import fit_value_model
+
+        self.initialise()
+        rollouts = [rollout for number in range(1, iteration + 1) for rollout in self.store.read(number)]
+        provenance = {"iteration": iteration, "task": self.task.name}
+        fit_value_model(self.value_model_directory(0), rollouts, directory, self.config.fit_of(iteration), provenance)
+
+    def initialise(self) -> None:
+        """Makes the value model that every fit starts from, unless it is there."""
+        directory = self.value_model_directory(0)
+        if directory.exists():
+            return
+        from qtilt_trainer.initialise import initialise_value_model
+
+        config = self.config.value_model
+        initialise_value_model(config.backbone, config.type, distribution_of(config), directory, config.head_std)
+
+    def publish(self, iteration: int) -> str:
+        """NAME@VERSION under which the server has the value model of `iteration`; loads it if it hasn't."""
+        return asyncio.run(self._publish_only(iteration))
+
+    def evaluate(self, iteration: int) -> list[Record]:
+        """Measures the value model of `iteration` over the grid and writes `results.json`."""
+        records = asyncio.run(self._evaluate(iteration))
+        write_json(self.config.run_dir / RESULTS, [asdict(record) for record in records])
+        return records
+
+    async def _publish_only(self, iteration: int) -> str:
+        async with GuidedClient(self.config.server) as client:
+            return await self._publish(client, iteration)
+
+    async def _publish(self, client: GuidedClient, iteration: int) -> str:
+        directory = self.value_model_directory(iteration)
+        if not directory.exists():
+            raise ValueError(f"there is no {directory}: fit iteration {iteration} first")
+        record_file = self.config.run_dir / "published" / f"{directory.name}.json"
+        root = self.config.server.value_model_root
+        return await publish(client, directory, self.config.value_model.name, root, record_file)
+
+    async def _evaluate(self, iteration: int) -> list[Record]:
+        config = self.config.evaluate
+        if config is None:
+            raise ValueError("the configuration has no [evaluate] table: add one")
+        settings = {
+            "task": self.config.task.model_dump(mode="json"),
+            "sampling": self.config.sampling.model_dump(mode="json"),
+            "evaluate": config.model_dump(mode="json", include={"prompts", "samples", "k", "guidance_top_k", "seed"}),
+        }
+        async with GuidedClient(self.config.server) as client:
+            return await evaluate(
+                client,
+                self.task,
+                self.config.run_dir / "evaluation",
+                iteration,
+                await self._publish(client, iteration),
+                config,
+                self.config.sampling,
+                self.config.server.concurrency,
+                settings,
+            )
+
+    def _collect_settings(self, iteration: int) -> dict[str, Any]:
+        return {
+            "task": self.config.task.model_dump(mode="json"),
+            "sampling": self.config.sampling.model_dump(mode="json"),
+            "collect": self.config.collect_of(iteration).model_dump(mode="json"),
+        }
+
+    def _fit_settings(self, iteration: int) -> dict[str, Any]:
+        return {
+            "value_model": self.config.value_model.model_dump(mode="json", exclude={"name"}),
+            "fit": self.config.fit_of(iteration).model_dump(mode="json", exclude={"threads"}),
+            "rollouts": [self._collect_settings(number) for number in range(1, iteration + 1)],
+        }
+
+
+def distribution_of(config: ValueModelConfig) -> dict[str, Any]:
+    """The distribution's own description, as value-model directories have it."""
+    if config.distribution == "bernoulli":
+        return {"name": "bernoulli"}
+    return {"name": "categorical", "low": config.low, "high": config.high, "atoms": config.atoms}
+
+
+def _check_range(config: ValueModelConfig, task: Task) -> None:
+    if task.low < config.low or task.high > config.high:
+        raise ValueError(
+            f"task {task.name} gives rewards in [{task.low:g}, {task.high:g}], and value_model covers "
+            f"[{config.low:g}, {config.high:g}]: set value_model.distribution = 'categorical' with that low and high"
+        )
