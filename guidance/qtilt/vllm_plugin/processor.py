@@ -31,6 +31,7 @@ from qtilt.vllm_plugin.config import PluginConfig
 from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import RecordStore
 from qtilt.vllm_plugin.residents import EngineSettings, Residents
+from qtilt.vllm_plugin.seeded_prefill import keep_seeds_through_chunked_prefill
 
 logger = init_logger(__name__)
 
@@ -46,6 +47,8 @@ class GuidanceProcessor(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.config = PluginConfig.from_additional_config(vllm_config.additional_config)
         _refuse_what_is_not_exact(vllm_config)
+        if device.type == "cpu":
+            keep_seeds_through_chunked_prefill()
         self.residents = Residents(_reference(vllm_config), _engine_settings(vllm_config, self.config, device))
         self.records = RecordStore()
         self.batch = GuidedBatch()

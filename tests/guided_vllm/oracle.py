@@ -1,0 +1,137 @@
+"""What a guided request must sample from, computed without the code under test.
+
+Plain Hugging Face forwards over whole sequences in float64, and the formulas of QSHARP.md written out as sums. Nothing
+of qtilt is imported; a value-model directory is read as its documented format says.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Guidance of one request, as the oracle needs it."""
+
+    directory: Path
+    eta: float
+    top_k: int
+    method: str
+    guided_tokens: int | None
+
+
+class ReferenceOracle:
+    def __init__(self, directory: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int]) -> Tensor:
+        """After every token: ``[L, V]``."""
+        return self.model(torch.tensor([tokens])).logits[0]
+
+
+class ValueOracle:
+    def __init__(self, directory: Path) -> None:
+        manifest = json.loads((directory / "value_model.json").read_text())
+        self.type, self.distribution = manifest["type"], manifest["distribution"]
+        self.backbone = AutoModel.from_pretrained(directory / "backbone", dtype=torch.float64).eval()
+        head = load_file(directory / "head.safetensors")
+        self.weight, self.bias = head["weight"].double(), head["bias"].double()
+        self.vocab = self.backbone.get_input_embeddings().weight.shape[0]
+        self.atoms = 1 if self.distribution["name"] == "bernoulli" else self.distribution["atoms"]
+
+    @torch.no_grad()
+    def logits(self, history: list[int], candidates: list[int]) -> Tensor:
+        """Of Z(history, candidate): ``[K, A]``."""
+        # A reference token outside of the value model's table is read as the table's last row.
+        history = [min(token, self.vocab - 1) for token in history]
+        if self.type == "v":
+            sequences = torch.tensor([[*history, candidate] for candidate in candidates])
+            hidden_KH = self.backbone(sequences, use_cache=False).last_hidden_state[:, -1]
+            return hidden_KH @ self.weight.T + self.bias
+        hidden_H = self.backbone(torch.tensor([history]), use_cache=False).last_hidden_state[0, -1]
+        scores_VA = (self.weight @ hidden_H + self.bias).view(self.vocab, self.atoms)
+        return scores_VA[candidates]
+
+    def pmf(self, logits_KA: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns z and their probabilities: ``[Z]`` and ``[K, Z]``."""
+        if self.distribution["name"] == "bernoulli":
+            win_K = 1 / (1 + torch.exp(-logits_KA[:, 0]))
+            return torch.tensor([0.0, 1.0]).double(), torch.stack([1 - win_K, win_K], 1)
+        low, high = self.distribution["low"], self.distribution["high"]
+        returns = torch.tensor(np.linspace(low, high, self.atoms)).double()
+        weights_KA = torch.exp(logits_KA)
+        return returns, weights_KA / weights_KA.sum(1, keepdim=True)
+
+    def offsets(self, history: list[int], candidates: list[int], eta: float, method: str) -> tuple[Tensor, float]:
+        """Q/η per candidate ``[K]``, and v_min/η."""
+        returns, pmf_KZ = self.pmf(self.logits(history, candidates))
+        if method == "qsharp":
+            offsets = torch.log((pmf_KZ * torch.exp(returns / eta)).sum(1))
+        else:
+            offsets = (pmf_KZ * returns).sum(1) / eta
+        return offsets, float(returns[0]) / eta
+
+
+@cache
+def reference_oracle(directory: Path) -> ReferenceOracle:
+    return ReferenceOracle(directory)
+
+
+@cache
+def value_oracle(directory: Path) -> ValueOracle:
+    return ValueOracle(directory)
+
+
+def log_softmax(logits_V: Tensor) -> Tensor:
+    return logits_V - torch.logsumexp(logits_V, 0)
+
+
+def step_distribution(
+    reference_V: Tensor, history: list[int], guided: Guided | None, temperature: float, scorable: int
+) -> tuple[Tensor, float]:
+    """Log-probabilities ``[V]`` of one step, and KL(guided ‖ reference); ``reference_V`` holds −inf where masked."""
+    scale = temperature if temperature > 0 else 1.0
+    reference = log_softmax(reference_V / scale)
+    if guided is None:
+        return reference, 0.0
+    allowed = [token for token in range(scorable) if torch.isfinite(reference_V[token])]
+    allowed.sort(key=lambda token: -float(reference_V[token]))
+    candidates = allowed[: guided.top_k]
+    offsets_K, floor = value_oracle(guided.directory).offsets(history, candidates, guided.eta, guided.method)
+    tilted_V = reference_V / scale + floor
+    tilted_V[candidates] += offsets_K - floor
+    tilted = log_softmax(tilted_V)
+    present = torch.isfinite(tilted)
+    kl = (tilted[present].exp() * (tilted[present] - reference[present])).sum()
+    return tilted, float(kl)
+
+
+def expected_steps(
+    reference: Path,
+    prompt: list[int],
+    generated: list[int],
+    guided: Guided | None,
+    temperature: float,
+    scorable: int,
+    adjust: Any = None,
+) -> list[tuple[Tensor, float]]:
+    """The distribution and KL of every generated token. ``adjust`` changes the raw logits first (a mask, a bias)."""
+    logits_LV = reference_oracle(reference).logits([*prompt, *generated])
+    steps = []
+    for count in range(len(generated)):
+        reference_V = logits_LV[len(prompt) + count - 1].clone()
+        if adjust is not None:
+            reference_V = adjust(reference_V)
+        limit = guided.guided_tokens if guided is not None else 0
+        applies = guided if limit is None or count < limit else None
+        steps.append(step_distribution(reference_V, [*prompt, *generated[:count]], applies, temperature, scorable))
+    return steps

@@ -1,0 +1,108 @@
+"""Tiny random models, scaled so that distributions are far from uniform and values differ between tokens.
+
+The vocabularies differ on purpose: 90 tokens, 100 columns of reference logits, 96 rows of value-model embedding.
+"""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModel,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from qtilt.checkpoint import save_value_model
+from qtilt.distributions import Bernoulli, Categorical, ReturnDistribution
+from qtilt.value_model import ValueModel, ValueType
+
+TOKENS = 90
+REFERENCE_VOCAB = 100
+VALUE_VOCAB = 96
+MAX_MODEL_LEN = 128
+
+
+def make_tokenizer(ordinary: int = TOKENS - 2) -> PreTrainedTokenizerFast:
+    words = {f"w{index}": index for index in range(ordinary)}
+    model = Tokenizer(WordLevel(words, unk_token="w0"))
+    model.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", pad_token="<pad>")
+    assert len(tokenizer) == ordinary + 2
+    return tokenizer
+
+
+def make_reference(directory: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=REFERENCE_VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=MAX_MODEL_LEN,
+        initializer_range=0.25,
+        eos_token_id=None,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def backbone_config(family: str, positions: int) -> PreTrainedConfig:
+    sizes = {
+        "vocab_size": VALUE_VOCAB,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": positions,
+        "initializer_range": 0.25,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+    grouped = {"num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 12}
+    if family == "gpt2":
+        return GPT2Config(**sizes)
+    return {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**sizes, **grouped)
+
+
+def make_value_model(
+    directory: Path,
+    type: ValueType,
+    distribution: ReturnDistribution,
+    family: str,
+    seed: int,
+    positions: int = MAX_MODEL_LEN,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
+    torch.manual_seed(seed)
+    backbone = AutoModel.from_config(backbone_config(family, positions))
+    model = ValueModel.from_backbone(backbone, type, distribution, head_std=0.4)
+    torch.nn.init.normal_(model.head.bias, std=0.5)
+    save_value_model(model, directory, tokenizer or make_tokenizer())
+    return directory
+
+
+VALUE_MODELS: dict[str, tuple[ValueType, ReturnDistribution, str]] = {
+    "q-bernoulli": ("q", Bernoulli(), "gpt2"),
+    "v-bernoulli": ("v", Bernoulli(), "llama"),
+    "q-categorical": ("q", Categorical(-1.0, 0.5, 4), "llama"),
+    "v-categorical": ("v", Categorical(0.2, 1.2, 11), "qwen3"),
+}
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Random ordinary tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(TOKENS - 2, (length,), generator=generator).tolist()
