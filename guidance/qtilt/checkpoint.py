@@ -180,8 +180,9 @@ def load_value_model(
 
 def _load_backbone(directory: Path, dtype: torch.dtype) -> Any:
     try:
-        # transformers sets torch's process-wide default dtype to the one it loads in. A server loads while its other
-        # thread computes, so load in float32, which is the default already, and convert.
+        # transformers sets torch's process-wide default dtype to the one it loads in, and a server loads while its
+        # other thread computes. So load in float32, the default already, and cast the parameters; buffers such as
+        # rotary frequencies stay in float32, as from_pretrained leaves them.
         backbone, report = AutoModel.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
@@ -190,7 +191,9 @@ def _load_backbone(directory: Path, dtype: torch.dtype) -> Any:
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
         raise CheckpointError(f"{directory}: weights missing or of another shape than config.json says: {absent[:3]}")
-    return backbone.to(dtype)
+    for parameter in backbone.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return backbone
 
 
 def _load_head(path: Path, manifest: Manifest, hidden_size: int, dtype: torch.dtype) -> nn.Linear:

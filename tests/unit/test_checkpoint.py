@@ -87,6 +87,7 @@ def test_a_head_without_bias_is_fine(saved):
 def test_loading_in_bfloat16_leaves_the_default_dtype_alone(saved):
     model = load_value_model(saved, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.backbone.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.get_default_dtype() == torch.float32
 
 
