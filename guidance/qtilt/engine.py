@@ -90,7 +90,7 @@ class ValueEngine:
         ``slots`` are B distinct slots, ``histories`` their full token histories (anything with a length and slices;
         only what the cache lacks is read), each an extension of what its slot covers: after a change of what is
         covered, ``rewind`` first. ``candidates_BK`` (int64, on the model's device) are token ids below the model's
-        vocabulary size. Rows are independent: a row's result doesn't depend on the rows beside it.
+        vocabulary size. A row's result doesn't depend on the rows beside it, up to rounding.
 
         Raises ValueError for slots that aren't this engine's or not distinct, histories shorter than what is covered
         or too long, an empty history (Q-type), or token ids outside the model's vocabulary.
@@ -104,7 +104,7 @@ class ValueEngine:
         rows = [self._row(slot, history) for slot, history in zip(slots, histories, strict=True)]
         if not rows:
             shape = (0, candidates_BK.shape[1], self.model.distribution.num_logits)
-            return torch.zeros(shape, device=candidates_BK.device)
+            return torch.zeros(shape, dtype=torch.float32, device=candidates_BK.device)
         rows = self._catch_up(rows)
         if self.model.type == "v":
             return self._after_candidates(rows, candidates_BK)
