@@ -4,6 +4,7 @@ Built on the official `openai` client, whose own mechanism repeats requests afte
 429 and 5xx.
 """
 
+import os
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -91,7 +92,7 @@ class GuidedClient:
         self._model = config.model
         self._openai = AsyncOpenAI(
             base_url=f"{config.url}/v1",
-            api_key=config.api_key,
+            api_key=_api_key(config),
             max_retries=config.retries,
             timeout=config.timeout,
         )
@@ -175,6 +176,12 @@ class GuidedClient:
             ) from error
         except openai.APIStatusError as error:
             raise ServerError(f"{url} answered {error.status_code}: {error.message}") from error
+
+
+def _api_key(config: ServerConfig) -> str:
+    if config.api_key is not None:
+        return config.api_key.get_secret_value()
+    return os.environ.get("QTILT_API_KEY") or "none"
 
 
 def _read_completions(response: dict[str, Any], samples: int, guidance: Guidance | None) -> list[Completion]:

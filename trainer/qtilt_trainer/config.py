@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from qtilt_trainer.describe import describe_errors
 
@@ -40,13 +40,14 @@ class ServerConfig(Table):
     """Without /v1."""
     model: str | None = None
     """Server model id; None: the only one it serves."""
-    api_key: str = "none"
+    api_key: SecretStr | None = None
+    """None: what the environment variable QTILT_API_KEY says, if anything."""
     concurrency: int = Field(default=64, ge=1, le=1000)
     """Requests in flight at most; the openai client has 1000 connections."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds one request may take."""
     retries: int = Field(default=6, ge=0)
-    """How often a request is repeated after a lost connection, a timeout, a 429 or a 5xx; the waits double up to 8 s."""
+    """Repetitions after a lost connection, a timeout, a 429 or a 5xx; the waits double up to 8 s."""
     value_model_root: Path | None = None
     """The server's --value-model-root as this machine sees it; None: as the server does."""
 
@@ -204,7 +205,8 @@ class LoopConfig(Table):
 
     def collect_of(self, iteration: int) -> CollectConfig:
         """`[collect]` with what iteration `iteration` (from 1) says differently."""
-        return _overridden(self.collect, self._iteration(iteration).collect, f"iterations.{iteration}.collect")
+        fields = {**self.collect.model_dump(), **self._iteration(iteration).collect}
+        return checked(CollectConfig, fields, f"iterations.{iteration}.collect")
 
     def fit_of(self, iteration: int) -> FitConfig:
         """`[fit]` with what iteration `iteration` (from 1) says differently."""
@@ -212,7 +214,7 @@ class LoopConfig(Table):
         # steps and epochs exclude each other: naming one takes the place of the other.
         if ("steps" in overrides) != ("epochs" in overrides):
             overrides = {"steps": None, "epochs": None, **overrides}
-        return _overridden(self.fit, overrides, f"iterations.{iteration}.fit")
+        return checked(FitConfig, {**self.fit.model_dump(), **overrides}, f"iterations.{iteration}.fit")
 
     def _iteration(self, iteration: int) -> IterationConfig:
         if not 1 <= iteration <= len(self.iterations):
@@ -220,9 +222,10 @@ class LoopConfig(Table):
         return self.iterations[iteration - 1]
 
 
-def _overridden(base: T, overrides: dict[str, Any], where: str) -> T:
+def checked(table: type[T], fields: dict[str, Any], where: str) -> T:
+    """One table from its fields. Raises ValueError that names `where` and the field."""
     try:
-        return type(base)(**{**base.model_dump(), **overrides})
+        return table(**fields)
     except ValidationError as error:
         raise ValueError(describe_errors(error, where)) from error
 
@@ -233,13 +236,7 @@ def read_config(file: Path, overrides: dict[str, Any] | None = None) -> LoopConf
     `overrides` replaces single fields, by `table.field` or top-level name, where its value isn't None.
     Raises ValueError that names the file and the field.
     """
-    try:
-        with file.open("rb") as stream:
-            tables = tomllib.load(stream)
-    except OSError as error:
-        raise ValueError(f"can't read the configuration {file}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file}: not TOML: {error}") from error
+    tables = _read_tables(file)
     for name, value in (overrides or {}).items():
         if value is not None:
             _replace(tables, name, value)
@@ -247,6 +244,24 @@ def read_config(file: Path, overrides: dict[str, Any] | None = None) -> LoopConf
         return LoopConfig(**tables)
     except ValidationError as error:
         raise ValueError(f"{file}: {describe_errors(error)}") from error
+
+
+def read_task_table(file: Path) -> dict[str, Any]:
+    """Only the `[task]` table, unchecked. Raises ValueError when there is none."""
+    table = _read_tables(file).get("task")
+    if not isinstance(table, dict):
+        raise ValueError(f"{file}: the table [task] is required")
+    return table
+
+
+def _read_tables(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise ValueError(f"can't read the configuration {file}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file}: not TOML: {error}") from error
 
 
 def _replace(tables: dict[str, Any], name: str, value: Any) -> None:

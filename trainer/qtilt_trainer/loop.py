@@ -50,8 +50,9 @@ class Run:
         name = f"iteration-{iteration:03d}" if iteration else "initial"
         return self.config.run_dir / "value_models" / name
 
-    def loop(self) -> None:
-        """All stages of all iterations, and the evaluation; those already done are skipped."""
+    def loop(self) -> list[Record]:
+        """All stages of all iterations, evaluation and report; those already done are skipped. Returns the records."""
+        write_json(self.config.run_dir / "config.json", self.config.model_dump(mode="json"))
         last = len(self.config.iterations)
         for iteration in range(1, last + 1):
             self.collect(iteration)
@@ -59,8 +60,11 @@ class Run:
             # A version that a later fit replaced is of no further use to anybody.
             if iteration == last or not self.value_model_directory(iteration + 1).exists():
                 self.publish(iteration)
-        if self.config.evaluate is not None:
-            self.evaluate(last)
+        if self.config.evaluate is None:
+            return []
+        records = self.evaluate(last)
+        self.report()
+        return records
 
     def collect(self, iteration: int) -> None:
         """Makes the roll-outs of `iteration` that are missing."""
@@ -111,6 +115,12 @@ class Run:
         records = asyncio.run(self._evaluate(iteration))
         write_json(self.config.run_dir / RESULTS, [asdict(record) for record in records])
         return records
+
+    def report(self) -> None:
+        """Writes the HTML page and the plots."""
+        from qtilt_trainer.report import write_report
+
+        write_report([self.config.run_dir], self.config.run_dir)
 
     async def _publish_only(self, iteration: int) -> str:
         async with GuidedClient(self.config.server) as client:
