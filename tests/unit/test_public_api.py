@@ -1,0 +1,85 @@
+"""Public surfaces are frozen: a change shows up here and in the docs, never only in somebody's client."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+PUBLIC_NAMES = {
+    "qtilt.checkpoint": {
+        "BACKBONE_DIRECTORY",
+        "CheckpointError",
+        "FORMAT_VERSION",
+        "HEAD_FILE",
+        "MANIFEST_FILE",
+        "Manifest",
+        "TokenizerFingerprint",
+        "check_same_ordinary_tokens",
+        "fingerprint_tokenizer",
+        "load_value_model",
+        "read_manifest",
+        "save_value_model",
+    },
+    "qtilt.distributions": {
+        "Bernoulli",
+        "Categorical",
+        "DISTRIBUTIONS",
+        "ReturnDistribution",
+        "distribution_from_config",
+    },
+    "qtilt.params": {"EXTRA_ARGS_KEY", "METHODS", "GuidanceParams"},
+    "qtilt.tilt": {
+        "Candidates",
+        "OFFSETS",
+        "cd_offsets",
+        "kl_divergence",
+        "offsets",
+        "qsharp_offsets",
+        "tilt",
+        "top_candidates",
+    },
+    "qtilt.value_model": {"ValueModel", "head_rows"},
+}
+
+LIGHT_MODULES = ["qtilt", "qtilt.params", "qtilt.vllm_plugin.config", "qtilt_server.cli", "qtilt_trainer.cli"]
+
+
+def load_generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["cli.md", "http-schema.json"])
+def test_generated_page_is_what_the_code_says(page: str) -> None:
+    assert (DOCS / page).read_text() == load_generator().PAGES[page](), f"docs/{page} has drifted: run make docs"
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_module_loads_neither_torch_nor_vllm(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(', '.join({{'torch', 'transformers', 'vllm'}} & set(sys.modules)) or None)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, f"{module} loads {result.stderr}"
+
+
+@pytest.mark.parametrize("module", sorted(PUBLIC_NAMES))
+def test_public_names_are_these(module: str) -> None:
+    loaded = importlib.import_module(module)
+    own = {
+        name
+        for name, value in vars(loaded).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and getattr(value, "__module__", module) == module
+    }
+    assert own == PUBLIC_NAMES[module]
