@@ -53,7 +53,8 @@ def sampling_params(ask: Ask) -> SamplingParams:
         logprobs=-1,
         detokenize=False,
         ignore_eos=True,
-        output_kind=RequestOutputKind.CUMULATIVE,
+        # Choices of n > 1 come together only at the end.
+        output_kind=RequestOutputKind.CUMULATIVE if ask.n == 1 else RequestOutputKind.FINAL_ONLY,
         extra_args={"qtilt": ask.guidance.to_extra_args()} if ask.guidance else None,
         **ask.sampling,
     )

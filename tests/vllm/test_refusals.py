@@ -1,0 +1,105 @@
+"""What must never reach a step, and how the worker says no."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.sample.logits_processor import LogitsProcessors, build_logitsprocs
+
+from guided_vllm.driving import Ask, drive
+from guided_vllm.served import Served
+from guided_vllm.tiny_models import prompt
+from qtilt.vllm_plugin.config import PROCESSOR
+from qtilt.vllm_plugin.processor import GuidanceProcessor
+from qtilt.vllm_plugin.worker_extension import GuidanceWorkerExtension
+from vllm import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("entry", "names"),
+    [
+        ("v-bernoulli", "expected an object"),
+        ({"value_model": "v-bernoulli", "version": 1, "eta": 0.1, "top_k": 4, "strength": 2}, "strength"),
+        ({"value_model": "v-bernoulli", "version": 1, "top_k": 4}, "eta"),
+        ({"value_model": "v-bernoulli", "version": 1, "eta": -0.1, "top_k": 4}, "eta"),
+        ({"value_model": "v-bernoulli", "version": True, "eta": 0.1, "top_k": 4}, "version"),
+    ],
+)
+def test_malformed_guidance_is_refused_when_a_request_is_added(served: Served, entry: object, names: str) -> None:
+    params = SamplingParams(max_tokens=2, extra_args={"qtilt": entry})
+    with pytest.raises(VLLMValidationError, match=names):
+        served.engine.add_request("malformed", {"prompt_token_ids": [1, 2]}, params)
+
+
+@pytest.mark.parametrize(("change", "names"), [({"version": 9}, "v-bernoulli@9"), ({"top_k": 129}, "at most 128")])
+def test_what_the_server_must_not_let_through_is_an_error_and_never_unguided(
+    served: Served, change: dict[str, int], names: str
+) -> None:
+    processor = GuidanceWorkerExtension._qtilt_processor(_worker(served))
+    params = replace(served.guide("v-bernoulli"), **change)
+    sampling = SamplingParams(extra_args={"qtilt": params.to_extra_args()})
+    with pytest.raises(ValueError, match=names):
+        processor._row(sampling, [1, 2, 3], [])
+    with pytest.raises(ValueError, match="prompt embeddings"):
+        processor._row(sampling, None, [])
+
+
+def test_the_engine_is_not_built_with_speculative_decoding(served: Served) -> None:
+    config = SimpleNamespace(speculative_config=object())
+    with pytest.raises(ValueError, match="speculative decoding"):
+        build_logitsprocs(config, torch.device("cpu"), False, False, [PROCESSOR])
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"additional_config": {}}, "additional_config"),
+        ({"speculative_config": object()}, "speculative"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "pipeline"),
+        ({"model_config": SimpleNamespace(skip_tokenizer_init=True)}, "skip-tokenizer-init"),
+    ],
+)
+def test_settings_under_which_guidance_is_wrong_are_refused_at_construction(
+    served: Served, change: dict[str, object], names: str
+) -> None:
+    config = served.engine.vllm_config
+    parts = ("additional_config", "speculative_config", "parallel_config", "model_config", "scheduler_config")
+    changed = SimpleNamespace(**{part: getattr(config, part) for part in parts} | change)
+    with pytest.raises(ValueError, match=names):
+        GuidanceProcessor(changed, torch.device("cpu"), False)
+
+
+def test_a_worker_without_the_processor_says_that_every_request_would_be_unguided() -> None:
+    runner = SimpleNamespace(input_batch=SimpleNamespace(logitsprocs=LogitsProcessors()))
+    worker = GuidanceWorkerExtension()
+    worker.model_runner = runner
+    with pytest.raises(RuntimeError, match="unguided"):
+        worker.qtilt_describe()
+
+
+def test_records_of_tokens_nobody_generated_are_an_error(served: Served) -> None:
+    guidance = served.guide("q-bernoulli")
+    (answer,) = drive(served.engine, [Ask(prompt(5, seed=300), guidance)])
+    tokens = answer.choices[0].token_ids
+    with pytest.raises(ValueError, match="no guidance record"):
+        served.rpc("qtilt_take_records", guidance.trace_id, [[*tokens[:-2], (tokens[-2] + 1) % 80, tokens[-1]]])
+
+
+def test_a_choice_cut_short_counts_only_its_own_steps(served: Served) -> None:
+    guidances = [served.guide("q-bernoulli"), served.guide("q-bernoulli")]
+    asks = [Ask(prompt(5, seed=301), guidance, temperature=0.0, max_tokens=6) for guidance in guidances]
+    asks[1].max_tokens = 4
+    longer, shorter = drive(served.engine, asks)
+    assert longer.choices[0].token_ids[:4] == shorter.choices[0].token_ids
+    (cut,) = served.rpc("qtilt_take_records", guidances[0].trace_id, [longer.choices[0].token_ids[:4]])
+    served.check(shorter)
+    (nothing, none_kl) = served.rpc("qtilt_take_records", "no such trace", [[]])[0].values()
+    assert (cut["guided_tokens"], nothing, none_kl) == (4, 0, 0.0)
+
+
+def _worker(served: Served) -> GuidanceWorkerExtension:
+    """The driver worker of the engine in this process."""
+    worker: GuidanceWorkerExtension = served.engine.engine_core.engine_core.model_executor.driver_worker.worker
+    return worker
