@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+
 from qtilt_server import schema
 from qtilt_server.flags import add_guidance_arguments
 from qtilt_trainer.cli_reference import cli_reference
