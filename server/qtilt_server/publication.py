@@ -152,12 +152,14 @@ def directory_below(root: Path | None, path: str) -> Path:
         raise GuidanceRequestError(
             "this server was started without --value-model-root and loads no further value models"
         )
-    if "\0" in path:
-        raise GuidanceRequestError("path holds a null character", "path")
-    directory = (root / path).resolve()
-    if Path(path).is_absolute() or not directory.is_relative_to(root):
+    try:
+        directory = (root / path).resolve()
+        is_directory = directory.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a null character
+        raise GuidanceRequestError(f"path can't be followed ({type(error).__name__})", "path") from error
+    if Path(path).is_absolute() or ".." in Path(path).parts or not directory.is_relative_to(root):
         raise GuidanceRequestError(f"path {path!r} must be relative to the value-model root and stay below it", "path")
-    if not directory.is_dir():
+    if not is_directory:
         raise GuidanceRequestError(f"path {path!r}: no such directory below the value-model root", "path")
     for file in directory.rglob("*"):
         if not file.resolve().is_relative_to(root):

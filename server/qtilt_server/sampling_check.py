@@ -1,11 +1,12 @@
 """A value model estimates the reward of roll-outs sampled in one certain way; warn when a request samples otherwise."""
 
 import logging
-from typing import Any
-
-from vllm.sampling_params import SamplingParams
+from typing import TYPE_CHECKING, Any
 
 from qtilt_server.registry import ResidentVersion
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 logger = logging.getLogger("vllm.qtilt_server.sampling_check")
 
@@ -19,7 +20,7 @@ class RolloutSamplingCheck:
     def __init__(self) -> None:
         self._warned: set[tuple[Any, ...]] = set()
 
-    def __call__(self, version: ResidentVersion, params: SamplingParams) -> None:
+    def __call__(self, version: ResidentVersion, params: "SamplingParams") -> None:
         requested = {name: getattr(params, name) for name in COMPARED if name in version.rollouts}
         recorded = {name: version.rollouts[name] for name in requested}
         if all(_same(name, requested[name], recorded[name]) for name in requested):

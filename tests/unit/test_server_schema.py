@@ -1,0 +1,106 @@
+"""The HTTP surface: what a guidance block may hold, and the JSON schemas frozen."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from qtilt_server.schema import (
+    AppliedGuidance,
+    ChoiceGuidance,
+    GuidanceRequest,
+    GuidanceStatus,
+    PublishedVersion,
+    PublishRequest,
+)
+
+FROZEN = Path(__file__).parent / "http_schema.json"
+SURFACE: dict[str, type[BaseModel]] = {
+    "request.guidance": GuidanceRequest,
+    "response.guidance": AppliedGuidance,
+    "response.choices[i].guidance": ChoiceGuidance,
+    "GET /v1/guidance response": GuidanceStatus,
+    "POST /v1/guidance/value_models request": PublishRequest,
+    "POST /v1/guidance/value_models response": PublishedVersion,
+}
+
+
+def test_the_http_schema_is_the_frozen_one() -> None:
+    """A change of the public surface is deliberate: edit http_schema.json, and the README's HTTP API, along with it."""
+    assert {name: model.model_json_schema() for name, model in SURFACE.items()} == json.loads(FROZEN.read_text())
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {},
+        {"value_model": None, "eta": None, "top_k": None, "method": None, "guided_tokens": None},
+        {"value_model": "a@1", "eta": 1, "top_k": 1, "method": "cd", "guided_tokens": 0},
+        {"eta": 1e-300},
+    ],
+)
+def test_good_blocks(block: dict[str, Any]) -> None:
+    GuidanceRequest.model_validate(block)
+
+
+BAD_BLOCKS: list[Any] = [
+    {"etta": 0.1},
+    {"eta": 0},
+    {"eta": -1.0},
+    {"eta": float("inf")},
+    {"eta": float("nan")},
+    {"eta": "0.1"},
+    {"eta": True},
+    {"eta": 10**400},
+    {"top_k": 0},
+    {"top_k": -3},
+    {"top_k": 2.5},
+    {"top_k": 2.0},
+    {"top_k": "2"},
+    {"top_k": True},
+    {"method": "QSHARP"},
+    {"method": 1},
+    {"method": True},
+    {"guided_tokens": -1},
+    {"guided_tokens": 1.5},
+    {"guided_tokens": True},
+    {"guided_tokens": "3"},
+    {"guided_tokens": 2**63},
+    {"value_model": 1},
+    {"value_model": True},
+    {"value_model": ["value"]},
+    [],
+    "qsharp",
+    1,
+    True,
+]
+
+
+@pytest.mark.parametrize("block", BAD_BLOCKS, ids=repr)
+def test_bad_blocks_are_refused(block: Any) -> None:
+    with pytest.raises(ValidationError):
+        GuidanceRequest.model_validate(block)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"name": "a"},
+        {"path": "a"},
+        {"name": "", "path": "a"},
+        {"name": "a@1", "path": "a"},
+        {"name": "../a", "path": "a"},
+        {"name": "a b", "path": "a"},
+        {"name": "a" * 65, "path": "a"},
+        {"name": "a", "path": ""},
+        {"name": "a", "path": 1},
+        {"name": "a", "path": "a", "version": 2},
+    ],
+    ids=repr,
+)
+def test_bad_publish_requests_are_refused(body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        PublishRequest.model_validate(body)

@@ -1,0 +1,157 @@
+"""Flags, the environment, and what vLLM is told: all that can be refused before vLLM is imported."""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtilt.vllm_plugin.config import PROCESSOR, WORKER_EXTENSION
+from qtilt_server.errors import StartupError
+from qtilt_server.flags import GuidanceFlags, parse_own_flags
+from qtilt_server.launch import add_guidance, prepare_environment, refuse_unsupported
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    return tmp_path / "model"
+
+
+def test_value_models_keep_their_order(directory: Path) -> None:
+    argv = [
+        "model-id",
+        "--value-model",
+        f"b={directory}",
+        "--port",
+        "1",
+        f"--value-model=a={directory}",
+        "--swap-timeout=0",
+    ]
+    flags = parse_own_flags(argv)
+    assert list(flags.value_models) == ["b", "a"]
+    assert flags.value_models["a"] == directory
+    assert (flags.eta, flags.top_k, flags.max_top_k, flags.swap_timeout) == (0.1, 20, 64, 0.0)
+
+
+BAD_FLAGS = {
+    "--value-model=value": "expected NAME=DIR",
+    "--value-model=value=": "expected NAME=DIR",
+    "--value-model=value=/no/such/place": "no such directory",
+    "--value-model=a@1=/": "a name is",
+    "--value-model==/": "a name is",
+    "--value-model-root=/no/such/place": "create it first",
+    "--guidance-eta=0": "above 0",
+    "--guidance-eta=inf": "finite",
+    "--guidance-eta=nan": "finite",
+    "--guidance-eta=x": "invalid float value",
+    "--guidance-top-k=0": "1 to 64",
+    "--guidance-top-k=65": "1 to 64",
+    "--guidance-max-top-k=0": "at least 1",
+    "--swap-timeout=-1": "seconds",
+    "--swap-timeout=inf": "seconds",
+    "--value-dtype=int8": "invalid choice",
+}
+
+
+@pytest.mark.parametrize(("flag", "reason"), BAD_FLAGS.items())
+def test_bad_flags_are_refused_saying_why(flag: str, reason: str) -> None:
+    with pytest.raises(StartupError, match=reason):
+        parse_own_flags(["model-id", flag])
+
+
+def test_a_name_given_twice_is_refused(directory: Path) -> None:
+    with pytest.raises(StartupError, match="twice"):
+        parse_own_flags([f"--value-model=a={directory}", f"--value-model=a={directory}"])
+
+
+def test_a_refusal_is_one_line_on_stderr_and_code_2_within_seconds() -> None:
+    started = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-m", "qtilt_server.cli", "model-id", "--value-model", "value=/no/such/place"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "qtilt-server: --value-model value=/no/such/place: no such directory\n"
+    assert time.monotonic() - started < 10
+
+
+def test_vllm_keeps_its_other_plugins() -> None:
+    environ: dict[str, str] = {}
+    prepare_environment(environ)
+    plugins = environ["VLLM_PLUGINS"].split(",")
+    assert {"lora_filesystem_resolver", "lora_hf_hub_resolver", "qtilt"} <= set(plugins)
+    assert environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+@pytest.mark.parametrize(("given", "expected"), [("a,b", "a,b,qtilt"), ("qtilt", "qtilt"), ("", ",qtilt")])
+def test_a_list_of_plugins_is_extended(given: str, expected: str) -> None:
+    environ = {"VLLM_PLUGINS": given}
+    prepare_environment(environ)
+    assert environ["VLLM_PLUGINS"] == expected
+
+
+@pytest.mark.parametrize("variable", ["VLLM_USE_V2_MODEL_RUNNER", "VLLM_USE_RUST_FRONTEND"])
+def test_an_environment_that_excludes_guidance_is_refused(variable: str) -> None:
+    with pytest.raises(StartupError, match=variable):
+        prepare_environment({variable: "1"})
+
+
+VLLM_DEFAULTS: dict[str, Any] = {
+    "speculative_config": None,
+    "spec_method": None,
+    "spec_model": None,
+    "spec_tokens": None,
+    "api_server_count": None,
+    "data_parallel_size": 1,
+    "data_parallel_rank": None,
+    "pipeline_parallel_size": 1,
+    "headless": False,
+    "grpc": False,
+    "skip_tokenizer_init": False,
+    "worker_extension_cls": "",
+    "additional_config": {},
+    "logits_processors": None,
+}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"speculative_config": {"method": "ngram"}},
+        {"spec_model": "draft"},
+        {"api_server_count": 2},
+        {"data_parallel_size": 2},
+        {"data_parallel_rank": 0},
+        {"pipeline_parallel_size": 2},
+        {"headless": True},
+        {"grpc": True},
+        {"skip_tokenizer_init": True},
+        {"worker_extension_cls": "mine.Extension"},
+        {"additional_config": {"qtilt": {}}},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_guidance_cannot_work_with_is_refused(given: dict[str, Any]) -> None:
+    refuse_unsupported(argparse.Namespace(**VLLM_DEFAULTS))
+    with pytest.raises(StartupError, match="remove"):
+        refuse_unsupported(argparse.Namespace(**{**VLLM_DEFAULTS, **given}))
+
+
+def test_the_users_own_settings_are_kept(directory: Path) -> None:
+    args = argparse.Namespace(
+        **{**VLLM_DEFAULTS, "logits_processors": ["mine:Processor"], "additional_config": {"mine": 1}}
+    )
+    add_guidance(args, GuidanceFlags(value_models={"value": directory}, max_top_k=32))
+    assert args.logits_processors == ["mine:Processor", PROCESSOR]
+    assert args.worker_extension_cls == WORKER_EXTENSION
+    assert args.additional_config == {
+        "mine": 1,
+        "qtilt": {"value_models": {"value": str(directory)}, "max_top_k": 32, "value_dtype": "auto"},
+    }
