@@ -1,19 +1,12 @@
 """Writes the pages that would drift if they were written by hand: `make docs`. A test compares them with the code.
 
 server-cli.md: the flags we add to those of vllm serve. trainer-cli.md: the help of every command.
-http-schema.json: the JSON schema of everything of ours that goes over HTTP.
 """
 
 import argparse
 import functools
-import json
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
-
-from qtilt_server import schema
 from qtilt_server.flags import add_guidance_arguments
 from qtilt_trainer.cli_reference import cli_reference
 
@@ -36,19 +29,7 @@ def server_page() -> str:
     return SERVER_PAGE.format(parser.format_help())
 
 
-def http_schema() -> str:
-    """docs/http-schema.json."""
-    models = [
-        value
-        for value in vars(schema).values()
-        if isinstance(value, type) and issubclass(value, BaseModel) and value.__module__ == schema.__name__
-    ]
-    public: list[tuple[type[BaseModel], Any]] = [(model, "validation") for model in models]
-    _, definitions = models_json_schema(public, title="qtilt over HTTP")
-    return json.dumps(definitions, indent=2, ensure_ascii=False) + "\n"
-
-
-PAGES = {"server-cli.md": server_page, "trainer-cli.md": cli_reference, "http-schema.json": http_schema}
+PAGES = {"server-cli.md": server_page, "trainer-cli.md": cli_reference}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
