@@ -76,10 +76,9 @@ def bootstrap_interval(
 
 
 def _resampled_means(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    # How often each prompt is drawn is multinomial. Block by block: all counts at once would need P * 80 kB.
-    uniform = np.full(values.size, 1 / values.size)
-    blocks = [rng.multinomial(values.size, uniform, size=BLOCK) @ values for _ in range(RESAMPLES // BLOCK)]
-    return np.concatenate(blocks) / values.size
+    # Block by block: all indices at once would need P * 80 kB.
+    shape = (BLOCK, values.size)
+    return np.concatenate([values[rng.integers(values.size, size=shape)].mean(1) for _ in range(RESAMPLES // BLOCK)])
 
 
 def _interval_of_equals(value: float, n: int, low: float, high: float, tail: float) -> tuple[float, float]:
