@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from real_server.checking import Oracle
 from real_server.models import graded, make_reference, make_value_model
 from real_server.process import RunningServer, running_server
+from real_server.state import running, worker_state
 
 SWAP_TIMEOUT_S = 3
 
@@ -15,14 +17,11 @@ SWAP_TIMEOUT_S = 3
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """reference/: the model served. published/: the value-model root, in it ``start`` and ``graded``."""
-    directory = tmp_path_factory.mktemp("models")
+    directory = tmp_path_factory.mktemp("models").resolve()
     make_reference(directory / "reference")
     (directory / "published").mkdir()
-    make_value_model(
-        directory / "published" / "start",
-        seed=1,
-        provenance={"rollouts": {"temperature": 1.0, "top_p": 1.0, "top_k": 0}},
-    )
+    rollouts = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    make_value_model(directory / "published" / "start", seed=1, provenance={"rollouts": rollouts})
     make_value_model(directory / "published" / "graded", seed=2, type="q", distribution=graded())
     return directory
 
@@ -40,8 +39,12 @@ def server(models: Path) -> Iterator[RunningServer]:
         "--max-num-seqs=40",
         "--logprobs-mode=processed_logprobs",
         "--enable-prompt-embeds",
+        "--enable-auto-tool-choice",
+        "--tool-call-parser=hermes",
     )
-    with running_server(models / "reference", root, models / "server.log", *flags) as server:
+    # vLLM's development routes include the calls into the worker that show whether anything leaks there.
+    environment = {"VLLM_SERVER_DEV_MODE": "1"}
+    with running_server(models / "reference", root, models / "server.log", *flags, environment=environment) as server:
         yield server
 
 
@@ -49,3 +52,18 @@ def server(models: Path) -> Iterator[RunningServer]:
 def client(server: RunningServer) -> Iterator[OpenAI]:
     with OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=120) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def oracle(models: Path) -> Oracle:
+    """Tests that publish a version add its directory."""
+    root = models / "published"
+    return Oracle(models / "reference", {"value@1": root / "start", "graded@1": root / "graded"})
+
+
+@pytest.fixture
+def idle(server: RunningServer) -> Iterator[RunningServer]:
+    """The server; after the test no lease is held and nothing of a guided request is left in the worker."""
+    yield server
+    server.wait_until(lambda: running(server) == 0 and worker_state(server)["guided_rows"] == 0)
+    server.wait_until(lambda: worker_state(server)["traces"] == 0)

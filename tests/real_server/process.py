@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +44,18 @@ class RunningServer:
     def post(self, path: str, body: object) -> httpx.Response:
         return httpx.post(f"{self.origin}{path}", json=body, timeout=120)
 
+    def wait_until(self, holds: Callable[[], bool], limit_s: float = 15.0) -> None:
+        """Ask again and again; fails when it doesn't hold within the limit."""
+        deadline = time.monotonic() + limit_s
+        while not holds():
+            assert time.monotonic() < deadline, f"did not happen within {limit_s:g} s"
+            time.sleep(0.05)
+
 
 @contextmanager
-def running_server(model: Path, value_model_root: Path, log: Path, *flags: str) -> Iterator[RunningServer]:
+def running_server(
+    model: Path, value_model_root: Path, log: Path, *flags: str, environment: dict[str, str] | None = None
+) -> Iterator[RunningServer]:
     """The server, ready; ``flags`` are added to those that make it start quickly. It is stopped afterwards."""
     port = _free_port()
     arguments = [model, f"--port={port}", "--host=127.0.0.1", f"--value-model-root={value_model_root}", *QUICK_START]
@@ -55,7 +64,7 @@ def running_server(model: Path, value_model_root: Path, log: Path, *flags: str) 
             [COMMAND, *arguments, *flags],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             start_new_session=True,
         )
     server = RunningServer(f"http://127.0.0.1:{port}/v1", str(model), value_model_root, log)

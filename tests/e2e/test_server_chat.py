@@ -1,0 +1,78 @@
+"""Guided chat completions through the official client, against the oracle."""
+
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from real_server.checking import Oracle, Returned, encode
+from real_server.process import RunningServer
+from real_server.streams import collect
+
+MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
+PROMPT = "<user>hello<assistant>"
+APPLIED = {"value_model": "value@1", "eta": 0.1, "top_k": 8, "method": "qsharp"}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_guided_chat(client: OpenAI, idle: RunningServer, oracle: Oracle, n: int) -> None:
+    response: Any = client.chat.completions.create(
+        model=idle.model,
+        messages=MESSAGES,
+        max_completion_tokens=15,
+        n=n,
+        seed=1,
+        logprobs=True,
+        extra_body={"guidance": {"eta": 0.1}, "return_token_ids": True},
+    )
+    assert response.guidance == APPLIED
+    assert len(response.choices) == n
+    for choice in response.choices:
+        logprobs = [entry.logprob for entry in choice.logprobs.content]
+        oracle.check(Returned(encode(PROMPT), choice.token_ids, logprobs, choice.guidance), APPLIED)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_streamed_chat(client: OpenAI, idle: RunningServer, oracle: Oracle, n: int) -> None:
+    chunks = client.chat.completions.create(
+        model=idle.model,
+        messages=MESSAGES,
+        max_completion_tokens=15,
+        n=n,
+        seed=2,
+        logprobs=True,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"guidance": {"eta": 0.1, "guided_tokens": 7}, "return_token_ids": True},
+    )
+    parts = collect(chunks)
+    assert len(parts.choices) == n
+    for choice in parts.choices.values():
+        assert choice.applied == APPLIED
+        returned = Returned(encode(PROMPT), choice.token_ids, choice.logprobs, choice.guidance)
+        oracle.check(returned, APPLIED, guided_tokens=7)
+    assert parts.usage.completion_tokens == sum(len(choice.token_ids) for choice in parts.choices.values())
+
+
+def test_an_unguided_chat_says_nothing_of_guidance(client: OpenAI, idle: RunningServer) -> None:
+    response = client.chat.completions.create(
+        model=idle.model, messages=MESSAGES, max_completion_tokens=3, extra_body={"guidance": None}
+    )
+    assert not hasattr(response, "guidance")
+    assert not hasattr(response.choices[0], "guidance")
+
+
+def test_a_forced_tool_call_is_counted_by_its_tokens(client: OpenAI, idle: RunningServer) -> None:
+    """The parser turns the text into a tool call; the guidance is of the tokens that made it."""
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    tool: Any = {"type": "function", "function": {"name": "pick", "parameters": schema}}
+    response: Any = client.chat.completions.create(
+        model=idle.model,
+        messages=MESSAGES,
+        max_completion_tokens=12,
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "pick"}},
+        extra_body={"guidance": {}},
+    )
+    (choice,) = response.choices
+    assert choice.guidance["guided_tokens"] == response.usage.completion_tokens

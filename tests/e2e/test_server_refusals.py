@@ -1,0 +1,139 @@
+"""Every bad input is an HTTP 400 in the OpenAI error shape, also when streaming; the server goes on afterwards."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from real_server.process import RunningServer
+
+BAD_BLOCKS: dict[str, Any] = {
+    "unknown key": {"etta": 0.1},
+    "eta 0": {"eta": 0},
+    "eta negative": {"eta": -0.1},
+    "eta infinite": {"eta": float("inf")},
+    "eta NaN": {"eta": float("nan")},
+    "eta huge integer": {"eta": 10**400},
+    "eta bool": {"eta": True},
+    "eta string": {"eta": "0.1"},
+    "top_k 0": {"top_k": 0},
+    "top_k beyond the limit": {"top_k": 65},
+    "top_k huge": {"top_k": 10**30},
+    "top_k bool": {"top_k": True},
+    "top_k fraction": {"top_k": 2.5},
+    "top_k float": {"top_k": 2.0},
+    "method unknown": {"method": "vas"},
+    "method number": {"method": 1},
+    "guided_tokens negative": {"guided_tokens": -1},
+    "guided_tokens bool": {"guided_tokens": False},
+    "guided_tokens fraction": {"guided_tokens": 1.5},
+    "guided_tokens huge": {"guided_tokens": 10**30},
+    "value_model unknown": {"value_model": "nobody"},
+    "value_model number": {"value_model": 1},
+    "version unknown": {"value_model": "value@999"},
+    "version malformed": {"value_model": "value@one"},
+    "version empty": {"value_model": "value@"},
+    "a list": [],
+    "a string": "qsharp",
+    "a bool": True,
+    "a number": 0.1,
+}
+COMPLETION = {"prompt": "abc", "max_tokens": 3}
+CHAT = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 3}
+ROUTES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
+
+
+@pytest.fixture
+def post(idle: RunningServer) -> Callable[..., httpx.Response]:
+    import json
+
+    def send(path: str, body: dict[str, Any]) -> httpx.Response:
+        # httpx refuses to write NaN and Infinity; a client may well send them.
+        content = json.dumps({"model": idle.model, **body})
+        return httpx.post(
+            f"{idle.origin}{path}", content=content, headers={"content-type": "application/json"}, timeout=60
+        )
+
+    return send
+
+
+def assert_refused(response: httpx.Response, mentions: str = "guid") -> None:
+    assert response.status_code == 400, response.text
+    assert response.headers["content-type"].startswith("application/json")
+    error = response.json()["error"]
+    assert {"message", "type", "param", "code"} <= set(error)
+    assert error["code"] == 400
+    assert mentions in error["message"] + str(error["param"])
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", BAD_BLOCKS)
+def test_a_bad_block_is_refused(post: Callable[..., httpx.Response], name: str, route: str, stream: bool) -> None:
+    assert_refused(post(route, {**ROUTES[route], "stream": stream, "guidance": BAD_BLOCKS[name]}))
+
+
+def test_the_official_client_raises_bad_request(client: OpenAI, idle: RunningServer) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="unknown value model 'nobody'; loaded: value@"):
+            client.completions.create(
+                model=idle.model, prompt="a", stream=stream, extra_body={"guidance": {"value_model": "nobody"}}
+            )
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_beam_search_is_refused(post: Callable[..., httpx.Response], route: str, stream: bool) -> None:
+    assert_refused(post(route, {**ROUTES[route], "stream": stream, "use_beam_search": True, "guidance": {}}))
+
+
+@pytest.mark.parametrize("prompt", [None, "abc"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_prompt_embeddings_are_refused(post: Callable[..., httpx.Response], prompt: str | None, stream: bool) -> None:
+    body = {"prompt": prompt, "prompt_embeds": _embeddings(), "max_tokens": 2, "stream": stream}
+    assert_refused(post("/v1/completions", {**body, "guidance": {}}))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_prompt_embeddings_in_a_chat_are_refused(post: Callable[..., httpx.Response], stream: bool) -> None:
+    content = [{"type": "prompt_embeds", "data": _embeddings()}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2, "stream": stream}
+    assert post("/v1/chat/completions", {**body, "guidance": {}}).status_code == 400
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_arguments_guidance_travels_in_are_not_for_clients(post: Callable[..., httpx.Response], route: str) -> None:
+    assert_refused(post(route, {**ROUTES[route], "vllm_xargs": {"qtilt": "{}"}}), mentions="vllm_xargs")
+    smuggled = {"value_model": "value", "version": 1, "eta": 0.1, "top_k": 5}
+    body = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 2, "extra_args": {"qtilt": smuggled}}}
+    assert_refused(post("/inference/v1/generate", body), mentions="extra_args")
+
+
+def test_no_other_route_takes_guidance(post: Callable[..., httpx.Response], idle: RunningServer) -> None:
+    paths = idle.get("/openapi.json").json()["paths"]
+    others = [path for path, methods in paths.items() if "post" in methods and path not in ROUTES]
+    assert {"/v1/responses", "/v1/messages", "/invocations", "/inference/v1/generate"} <= set(others)
+    assert "/v1/chat/completions/batch" in others
+    for path in others:
+        assert_refused(post(path.replace("{response_id}", "x"), {"input": "a", "guidance": {}}))
+
+
+def test_other_routes_work_without_guidance(post: Callable[..., httpx.Response]) -> None:
+    body = {"input": "abc", "max_output_tokens": 16, "guidance": None}
+    assert post("/v1/responses", body).status_code == 200
+    assert post("/invocations", {**COMPLETION}).status_code == 200
+    assert post("/tokenize", {"prompt": "guidance"}).status_code == 200
+
+
+def _embeddings() -> str:
+    import base64
+    import io
+
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(3, 64), buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
