@@ -89,8 +89,8 @@ def check_same_ordinary_tokens(
     """Raise CheckpointError unless both tokenizers give every ordinary token the same id."""
     if value_model.ordinary_sha256 != reference.ordinary_sha256:
         raise CheckpointError(
-            f"{directory / MANIFEST_FILE}: the value model's ordinary tokens ({value_model.ordinary_count}) are not the "
-            f"reference model's ({reference.ordinary_count}); make the value model from a backbone that shares the "
+            f"{directory / MANIFEST_FILE}: the value model's ordinary tokens ({value_model.ordinary_count}) are not "
+            f"the reference model's ({reference.ordinary_count}); make the value model from a backbone that shares the "
             "reference's tokenizer"
         )
 

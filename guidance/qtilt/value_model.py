@@ -39,7 +39,7 @@ class ValueModel(nn.Module):
         if type not in get_args(ValueType):
             raise ValueError(f"value model type is {type!r}, allowed: {', '.join(get_args(ValueType))}")
         self.backbone = backbone
-        self.type: ValueType = type
+        self.type: ValueType = type  # type: ignore[assignment]  # torch's Module has a method of that name
         self.distribution = distribution
         self.head = head
         rows = head_rows(type, distribution, self.vocab_size)
@@ -52,7 +52,7 @@ class ValueModel(nn.Module):
     ) -> "ValueModel":
         """A new head over ``backbone``: normal weights of ``head_std``, zero bias. 0 gives a constant value."""
         hidden_size = backbone.config.get_text_config().hidden_size
-        vocab_size = backbone.get_input_embeddings().weight.shape[0]
+        vocab_size = embedding_rows(backbone)
         head = nn.Linear(hidden_size, head_rows(type, distribution, vocab_size), dtype=backbone.dtype)
         nn.init.normal_(head.weight, std=head_std)
         nn.init.zeros_(head.bias)
@@ -61,7 +61,7 @@ class ValueModel(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Rows of the backbone's embedding: the token ids the model can read and score."""
-        return int(self.backbone.get_input_embeddings().weight.shape[0])
+        return embedding_rows(self.backbone)
 
     @property
     def hidden_size(self) -> int:
@@ -101,6 +101,13 @@ class ValueModel(nn.Module):
         rows_BKAH = embedding(candidates_BK, weight.view(self.vocab_size, -1)).unflatten(-1, (atoms, -1))
         logits_BKA = torch.einsum("bh,bkah->bka", hidden.float(), rows_BKAH.float())
         return logits_BKA if bias is None else logits_BKA + bias.view(-1, atoms)[candidates_BK].float()
+
+
+def embedding_rows(backbone: PreTrainedModel) -> int:
+    """V: the token ids that the backbone can read."""
+    weight = backbone.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
 
 
 def head_rows(type: ValueType, distribution: ReturnDistribution, vocab_size: int) -> int:

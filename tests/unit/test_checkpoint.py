@@ -177,7 +177,7 @@ def test_a_writer_killed_half_way_never_shows_half_a_model(tmp_path):
         checkpoint.save_value_model(make_model(), Path(sys.argv[1]) / "value", make_tokenizer())
         """
     )
-    arguments = [sys.executable, "-c", script, str(tmp_path), os.path.dirname(__file__)]
+    arguments = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as writer:
         assert writer.stdout.readline() == "written\n"
         writer.send_signal(signal.SIGKILL)

@@ -104,7 +104,11 @@ def test_no_other_policy_has_a_higher_kl_regularised_objective(eta):
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         noisy = {
-            x: (torch.tensor(p, dtype=torch.float64).log() + 0.3 * torch.randn(3, generator=generator)).softmax(-1).tolist()
+            x: torch.tensor(p, dtype=torch.float64)
+            .log()
+            .add(0.3 * torch.randn(3, generator=generator))
+            .softmax(-1)
+            .tolist()
             for x, p in policy("qsharp").items()
         }
         assert objective(noisy) < best
@@ -126,7 +130,7 @@ def test_on_the_two_leaf_tree_cd_goes_left_and_qsharp_goes_right(p_left):
         assert kl == pytest.approx(expected_kl, abs=1e-5)
     assert right == pytest.approx(1.0, abs=1e-9)
 
-    (leaf_zero, leaf_one), _ = tilted_step([0.95, 0.05], Bernoulli(), [[-100.0], [100.0]], 0.002, "qsharp")
+    (_, leaf_one), _ = tilted_step([0.95, 0.05], Bernoulli(), [[-100.0], [100.0]], 0.002, "qsharp")
     assert leaf_one == pytest.approx(1.0, abs=1e-9)  # and then on to the leaf with reward 1
 
     (left, right), kl = tilted_step(root, distribution, [certain_tenth, one_in_twenty], 0.002, "cd")

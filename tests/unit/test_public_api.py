@@ -50,7 +50,7 @@ PUBLIC_NAMES = {
         "tilt",
         "top_candidates",
     },
-    "qtilt.value_model": {"ValueModel", "head_rows"},
+    "qtilt.value_model": {"ValueModel", "embedding_rows", "head_rows"},
 }
 
 LIGHT_MODULES = ["qtilt", "qtilt.params", "qtilt.vllm_plugin.config", "qtilt_server.cli", "qtilt_trainer.cli"]
