@@ -1,11 +1,11 @@
 """The value-model directory: what is written is read back, and nothing broken is ever accepted."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch

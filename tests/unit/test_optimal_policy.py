@@ -104,11 +104,7 @@ def test_no_other_policy_has_a_higher_kl_regularised_objective(eta):
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         noisy = {
-            x: torch.tensor(p, dtype=torch.float64)
-            .log()
-            .add(0.3 * torch.randn(3, generator=generator))
-            .softmax(-1)
-            .tolist()
+            x: torch.tensor(p).double().log().add(0.3 * torch.randn(3, generator=generator)).softmax(-1).tolist()
             for x, p in policy("qsharp").items()
         }
         assert objective(noisy) < best
