@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+
 from qtilt_trainer.dataset import Example, batches, collate, first_labelled_token, label_rollouts, split_prompts
 
 

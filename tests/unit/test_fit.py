@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import LlamaConfig, LlamaModel
+
 from qtilt.checkpoint import CheckpointError, load_value_model, read_manifest
 from qtilt.distributions import Bernoulli, Categorical, ReturnDistribution
 from qtilt.value_model import ValueModel, ValueType
@@ -21,7 +23,6 @@ from qtilt_trainer.fit import FitPoint, fit, fit_record_path, fit_value_model
 from qtilt_trainer.initialise import initialise_value_model
 from qtilt_trainer.reference import build_tokenizer
 from qtilt_trainer.rollouts import Rollout
-from transformers import LlamaConfig, LlamaModel
 
 LETTERS, LENGTH, PROMPT_TOKEN = 4, 6, 4
 INV_ETA = 5.0
