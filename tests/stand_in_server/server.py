@@ -71,7 +71,8 @@ class StandInServer:
         return {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "test"}]}
 
     def _status(self, body: Any) -> Any:
-        models = [{"name": "value", "active": self.versions[-1]["version"], "versions": self.versions}]
+        newest = self.versions[-1]["version"] if self.versions else 0
+        models = [{"name": "value", "active": newest, "versions": self.versions}]
         root = None if self.value_model_root is None else str(self.value_model_root)
         return {"value_models": models if self.versions else [], "value_model_root": root}
 

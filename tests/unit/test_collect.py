@@ -1,0 +1,242 @@
+"""Algorithm 1's plan, and its requests against a server that speaks the API."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qtilt_trainer.generate
+from qtilt_trainer.client import Guidance, GuidedClient, Sampling, ServerError
+from qtilt_trainer.collect import earlier_lengths, missing_samples, plan_requests, switch_point
+from qtilt_trainer.config import CollectConfig, SamplingConfig, ServerConfig
+from qtilt_trainer.generate import PlannedRequest, generate
+from qtilt_trainer.rollouts import RolloutStore
+from qtilt_trainer.tasks import Problem
+from qtilt_trainer.tasks.star_graph import StarGraph
+from stand_in_server import StandInServer
+
+TASK = StarGraph()
+CONFIG = CollectConfig(prompts=6, samples_per_prompt=4, eta=0.2, guidance_top_k=7, seed=3)
+SAMPLING = SamplingConfig(temperature=0.8, top_p=0.9, max_tokens=9)
+
+
+def planned(store: RolloutStore, iteration: int, value_model: str | None = None) -> list[PlannedRequest]:
+    missing = missing_samples(TASK, iteration, store, CONFIG)
+    return plan_requests(missing, iteration, store, CONFIG, SAMPLING, value_model)
+
+
+def run(plan: list[PlannedRequest], store: RolloutStore, server: StandInServer, **settings: Any) -> None:
+    config = ServerConfig(url=server.url, **{"concurrency": 5, "retries": 1, **settings})
+
+    async def collect() -> None:
+        async with GuidedClient(config) as client:
+            await generate(client, TASK, plan, store, config.concurrency, "test")
+
+    asyncio.run(collect())
+
+
+def test_the_first_iteration_asks_the_reference_for_all_samples_of_a_prompt_at_once(tmp_path: Path) -> None:
+    plan = planned(RolloutStore(tmp_path), 1)
+    assert [request.problem for request in plan] == TASK.problems("train", 6)
+    assert all(request.samples == (0, 1, 2, 3) and request.guidance is None for request in plan)
+    assert len({request.seed for request in plan}) == 6
+
+
+def test_later_iterations_roll_in_for_a_switch_point_of_each_sample(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    with StandInServer() as server:
+        run(planned(store, 1), store, server)
+        plan = planned(store, 2, "value@4")
+        assert [len(request.samples) for request in plan] == [1] * 24
+        run(plan, store, server)
+        bodies = server.bodies("/v1/completions")[6:]
+    lengths = earlier_lengths(store.read(1))
+    for request in plan:
+        g = 0 if request.guidance is None else request.guidance.guided_tokens
+        assert g is not None
+        assert g < max(lengths[request.problem.id])
+        assert request.guidance is None or request.guidance == Guidance("value@4", 0.2, 7, "qsharp", g)
+    assert sum("guidance" in body for body in bodies) == sum(request.guidance is not None for request in plan)
+    guided = [body["guidance"] for body in bodies if "guidance" in body]
+    assert all(block.keys() == {"value_model", "eta", "top_k", "method", "guided_tokens"} for block in guided)
+    stored = {rollout.rollout_id: rollout for rollout in store.read(2)}
+    for request in plan:
+        rollout = stored[request.ids[0]]
+        assert rollout.switch_point == (request.guidance.guided_tokens if request.guidance else 0)
+        assert rollout.guided_tokens == min(rollout.switch_point, len(rollout.token_ids))
+        assert rollout.value_model == ("value@4" if request.guidance else None)
+        assert rollout.kl == 0.25 * rollout.guided_tokens
+
+
+def test_switch_points_are_uniform_below_the_length_of_an_earlier_response() -> None:
+    drawn = Counter(switch_point(0, f"2/p/{n}", [4]) for n in range(8000))
+    assert set(drawn) == {0, 1, 2, 3}
+    assert all(count == pytest.approx(2000, rel=0.1) for count in drawn.values())
+    mixed = Counter(switch_point(0, f"2/p/{n}", [2, 4]) for n in range(8000))
+    assert mixed[0] == pytest.approx(3000, rel=0.1)
+    assert mixed[3] == pytest.approx(1000, rel=0.15)
+    assert switch_point(0, "2/p/0", []) == 0
+
+
+def test_roll_outs_keep_the_servers_tokens_and_everything_that_made_them(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    with StandInServer() as server:
+        run(planned(store, 1), store, server)
+        problem = TASK.problems("train", 1)[0]
+        rollouts = {rollout.rollout_id: rollout for rollout in store.read()}
+        assert len(rollouts) == 24
+        again: Any = None
+        for sample in range(4):
+            rollout = rollouts[f"1/{problem.id}/{sample}"]
+            # One completion with the stored seed is the stored completion.
+            body = {"prompt": problem.prompt, "seed": rollout.seed, "n": 1}
+            _, again = server.answer("/v1/completions", body)
+            assert rollout.token_ids == again["choices"][0]["token_ids"]
+            assert rollout.prompt_token_ids == again["choices"][0]["prompt_token_ids"]
+            assert rollout.reward == TASK.reward(problem, rollout.text)
+            assert (rollout.ended, rollout.finish_reason, rollout.switch_point, rollout.kl) == (True, "stop", 0, 0.0)
+            assert (rollout.value_model, rollout.eta, rollout.method, rollout.guidance_top_k) == (None,) * 4
+            assert (rollout.temperature, rollout.top_p, rollout.sampling_top_k, rollout.max_tokens) == (0.8, 0.9, 0, 9)
+            assert (rollout.model, rollout.split) == ("stand-in", "train")
+
+
+def test_every_request_names_its_whole_policy(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    with StandInServer() as server:
+        run(planned(store, 1)[:1], store, server)
+        (body,) = server.bodies("/v1/completions")
+    assert (body["temperature"], body["top_p"], body["top_k"], body["max_tokens"]) == (0.8, 0.9, 0, 9)
+    assert (body["min_p"], body["repetition_penalty"], body["return_token_ids"], body["n"]) == (0.0, 1.0, True, 4)
+
+
+def test_only_what_is_missing_is_asked_for_and_it_is_what_it_would_have_been(tmp_path: Path) -> None:
+    whole, halves = RolloutStore(tmp_path / "whole"), RolloutStore(tmp_path / "halves")
+    with StandInServer() as server:
+        run(planned(whole, 1), whole, server)
+        run(planned(whole, 2, "value@1"), whole, server)
+        run(planned(halves, 1)[2:5], halves, server)
+        assert [request.problem.id[-1] for request in planned(halves, 1)] == ["0", "1", "5"]
+        run(planned(halves, 1), halves, server)
+        run(planned(halves, 2, "value@1")[5:15], halves, server)
+        assert len(planned(halves, 2, "value@1")) == 14
+        run(planned(halves, 2, "value@1"), halves, server)
+    assert planned(halves, 2, "value@1") == []
+    assert halves.read() == whole.read()
+
+
+def test_requests_in_flight_are_limited(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    with StandInServer() as server:
+        most = 0
+        now = 0
+
+        def count(path: str, body: Any) -> None:
+            nonlocal most, now
+            if path == "/v1/completions":
+                with server.lock:
+                    now += 1
+                    most = max(most, now)
+                asyncio.run(asyncio.sleep(0.02))
+                with server.lock:
+                    now -= 1
+
+        server.before = count
+        run(planned(store, 1), store, server, concurrency=3)
+    assert most == 3
+
+
+def test_passing_failures_are_retried(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    with StandInServer() as server:
+        server.before = lambda path, body: (
+            (503, {"error": {"message": "busy"}}) if len(server.bodies("/v1/completions")) == 3 else None
+        )
+        run(planned(store, 1), store, server)
+    assert len(store.ids()) == 24
+
+
+def test_a_server_that_stays_away_is_a_clear_error_and_what_came_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RolloutStore(tmp_path)
+    with StandInServer() as server:
+        server.before = lambda path, body: (
+            (400, {"error": {"message": "no version 'value@9'"}}) if len(server.bodies("/v1/completions")) > 3 else None
+        )
+        with pytest.raises(ServerError, match=r"answered 400: .*no version 'value@9'"):
+            run(planned(store, 1), store, server, concurrency=1)
+    assert len(store.ids()) == 12
+    with pytest.raises(ServerError, match=r"no server answers at http://127.0.0.1:\d+ \(1 tries, .*start qtilt-server"):
+        run(planned(store, 1), store, server, retries=0)
+
+
+def test_a_server_that_ignores_guidance_is_refused(tmp_path: Path) -> None:
+    problem = TASK.problems("train", 1)[0]
+    guidance = Guidance("value@1", 0.1, 20, "qsharp", 2)
+    request = PlannedRequest(2, "train", problem, (0,), 1, Sampling(1.0, 1.0, 0, 9), guidance)
+    with StandInServer() as server:
+
+        def plain(path: str, body: Any) -> tuple[int, Any] | None:
+            if body is None or "guidance" not in body:
+                return None
+            return 200, server._complete({**body, "guidance": None})
+
+        server.before = plain
+        with pytest.raises(ServerError, match="ignored `guidance`"):
+            run([request], RolloutStore(tmp_path), server)
+
+
+def test_a_reward_outside_the_tasks_range_is_an_error(tmp_path: Path) -> None:
+    class Generous(StarGraph):
+        def reward(self, problem: Problem, completion: str) -> float:
+            return 2.0
+
+    store = RolloutStore(tmp_path)
+    plan = planned(store, 1)[:1]
+
+    async def collect(url: str) -> None:
+        async with GuidedClient(ServerConfig(url=url)) as client:
+            await generate(client, Generous(), plan, store, 1, "test")
+
+    with StandInServer() as server, pytest.raises(ValueError, match=r"reward 2.0 for train-000000, outside"):
+        asyncio.run(collect(server.url))
+
+
+def test_parts_are_written_while_requests_still_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qtilt_trainer.generate, "PART_ROLLOUTS", 8)
+    store = RolloutStore(tmp_path)
+    stored_before: list[int] = []
+    with StandInServer() as server:
+        server.before = lambda path, body: stored_before.append(len(store.ids()))
+        run(planned(store, 1), store, server, concurrency=1)
+    assert stored_before[-1] == 16
+    assert len(store.ids()) == 24
+
+
+def test_a_stop_string_is_not_an_end_token(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    with StandInServer() as server:
+
+        def stopped(path: str, body: Any) -> tuple[int, Any] | None:
+            if path != "/v1/completions":
+                return None
+            answer = server._complete(body)
+            reasons = ["\n", None, 7, None]
+            for choice, reason in zip(answer["choices"], reasons, strict=True):
+                choice["stop_reason"] = reason
+            answer["choices"][3]["finish_reason"] = "length"
+            return 200, answer
+
+        server.before = stopped
+        run(planned(store, 1)[:1], store, server)
+    assert [rollout.ended for rollout in store.read()] == [False, True, True, False]
+
+
+def test_the_first_iteration_has_no_value_model_and_later_ones_need_one(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    with pytest.raises(ValueError, match="only the first iteration has no value model"):
+        planned(store, 1, "value@1")
+    with pytest.raises(ValueError, match="only the first iteration has no value model"):
+        planned(store, 2)
