@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
@@ -87,7 +87,7 @@ class GuidanceProcessor(LogitsProcessor):
             "value_models": [version.describe() for version in self.residents],
             "max_top_k": self.config.max_top_k,
             "guided_rows": len(self.batch),
-            "traces": len(self.records),
+            "traces": self.records.held,
         }
 
     def _row(
@@ -105,13 +105,12 @@ class GuidanceProcessor(LogitsProcessor):
         if params.top_k > self.config.max_top_k:
             raise ValueError(f"guidance.top_k is {params.top_k}, this server allows at most {self.config.max_top_k}")
         version = self.residents.get(params.value_model, params.version)
-        greedy = sampling_params.sampling_type == SamplingType.GREEDY
         record = None
         if params.trace_id:
             record = self.records.open(params.trace_id, output_token_ids, params.guided_tokens)
         return GuidedRow(
             params=params,
-            temperature=0.0 if greedy else sampling_params.temperature,
+            temperature=sampling_params.temperature,
             output_token_ids=output_token_ids,
             history=TokenHistory(list(prompt_token_ids), output_token_ids, version.manifest.vocab_size),
             version=version,

@@ -6,6 +6,7 @@ A record is indexed by the number of tokens generated before the step. A step wh
 unfinished prefill, work lost to a preemption) is overwritten by the one that counts, or lies beyond what was returned.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -66,28 +67,31 @@ class RecordStore:
 
     def __init__(self) -> None:
         self._traces: dict[str, list[Record]] = {}
+        # A request may run on for some steps after its trace was taken (a stop string, which only the API process
+        # sees), and come back from a preemption: it must not bring the trace back.
+        self._taken: deque[str] = deque(maxlen=1000)
 
-    def __len__(self) -> int:
-        """Traces not taken yet."""
+    @property
+    def held(self) -> int:
+        """How many traces haven't been taken yet."""
         return len(self._traces)
 
     def open(self, trace_id: str, output_token_ids: list[int], guided_tokens: int | None) -> Record:
         """The record of a request that enters the batch, new or back after a preemption.
 
-        A request that comes back has its tokens in the same list, or (async scheduling) in an equal one; then its
-        earlier steps are copied, and it doesn't matter from which record of equal tokens.
+        A request that comes back finds its earlier steps by its tokens, and it doesn't matter from which record of
+        equal tokens.
         """
+        record = Record(output_token_ids, guided_tokens)
+        if trace_id in self._taken:
+            return record
         records = self._traces.setdefault(trace_id, [])
-        for record in records:
-            if record.output_token_ids is output_token_ids:
-                return record
-        resumed = Record(output_token_ids, guided_tokens)
-        if output_token_ids:
-            source = next((record for record in records if record.generated(output_token_ids)), None)
-            if source is not None:
-                resumed.copy_steps(source, len(output_token_ids))
-        records.append(resumed)
-        return resumed
+        for earlier in records:
+            if output_token_ids and earlier.generated(output_token_ids):
+                record.copy_steps(earlier, len(output_token_ids))
+                break
+        records.append(record)
+        return record
 
     def take(
         self, trace_id: str, returned: Sequence[Sequence[int]], more_to_come: bool = False
@@ -98,7 +102,10 @@ class RecordStore:
 
         Raises ValueError when a returned sequence was not generated under this trace.
         """
-        records = self._traces.get(trace_id, []) if more_to_come else self._traces.pop(trace_id, [])
+        records = self._traces.get(trace_id, [])
+        if not more_to_come:
+            self._traces.pop(trace_id, None)
+            self._taken.append(trace_id)
         return [_find(records, tokens, trace_id).summary(len(tokens)) for tokens in returned]
 
 

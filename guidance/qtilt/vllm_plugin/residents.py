@@ -18,7 +18,6 @@ from qtilt.distributions import ReturnDistribution
 from qtilt.engine import ValueEngine
 from qtilt.exactness import measure_geometry
 from qtilt.kv_cache import CacheGeometry, KVCache
-from qtilt.value_model import ValueModel
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
 
 VersionKey = tuple[str, int]
@@ -146,23 +145,10 @@ class Residents:
     def _load(self, name: str, version: int, path: Path) -> ResidentVersion:
         manifest = read_manifest(path)
         warnings = check_fits_reference(manifest, path, self._reference)
-        model = _load_without_changing_defaults(path, self._settings)
+        model = load_value_model(path, self._settings.dtype, self._settings.device)
         geometry = measure_geometry(model.backbone, self._settings.max_length)
         engine = ValueEngine(model, self._settings.slots, self._settings.max_length, self._caches.get(geometry))
         self._caches[geometry] = engine.cache
         return ResidentVersion(
             name, version, path, manifest, engine, scorable_tokens(manifest, self._reference), warnings
         )
-
-
-def _load_without_changing_defaults(path: Path, settings: EngineSettings) -> ValueModel:
-    """Read in float32, then cast the parameters.
-
-    transformers' `from_pretrained(dtype=…)` sets torch's default dtype while it builds the model. That default belongs
-    to the process, and the running batch uses it in another thread. Buffers (rotary frequencies) stay in float32, as
-    `from_pretrained` leaves them.
-    """
-    model = load_value_model(path, torch.float32)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(settings.dtype)
-    return model.to(settings.device)

@@ -1,0 +1,94 @@
+"""KL records: found by what was generated, summed over what was returned, gone once taken."""
+
+import pytest
+import torch
+
+from qtilt.vllm_plugin.history import TokenHistory
+from qtilt.vllm_plugin.records import Record, RecordStore
+
+
+def write_steps(record: Record, first: int, *kls: float) -> None:
+    for step, kl in enumerate(kls, start=first):
+        record.write(step, torch.tensor([99.0, kl]), 1)
+
+
+def test_the_sum_covers_the_returned_tokens_and_no_step_after_them() -> None:
+    store, tokens = RecordStore(), [5, 6, 7]
+    write_steps(store.open("t", tokens, None), 0, 1.0, 2.0, 4.0, 8.0)
+    assert store.take("t", [[5, 6]]) == [{"guided_tokens": 2, "kl": 3.0}]
+    assert store.held == 0
+
+
+def test_steps_after_the_guided_tokens_are_not_summed() -> None:
+    store, tokens = RecordStore(), [5, 6, 7]
+    write_steps(store.open("t", tokens, 2), 0, 1.0, 2.0)
+    assert store.take("t", [tokens]) == [{"guided_tokens": 2, "kl": 3.0}]
+
+
+def test_a_discarded_step_is_overwritten() -> None:
+    store, tokens = RecordStore(), []
+    record = store.open("t", tokens, None)
+    write_steps(record, 0, 50.0)
+    write_steps(record, 0, 1.0)
+    tokens.append(5)
+    assert store.take("t", [[5]]) == [{"guided_tokens": 1, "kl": 1.0}]
+
+
+def test_choices_of_one_trace_are_told_apart_by_their_tokens() -> None:
+    store = RecordStore()
+    write_steps(store.open("t", [5, 6], None), 0, 1.0, 2.0)
+    write_steps(store.open("t", [5, 9], None), 0, 1.0, 2.0)
+    write_steps(store.open("t", [7, 6], None), 0, 1.0, 8.0)
+    assert store.take("t", [[7, 6], [5, 6], [5, 9]], more_to_come=True) == [
+        {"guided_tokens": 2, "kl": 9.0},
+        {"guided_tokens": 2, "kl": 3.0},
+        {"guided_tokens": 2, "kl": 3.0},
+    ]
+    assert store.held == 1
+    assert store.take("t", []) == []
+    assert store.held == 0
+
+
+@pytest.mark.parametrize("same_list", [True, False])
+def test_a_request_that_comes_back_goes_on_with_its_own_steps(same_list: bool) -> None:
+    """Without and with async scheduling, which makes a new list and may leave a placeholder in the old one."""
+    store, ours = RecordStore(), [5, 6, 7]
+    write_steps(store.open("t", [5, 9, 9, 9], None), 0, 1.0, 64.0, 64.0, 64.0)
+    write_steps(store.open("t", ours, None), 0, 1.0, 2.0, 4.0)
+    resumed = ours if same_list else [5, 6, 7]
+    if not same_list:
+        ours[-1] = -1
+    record = store.open("t", resumed, None)
+    write_steps(record, 3, 8.0)
+    resumed.append(3)
+    assert store.take("t", [[5, 6, 7, 3]]) == [{"guided_tokens": 4, "kl": 15.0}]
+
+
+def test_a_request_that_outlives_its_trace_does_not_bring_it_back() -> None:
+    store = RecordStore()
+    store.take("t", [])
+    store.open("t", [5], None)
+    assert store.held == 0
+
+
+def test_tokens_that_were_not_generated_are_an_error_and_the_trace_is_gone() -> None:
+    store = RecordStore()
+    write_steps(store.open("t", [5, 6], None), 0, 1.0, 2.0)
+    with pytest.raises(ValueError, match="no guidance record of trace 't'"):
+        store.take("t", [[4, 6]])
+    assert store.held == 0
+
+
+def test_a_history_reads_like_the_joined_lists_and_grows_with_them() -> None:
+    prompt, output = [1, 2, 3], [4]
+    history = TokenHistory(prompt, output, vocab_size=8)
+    output += [5, 99]
+    joined = [1, 2, 3, 4, 5, 7]
+    assert len(history) == len(joined)
+    assert list(history) == joined
+    assert history[-1] == 7
+    for start in range(7):
+        for stop in range(7):
+            assert history[start:stop] == joined[start:stop]
+    with pytest.raises(ValueError, match="step 1"):
+        history[::2]
