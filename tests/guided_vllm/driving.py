@@ -49,14 +49,13 @@ def sampling_params(ask: Ask) -> SamplingParams:
         temperature=ask.temperature,
         max_tokens=ask.max_tokens,
         n=ask.n,
-        seed=1234 + next(_request_numbers),
         logprobs=-1,
         detokenize=False,
         ignore_eos=True,
         # Choices of n > 1 come together only at the end.
         output_kind=RequestOutputKind.CUMULATIVE if ask.n == 1 else RequestOutputKind.FINAL_ONLY,
         extra_args={"qtilt": ask.guidance.to_extra_args()} if ask.guidance else None,
-        **ask.sampling,
+        **{"seed": 1234 + next(_request_numbers)} | ask.sampling,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from guided_vllm.driving import Answer
-from guided_vllm.oracle import Guided, expected_steps
+from guided_vllm.oracle import Guided, expected_steps, log_softmax
 from guided_vllm.tiny_models import TOKENS
 from qtilt.params import GuidanceParams
 
@@ -40,8 +40,17 @@ class Served:
         (counter,) = [metric for metric in self.engine.get_metrics() if metric.name == "vllm:num_preemptions"]
         return int(counter.value)
 
-    def check(self, answer: Answer, adjust: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
-        """Every reported probability, and the KL on record, equal the oracle's."""
+    def check(
+        self,
+        answer: Answer,
+        adjust: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        penalise: Callable[[torch.Tensor, list[int]], torch.Tensor] | None = None,
+    ) -> None:
+        """Every reported probability, and the KL on record, equal the oracle's.
+
+        adjust: what happens to raw logits before guidance. penalise: what happens to guided logits after it, given the
+        tokens generated before.
+        """
         ask, guidance = answer.ask, answer.ask.guidance
         kls = []
         for choice in answer.choices:
@@ -54,8 +63,11 @@ class Served:
                 self.scorable,
                 adjust,
             )
-            for token, reported, (expected_V, _) in zip(choice.token_ids, choice.logprobs, steps, strict=True):
-                self._check_step(token, reported, expected_V, greedy=ask.temperature == 0)
+            for count, (token, (expected_V, _)) in enumerate(zip(choice.token_ids, steps, strict=True)):
+                if penalise is not None:
+                    scale = ask.temperature or 1.0
+                    expected_V = log_softmax(penalise(expected_V * scale, choice.token_ids[:count]) / scale)
+                self._check_step(token, choice.logprobs[count], expected_V, greedy=ask.temperature == 0)
             kls.append(sum(kl for _, kl in steps))
         if guidance is not None:
             self._check_records(answer, guidance, kls)

@@ -138,6 +138,34 @@ def test_masked_tokens_stay_masked_and_biases_count_as_the_reference(served: Ser
         served.check(answer, adjust)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_penalties_act_on_guided_logits_and_the_kl_is_taken_before_them(served: Served, temperature: float) -> None:
+    def penalise(guided_V: torch.Tensor, generated: list[int]) -> torch.Tensor:
+        counts_V = torch.bincount(torch.tensor(generated, dtype=torch.long), minlength=REFERENCE_VOCAB)
+        return guided_V - 1.5 * (counts_V > 0) - 0.25 * counts_V
+
+    sampling = {"presence_penalty": 1.5, "frequency_penalty": 0.25}
+    asks = [
+        Ask(prompt(6, seed=85 + index), guidance, temperature, max_tokens=24, sampling=sampling)
+        for index, guidance in enumerate([served.guide("v-bernoulli"), served.guide("q-categorical"), None])
+    ]
+    for answer in drive(served.engine, asks):
+        served.check(answer, penalise=penalise)
+
+
+def test_a_seed_gives_the_same_tokens_in_whatever_chunks_its_prompt_comes(served: Served) -> None:
+    def seeded() -> Ask:
+        return Ask(prompt(25, seed=94), served.guide("v-bernoulli"), arrives=1, sampling={"seed": 7})
+
+    (alone,) = drive(served.engine, [seeded()])
+    answers = drive(served.engine, [Ask(prompt(42, seed=95), served.guide("q-bernoulli")), seeded()])
+    assert alone.steps_to_first_token == 1
+    assert answers[1].steps_to_first_token > 1
+    assert answers[1].choices[0].token_ids == alone.choices[0].token_ids
+    for answer in (alone, *answers):
+        served.check(answer)
+
+
 def test_aborted_requests_leave_the_others_exact(served: Served) -> None:
     doomed = [served.guide("v-bernoulli"), served.guide("q-bernoulli")]
     asks = [
