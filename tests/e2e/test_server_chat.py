@@ -65,14 +65,35 @@ def test_an_unguided_chat_says_nothing_of_guidance(client: OpenAI, idle: Running
 def test_a_forced_tool_call_is_counted_by_its_tokens(client: OpenAI, idle: RunningServer) -> None:
     """The parser turns the text into a tool call; the guidance is of the tokens that made it."""
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
-    tool: Any = {"type": "function", "function": {"name": "pick", "parameters": schema}}
+    tool: Any = {"type": "function", "function": {"name": "pick", "parameters": schema, "strict": True}}
     response: Any = client.chat.completions.create(
         model=idle.model,
         messages=MESSAGES,
-        max_completion_tokens=12,
+        max_completion_tokens=200,
         tools=[tool],
         tool_choice={"type": "function", "function": {"name": "pick"}},
         extra_body={"guidance": {}},
     )
     (choice,) = response.choices
+    assert choice.message.tool_calls[0].function.name == "pick"
     assert choice.guidance["guided_tokens"] == response.usage.completion_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_structured_output_is_guided_among_the_allowed_tokens(
+    client: OpenAI, idle: RunningServer, stream: bool
+) -> None:
+    response: Any = client.chat.completions.create(
+        model=idle.model,
+        messages=MESSAGES,
+        stream=stream,
+        extra_body={"guidance": {}, "structured_outputs": {"choice": ["xyz", "zyx", "yy"]}},
+    )
+    if stream:
+        (part,) = collect(response).choices.values()
+        text, guidance = part.text, part.guidance
+    else:
+        text, guidance = response.choices[0].message.content, response.choices[0].guidance
+    assert text in ("xyz", "zyx", "yy")
+    assert guidance is not None
+    assert guidance["guided_tokens"] == len(text) + 1

@@ -6,6 +6,7 @@ import pytest
 from openai import OpenAI
 
 from real_server.checking import Oracle, Returned, completion_choices, encode
+from real_server.models import TOKENS as VOCABULARY
 from real_server.process import RunningServer
 from real_server.streams import Streamed, collect
 
@@ -22,7 +23,7 @@ BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "clamped": (
         {"value_model": "graded@1", "top_k": 64},
-        {"value_model": "graded@1", "eta": 0.2, "top_k": 46, "method": "qsharp"},
+        {"value_model": "graded@1", "eta": 0.2, "top_k": VOCABULARY, "method": "qsharp"},
     ),
 }
 

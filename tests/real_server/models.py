@@ -13,11 +13,11 @@ from qtilt.checkpoint import save_value_model
 from qtilt.distributions import Bernoulli, Categorical, ReturnDistribution
 from qtilt.value_model import ValueModel, ValueType
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .,+=?"
+ALPHABET = 'abcdefghijklmnopqrstuvwxyz0123456789 .,+=?{}[]<>/_:"\n'
 SPECIAL = ("<end>", "<pad>", "<user>", "<assistant>")
 TOKENS = len(ALPHABET) + len(SPECIAL)
-VOCAB = 48
-"""Two padding rows beyond the tokens."""
+VOCAB = TOKENS + 3
+"""Three padding rows beyond the tokens."""
 POSITIONS = 4096
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<user>' if message.role == 'user' else '<assistant>' }}"
