@@ -28,9 +28,9 @@ def version(tmp_path: Path) -> ResidentVersion:
     return _residents().load_at_start("value", str(directory))
 
 
-def _residents() -> Residents:
+def _residents(dtype: torch.dtype = torch.float32) -> Residents:
     reference = Reference(fingerprint_tokenizer(make_tokenizer()), REFERENCE_VOCAB, 64)
-    return Residents(reference, EngineSettings(SLOTS, 64, torch.float32, torch.device("cpu")))
+    return Residents(reference, EngineSettings(SLOTS, 64, dtype, torch.device("cpu")))
 
 
 @pytest.fixture
@@ -145,6 +145,18 @@ def test_rows_follow_their_requests_through_any_removals_moves_and_swaps(
     for seat in range(SLOTS):
         batch.put(seat, None)
     assert free_slots(version) == SLOTS
+
+
+def test_the_value_model_runs_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    directory = make_value_model(tmp_path / "value", "v", Bernoulli(), "llama", seed=1)
+    candidates_BK = torch.arange(8).view(2, 4)
+    logits = []
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = _residents(dtype).load_at_start("value", str(directory)).engine
+        assert engine.cache.geometry.dtype == dtype
+        logits.append(engine.value_logits([engine.acquire(), engine.acquire()], [[1, 2], [3, 4, 5]], candidates_BK))
+    assert not torch.equal(*logits)
+    torch.testing.assert_close(*logits, rtol=0.1, atol=0.2)
 
 
 def test_versions_of_equal_geometry_share_one_cache(tmp_path: Path) -> None:

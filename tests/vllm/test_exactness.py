@@ -159,8 +159,7 @@ def test_a_seed_gives_the_same_tokens_in_whatever_chunks_its_prompt_comes(served
 
     (alone,) = drive(served.engine, [seeded()])
     answers = drive(served.engine, [Ask(prompt(42, seed=95), served.guide("q-bernoulli")), seeded()])
-    assert alone.steps_to_first_token == 1
-    assert answers[1].steps_to_first_token > 1
+    assert answers[1].steps_to_first_token > alone.steps_to_first_token
     assert answers[1].choices[0].token_ids == alone.choices[0].token_ids
     for answer in (alone, *answers):
         served.check(answer)
