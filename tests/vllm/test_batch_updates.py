@@ -1,11 +1,11 @@
 """vLLM's batch updates, word for word: what is added, moved, swapped and refilled ends where vLLM says."""
 
-from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from guided_vllm.served import Served
 from qtilt.params import GuidanceParams
 from qtilt.vllm_plugin.processor import GuidanceProcessor
+from vllm import SamplingParams
 
 
 def test_additions_moves_swaps_and_refilled_indices(served: Served) -> None:
