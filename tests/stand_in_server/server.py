@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from transformers import PreTrainedTokenizerFast
+
 from qtilt_trainer.reference import build_tokenizer
 from qtilt_trainer.tasks.star_graph import StarGraph
 
@@ -27,17 +29,16 @@ class StandInServer:
         self.requests: list[tuple[str, Any]] = []
         self.versions: list[dict[str, Any]] = []
         self.lock = threading.Lock()
-        self.tokenizer = build_tokenizer(StarGraph().alphabet)
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._http.daemon_threads = True
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
+        self.tokenizer = make_tokenizer()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._http.server_port}"
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http.daemon_threads = True
+        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(
@@ -110,6 +111,10 @@ class StandInServer:
         return choice
 
 
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer(StarGraph().alphabet)
+
+
 def walk(prompt: str, right: bool) -> str:
     """The path the prompt asks for, or the one along another arm."""
     edges, ends = prompt.rstrip(">").split("/")
@@ -130,7 +135,9 @@ def _handler(server: StandInServer) -> type[BaseHTTPRequestHandler]:
             self._answer(None)
 
         def do_POST(self) -> None:
-            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            data = self.rfile.read(length := int(self.headers["Content-Length"]))
+            if len(data) == length:  # Less when the client was killed while it wrote.
+                self._answer(json.loads(data))
 
         def _answer(self, body: Any) -> None:
             status, value = server.answer(self.path, body)

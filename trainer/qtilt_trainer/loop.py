@@ -51,15 +51,16 @@ class Run:
         return self.config.run_dir / "value_models" / name
 
     def loop(self) -> list[Record]:
-        """All stages of all iterations, evaluation and report; those already done are skipped. Returns the records."""
+        """All stages of all iterations, evaluation and report; those already done are skipped. Returns the records.
+
+        Collecting publishes the value model it rolls in with, so only the last one is left to publish.
+        """
         write_json(self.config.run_dir / "config.json", self.config.model_dump(mode="json"))
         last = len(self.config.iterations)
         for iteration in range(1, last + 1):
             self.collect(iteration)
             self.fit(iteration)
-            # A version that a later fit replaced is of no further use to anybody.
-            if iteration == last or not self.value_model_directory(iteration + 1).exists():
-                self.publish(iteration)
+        self.publish(last)
         if self.config.evaluate is None:
             return []
         records = self.evaluate(last)

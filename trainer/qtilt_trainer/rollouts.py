@@ -36,7 +36,7 @@ class Rollout:
     ended: bool
     """Whether the last token is the end token."""
     switch_point: int
-    """g: how many tokens were asked to be guided; -1 means all of them."""
+    """g: how many tokens were asked to be guided; max_tokens when all of them were."""
     guided_tokens: int
     """How many were."""
     reward: float
@@ -85,9 +85,6 @@ SCHEMA = pa.schema(
     ],
     metadata={_VERSION_KEY: str(FORMAT_VERSION).encode()},
 )
-ALL_GUIDED = -1
-"""`switch_point` of a completion that was guided to its end (evaluation)."""
-
 
 def rollout_id(iteration: int, prompt_id: str, sample: int) -> str:
     """The unique key of a roll-out within its store."""

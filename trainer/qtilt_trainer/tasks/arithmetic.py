@@ -2,8 +2,8 @@ r"""Chained sums with a boxed result, for a reference that misreads signs and st
 
     Start73(1)-8(2)+9?   ->   (1)73-8=65\n(2)65+9=74\n\boxed{74}
 
-The reference's training texts are flawed: at a step that says "-" the text reads "+" with probability `misread` and goes on
-consistently ((1)73+8=81), and after every step but the last it boxes what it has with probability `stop_early`.
+The reference's training texts are flawed: at a step that says "-" the text reads "+" with probability `misread` and
+goes on consistently ((1)73+8=81), and after every step but the last it boxes what it has with probability `stop_early`.
 Both can be checked by looking up the prompt, which a value model as small as the reference can learn. (Wrong sums, such
 as forgotten carries, it can't see.)
 """

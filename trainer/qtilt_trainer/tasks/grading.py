@@ -1,8 +1,8 @@
 r"""Is the last `\boxed{...}` of a completion the expected expression? math-verify decides, in a process we can kill.
 
 math-verify parses with ANTLR and compares with SymPy: hostile answers make either run for hours or eat all memory, and
-its own time limits need SIGALRM, so they work in a main thread only and not against C code. Here its limits are off and a
-worker that is late is killed; its answer counts as wrong.
+its own time limits need SIGALRM, so they work in a main thread only and not against C code. Here its limits are off
+and a worker that is late is killed; its answer counts as wrong.
 """
 
 import atexit

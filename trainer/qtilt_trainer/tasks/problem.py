@@ -45,7 +45,7 @@ class Task(Protocol):
         """The first `count` problems of a split: a longer list begins with the shorter one."""
 
     def reward(self, problem: Problem, completion: str) -> float:
-        """The return of a finished completion, in [low, high]."""
+        """The return of a finished completion, in [low, high]. Called from several threads."""
 
     def answer(self, problem: Problem, completion: str) -> Hashable | None:
         """What the completion answers, for majority votes; None if it answers nothing (and so doesn't vote)."""

@@ -1,0 +1,232 @@
+"""kill -9 in every stage of the loop, then the same command again: no roll-out lost, none twice, nothing done again.
+
+The trainer is the real command in a process of its own; the server stands in for qtilt-server, so that the kill can
+come at an exact request. The result must equal that of a run nobody killed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qtilt_trainer.rollouts import RolloutStore
+from stand_in_server import StandInServer, make_tokenizer
+
+COMMAND = Path(sys.executable).parent / "qtilt-trainer"
+PROMPTS, SAMPLES, PROMPTS_2, SAMPLES_2 = 120, 6, 70, 5
+CELLS = ("iteration-000/reference-sample", "iteration-002/qsharp-10-sample")
+CONFIG = f"""
+run_dir = "run"
+[task]
+name = "star_graph"
+[server]
+concurrency = 4
+retries = 0
+value_model_root = "."
+[value_model]
+backbone = "backbone"
+[sampling]
+max_tokens = 8
+[collect]
+prompts = {PROMPTS}
+samples_per_prompt = {SAMPLES}
+[fit]
+steps = 12
+batch_size = 16
+learning_rate = 1e-3
+threads = 1
+[evaluate]
+prompts = 80
+samples = 4
+inv_eta = [10]
+methods = ["qsharp"]
+decoding = ["sample"]
+[[iterations]]
+[[iterations]]
+collect.prompts = {PROMPTS_2}
+collect.samples_per_prompt = {SAMPLES_2}
+"""
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("backbone")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+class Trainer:
+    """`qtilt-trainer loop` in a working directory of its own, as often as it takes."""
+
+    def __init__(self, directory: Path, backbone: Path, server: StandInServer) -> None:
+        self.directory, self.server = directory, server
+        directory.mkdir(parents=True)
+        (directory / "backbone").symlink_to(backbone)
+        (directory / "loop.toml").write_text(CONFIG)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        return self.directory / "run"
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with (self.directory / "log").open("ab") as log:
+            command = [COMMAND, "loop", "loop.toml", "--server", self.server.url]
+            self.process = subprocess.Popen(command, cwd=self.directory, env=environment, stdout=log, stderr=log)
+        return self.process
+
+    def kill(self) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+    def finish(self) -> None:
+        code = self.start().wait(120)
+        assert code == 0, (self.directory / "log").read_text()
+
+    def start_and_kill_when(self, condition: Callable[[], bool]) -> None:
+        process = self.start()
+        deadline = time.monotonic() + 90
+        while not condition():
+            assert process.poll() is None, f"ended before the kill: {(self.directory / 'log').read_text()}"
+            assert time.monotonic() < deadline, "the moment to kill never came"
+            time.sleep(0.002)
+        self.kill()
+
+    def start_and_kill_at_request(self, path: str, number: int) -> None:
+        """Killed while request `number` to `path` (counted from now) is in flight; it is answered into the void."""
+        reached = threading.Event()
+        gone = threading.Event()
+        before = len(self.server.bodies(path))
+
+        def hold(asked: str, body: Any) -> None:
+            if asked == path and len(self.server.bodies(path)) == before + number:
+                reached.set()
+                gone.wait(10)
+
+        self.server.before = hold
+        self.start_and_kill_when(reached.is_set)
+        gone.set()
+        self.server.before = lambda path, body: None
+
+    def outcome(self) -> dict[str, Any]:
+        """Everything a run has made, without when and under which version number."""
+        stores = {"rollouts": RolloutStore(self.run_dir / "rollouts")}
+        stores |= {cell: RolloutStore(self.run_dir / "evaluation" / cell) for cell in CELLS}
+        made: dict[str, Any] = {name: [_timeless(row) for row in store.read()] for name, store in stores.items()}
+        made["results"] = [_without_version(row) for row in json.loads((self.run_dir / "results.json").read_text())]
+        for number in (1, 2):
+            record = self.run_dir / "value_models" / f"iteration-{number:03d}.fit.json"
+            made[f"labels {number}"] = json.loads(record.read_text())["labels"]
+        return made
+
+    def head(self, iteration: int) -> torch.Tensor:
+        directory = self.run_dir / "value_models" / f"iteration-{iteration:03d}"
+        return load_file(directory / "head.safetensors")["weight"]
+
+
+def _timeless(rollout: Any) -> Any:
+    return {name: getattr(rollout, name) for name in rollout.__slots__ if name != "value_model"}
+
+
+def _without_version(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "value_model"}
+
+
+@pytest.fixture
+def server() -> Iterator[StandInServer]:
+    with StandInServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Trainer:
+    """A run that nobody killed."""
+    with StandInServer() as server:
+        trainer = Trainer(tmp_path_factory.mktemp("undisturbed") / "work", backbone, server)
+        trainer.finish()
+        made = trainer.outcome()
+        assert len(made["rollouts"]) == PROMPTS * SAMPLES + PROMPTS_2 * SAMPLES_2
+        assert len(server.bodies("/v1/guidance/value_models")) == 2
+        requests = len(server.bodies("/v1/completions"))
+        trainer.finish()  # Again: nothing is left to do.
+        assert len(server.bodies("/v1/completions")) == requests == PROMPTS + PROMPTS_2 * SAMPLES_2 + 2 * 80
+        assert len(server.bodies("/v1/guidance/value_models")) == 2
+        assert trainer.outcome() == made
+    return trainer
+
+
+def test_killed_in_every_stage_the_loop_makes_what_it_makes_undisturbed(
+    tmp_path: Path, backbone: Path, server: StandInServer, undisturbed: Trainer
+) -> None:
+    trainer = Trainer(tmp_path / "work", backbone, server)
+    completions, publications = "/v1/completions", "/v1/guidance/value_models"
+    run_dir = trainer.run_dir
+
+    trainer.start_and_kill_at_request(completions, 70)  # collect 1, after a part was written
+    assert len(RolloutStore(run_dir / "rollouts").ids()) in range(1, PROMPTS * SAMPLES)
+    trainer.start_and_kill_when((run_dir / "value_models" / "initial").exists)  # fit 1
+    assert len(RolloutStore(run_dir / "rollouts").read()) == PROMPTS * SAMPLES
+    trainer.start_and_kill_at_request(publications, 1)  # publish 1, loaded but never noted
+    trainer.start_and_kill_at_request(completions, PROMPTS_2 * SAMPLES_2 - 20)  # collect 2
+    assert len(RolloutStore(run_dir / "rollouts").ids()) > PROMPTS * SAMPLES
+    trainer.start_and_kill_when(lambda: (run_dir / "value_models" / "iteration-002.settings.json").exists())  # fit 2
+    server.restart()
+    trainer.start_and_kill_at_request(completions, 75)  # evaluate, reference
+    trainer.start_and_kill_at_request(completions, 90)  # evaluate, the next cell
+    trainer.finish()
+
+    made = trainer.outcome()
+    for name, value in undisturbed.outcome().items():
+        assert made[name] == value, name
+    for iteration in (1, 2):
+        # Not bit for bit: matrix products may depend on where the memory is aligned.
+        torch.testing.assert_close(trainer.head(iteration), undisturbed.head(iteration), atol=2e-3, rtol=0)
+    # Nobody noted the first load; the restarted server knew none. Everything else was loaded once.
+    assert [body["path"][-3:] for body in server.bodies(publications)] == ["001", "001", "002"]
+
+
+def test_two_trainers_do_not_work_in_one_directory(tmp_path: Path, backbone: Path, server: StandInServer) -> None:
+    trainer = Trainer(tmp_path / "work", backbone, server)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold(path: str, body: Any) -> None:
+        reached.set()
+        go_on.wait(30)
+
+    server.before = hold
+    first = trainer.start()
+    assert reached.wait(30)
+    second = subprocess.run(
+        [COMMAND, "loop", "loop.toml", "--server", server.url], cwd=trainer.directory, capture_output=True, timeout=60
+    )
+    first.kill()
+    go_on.set()
+    first.wait(10)
+    assert second.returncode == 2
+    assert b"another qtilt-trainer is working in run" in second.stderr
+
+
+def test_other_settings_for_a_begun_stage_are_refused(tmp_path: Path, backbone: Path, server: StandInServer) -> None:
+    trainer = Trainer(tmp_path / "work", backbone, server)
+    trainer.start_and_kill_at_request("/v1/completions", 5)
+    (trainer.directory / "loop.toml").write_text(CONFIG.replace("max_tokens = 8", "max_tokens = 9"))
+    assert trainer.start().wait(60) == 2
+    assert "has other settings (sampling.max_tokens: 8 then, 9 now)" in (trainer.directory / "log").read_text()
