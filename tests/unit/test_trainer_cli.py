@@ -1,0 +1,126 @@
+"""The command line: quick help, frozen help, bad input in one line."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qtilt_trainer.cli import main
+from qtilt_trainer.cli_reference import cli_reference
+
+COMMAND = Path(sys.executable).parent / "qtilt-trainer"
+PAGE = Path(__file__).parents[2] / "docs" / "trainer-cli.md"
+CONFIG = """
+run_dir = "run"
+[task]
+name = "star_graph"
+[server]
+url = "http://127.0.0.1:9"
+retries = 0
+value_model_root = "."
+[value_model]
+backbone = "none"
+[sampling]
+max_tokens = 8
+[collect]
+prompts = 2
+samples_per_prompt = 2
+[fit]
+steps = 1
+"""
+
+
+def test_the_help_in_the_documentation_is_the_programs() -> None:
+    assert PAGE.read_text() == cli_reference(), "run: python -m qtilt_trainer.cli_reference > docs/trainer-cli.md"
+
+
+def test_help_needs_nothing_heavy() -> None:
+    heavy = "torch", "transformers", "numpy", "pydantic", "openai", "pyarrow"
+    program = f"import sys, qtilt_trainer.cli as c; c.build_parser(); print([m for m in {heavy} if m in sys.modules])"
+    started = time.monotonic()
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    assert shown.stdout.strip() == "[]"
+    fastest = time.monotonic() - started
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run([COMMAND, "--help"], capture_output=True, check=True, timeout=30)
+        fastest = min(fastest, time.monotonic() - started)
+    assert fastest < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["loop", "none.toml"], r"can't read the configuration none\.toml: No such file"),
+        (["collect", "run.toml", "--iteration", "3"], r"--iteration must be 1 to 2, got 3"),
+        (["publish", "run.toml"], r"there is no run/value_models/iteration-002: fit iteration 2 first"),
+        (["evaluate", "run.toml"], r"the configuration has no \[evaluate\] table"),
+        (["collect", "run.toml", "--server", "localhost:1"], r"server\.url: must begin with http://"),
+        (["reference", "run.toml", "--out", "x", "--steps", "0"], r"steps must be at least 1, got 0"),
+        (["reference", "empty.toml", "--out", "x"], r"the table \[task\] is required"),
+        (
+            [
+                "init",
+                "--backbone",
+                "none",
+                "--type",
+                "v",
+                "--distribution",
+                "categorical",
+                "--atoms",
+                "1",
+                "--out",
+                "x",
+            ],
+            r"init\.atoms: Input should be greater than or equal to 2, got 1",
+        ),
+        (
+            ["init", "--backbone", "./none", "--type", "v", "--distribution", "bernoulli", "--out", "x"],
+            r"backbone './none' is no model directory or hub id that can be read",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(CONFIG)
+    Path("empty.toml").write_text("")
+    assert main(arguments) == 2
+    complaint = [line for line in capfd.readouterr().err.splitlines() if line.startswith("qtilt-trainer:")]
+    assert len(complaint) == 1
+    assert re.search(message, complaint[0])
+
+
+def test_a_server_that_is_away_is_one_line_and_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(CONFIG)
+    assert main(["loop", "run.toml"]) == 1
+    assert re.search(
+        r"^qtilt-trainer: no server answers at http://127.0.0.1:9 .*start qtilt-server", capfd.readouterr().err, re.M
+    )
+
+
+def test_a_task_whose_rewards_the_value_model_can_not_represent_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    narrow = 'backbone = "none"\ndistribution = "categorical"\nlow = 0.0\nhigh = 0.5'
+    Path("run.toml").write_text(CONFIG.replace('backbone = "none"', narrow))
+    assert main(["collect", "run.toml"]) == 2
+    assert "gives rewards in [0, 1], and value_model covers [0, 0.5]" in capfd.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="can't read"):
+        main(["--debug", "loop", "none.toml"])
