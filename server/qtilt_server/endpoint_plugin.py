@@ -44,8 +44,8 @@ class GuidanceEndpoints:
         if not hasattr(args, "guidance_eta"):
             raise StartupError("the qtilt endpoints need their own launcher: start the server with qtilt-server")
         flags = GuidanceFlags.from_namespace(args)
-        reference = reference_of(engine_client.vllm_config.model_config, engine_client.renderer.tokenizer)
-        manifests, _ = check_value_models(flags.value_models, reference)
+        reference = reference_of(engine_client.vllm_config.model_config)
+        manifests = check_value_models(flags.value_models, reference)
         worker = GuidanceWorker(engine_client)
         await _check_live(worker, flags)
         metrics = GuidanceMetrics()

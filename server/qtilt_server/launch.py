@@ -125,7 +125,6 @@ def _check_against_model(args: argparse.Namespace, flags: GuidanceFlags) -> None
     The endpoint plugin asks again when the engine has settled on its maximum length.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.tokenizers import cached_tokenizer_from_config
 
     from qtilt_server.reference import check_value_models, reference_of
 
@@ -133,17 +132,9 @@ def _check_against_model(args: argparse.Namespace, flags: GuidanceFlags) -> None
         raise StartupError("the entry point of qtilt is missing: install the package with pip")
     try:
         model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
-        tokenizer = cached_tokenizer_from_config(model_config)
+        reference = reference_of(model_config)
     except (OSError, ValueError) as error:
         raise StartupError(f"{args.model}: {error}") from error
     if model_config.runner_type != "generate":
         raise StartupError(f"{args.model}: guidance steers generation and this is a {model_config.runner_type} model")
-    _, warnings = check_value_models(flags.value_models, reference_of(model_config, tokenizer))
-    _warn(warnings)
-
-
-def _warn(warnings: list[str]) -> None:
-    from vllm.logger import init_logger
-
-    for warning in warnings:
-        init_logger(__name__).warning(warning)
+    check_value_models(flags.value_models, reference)

@@ -112,9 +112,9 @@ class Trace:
                         await self._fetch([choice.index for choice in finished], more_to_come=not output.finished)
                     yield output
         finally:
+            self._session.engine_stopped()
             if not self._forgotten:
                 _in_background(self._forget())
-            self._session.engine_stopped()
 
     def _collect(self, choice: CompletionOutput, kind: RequestOutputKind) -> bool:
         """Note a choice's tokens; whether that was its last output."""

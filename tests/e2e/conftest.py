@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from openai import OpenAI
 
 from real_server.checking import Oracle
@@ -57,6 +58,7 @@ def client(server: RunningServer) -> Iterator[OpenAI]:
 @pytest.fixture(scope="session")
 def oracle(models: Path) -> Oracle:
     """Tests that publish a version add its directory."""
+    torch.set_num_threads(1)  # threads that wait for each other beside a busy server are many times slower
     root = models / "published"
     return Oracle(models / "reference", {"value@1": root / "start", "graded@1": root / "graded"})
 
