@@ -147,13 +147,11 @@ def image_bin(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment / "bin"
 
 
-def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
-    folders = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {folder for folder in folders if not folder.endswith(".dist-info")} == {
-        "qtilt",
-        "qtilt_server",
-        "qtilt_trainer",
-    }
+def test_wheel_holds_the_files_of_the_three_packages_and_nothing_else(wheel: Path) -> None:
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    folders = [ROOT / "guidance", ROOT / "server", ROOT / "trainer"]
+    files = {(folder, path) for folder in folders for path in folder.rglob("*") if path.is_file()}
+    assert packed == {path.relative_to(folder).as_posix() for folder, path in files if path.suffix != ".pyc"}
 
 
 def test_packages_come_from_the_wheel(image_bin: Path) -> None:
