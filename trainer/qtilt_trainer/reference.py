@@ -68,16 +68,16 @@ class ReferenceConfig:
     hidden: int = 64
     layers: int = 3
     heads: int = 4
+    head_dim: int = 32
+    """vLLM's CPU attention has no kernel for smaller ones."""
     intermediate: int = 128
     max_positions: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "hidden", "layers", "heads", "intermediate", "max_positions"):
+        for name in ("steps", "batch_size", "hidden", "layers", "heads", "head_dim", "intermediate", "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"reference: {name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden % self.heads:
-            raise ValueError(f"reference: hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"reference: learning_rate must be finite and > 0, got {self.learning_rate}")
 
@@ -154,11 +154,14 @@ def _llama_config(tokenizer: PreTrainedTokenizerFast, config: ReferenceConfig) -
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
+        head_dim=config.head_dim,
         max_position_embeddings=config.max_positions,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
+        # Llama's 0.02 is made for widths in the thousands; at 64 it leaves the star graph unlearned after 700 steps.
+        initializer_range=config.hidden**-0.5,
     )
 
 

@@ -1,0 +1,92 @@
+"""The tiny references: their tokenizer, their chat template, and that training teaches the texts it was given."""
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from qtilt_trainer.reference import ReferenceConfig, build_tokenizer, prompt_token_ids, train_reference
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+ALPHABET = [*"0123456789+=\n", "\\boxed"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer(ALPHABET)
+
+
+def test_every_symbol_is_one_token_and_decoding_gives_the_text_back(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "12+3=15\n\\boxed15"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == 8 + 1 + 2
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_token_at_a_time_decodes_to_the_same_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer("1+1=2\n", add_special_tokens=False)["input_ids"]
+    assert "".join(tokenizer.decode([token]) for token in ids) == "1+1=2\n"
+
+
+def test_text_outside_the_alphabet_is_unknown_not_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer("1 z", add_special_tokens=False)["input_ids"]
+    assert ids[1:] == [tokenizer.unk_token_id] * 2
+
+
+def test_prompts_begin_with_the_start_token_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = prompt_token_ids(tokenizer, "1+1")
+    chat = prompt_token_ids(tokenizer, [{"role": "user", "content": "1+1"}])
+    assert tokenizer.convert_ids_to_tokens(plain) == ["<bos>", "1", "+", "1"]
+    assert tokenizer.convert_ids_to_tokens(chat) == ["<bos>", "<user>", "1", "+", "1", "<assistant>"]
+
+
+def test_earlier_turns_of_a_conversation_end_with_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [{"role": role, "content": "1"} for role in ("user", "assistant", "user")]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text == "<bos><user>1<assistant>1<eos><user>1<assistant>"
+
+
+@pytest.mark.parametrize("alphabet", [[], ["a", ""], ["a", "<eos>"]])
+def test_an_alphabet_that_makes_no_tokenizer_is_refused(alphabet: list[str]) -> None:
+    with pytest.raises(ValueError, match="alphabet"):
+        build_tokenizer(alphabet)
+
+
+@dataclass
+class CountingTask:
+    """Completions continue the prompt's digit: 3 -> 45."""
+
+    name: str = "counting"
+    alphabet: list[str] = field(default_factory=lambda: list("0123456789"))
+
+    def reference_texts(self, rng: random.Random, count: int) -> list[tuple[str, str]]:
+        starts = [rng.randrange(8) for _ in range(count)]
+        return [(str(start), f"{start + 1}{start + 2}") for start in starts]
+
+
+def test_a_trained_reference_is_a_plain_checkpoint_that_learned_its_texts(tmp_path: Path) -> None:
+    config = ReferenceConfig(steps=150, batch_size=32, hidden=32, layers=1, heads=1, intermediate=32, max_positions=8)
+    record = train_reference(CountingTask(), config, tmp_path / "reference")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "reference")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "reference")
+    ids = torch.tensor([prompt_token_ids(tokenizer, "3")])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert tokenizer.convert_ids_to_tokens(output[0]) == ["<bos>", "3", "4", "5", "<eos>"]
+    assert json.loads((tmp_path / "reference" / "training.json").read_text()) == record
+    assert record["final_loss"] < 0.1
+
+
+def test_training_twice_gives_the_same_weights(tmp_path: Path) -> None:
+    config = ReferenceConfig(steps=3, batch_size=8, hidden=32, layers=1, heads=1, intermediate=32, max_positions=8)
+    for name in ("first", "second"):
+        train_reference(CountingTask(), config, tmp_path / name)
+    first, second = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert first == second
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"learning_rate": float("nan")}, {"heads": 0}])
+def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ReferenceConfig(**wrong)
