@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from qtilt_trainer.reference import ReferenceConfig, build_tokenizer, prompt_token_ids, train_reference
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from qtilt_trainer.reference import ReferenceConfig, build_tokenizer, prompt_token_ids, train_reference
 
 ALPHABET = [*"0123456789+=\n", "\\boxed"]
 

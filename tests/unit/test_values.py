@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from qtilt.checkpoint import CheckpointError, load_value_model, read_manifest
 from qtilt.distributions import Bernoulli, Categorical
 from qtilt.value_model import ValueModel, ValueType
@@ -12,7 +14,6 @@ from qtilt_trainer.initialise import initialise_value_model
 from qtilt_trainer.metrics import auc, calibration_error
 from qtilt_trainer.reference import build_tokenizer
 from qtilt_trainer.values import completion_values
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(scope="module")
