@@ -3,9 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from vllm.tokenizers import get_tokenizer
+from safetensors import SafetensorError, safe_open
 
-from qtilt.checkpoint import Manifest, fingerprint_tokenizer, read_manifest
+from qtilt.checkpoint import (
+    BACKBONE_DIRECTORY,
+    HEAD_FILE,
+    CheckpointError,
+    Manifest,
+    fingerprint_tokenizer,
+    read_manifest,
+)
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference
 from qtilt_server.errors import StartupError
 
@@ -15,6 +22,8 @@ def reference_of(model_config: Any) -> Reference:
 
     The tokenizer is read anew: to the one it caches, vLLM's API process adds tokens of its own (prompt embeddings).
     """
+    from vllm.tokenizers import get_tokenizer
+
     tokenizer = get_tokenizer(
         model_config.tokenizer,
         runner_type=model_config.runner_type,
@@ -39,6 +48,17 @@ def check_value_models(directories: dict[str, Path], reference: Reference) -> di
         try:
             manifests[name] = read_manifest(directory)
             check_fits_reference(manifests[name], directory, reference)
+            _check_weight_files(directory)
         except ValueError as error:
             raise StartupError(f"--value-model {name}={directory}: {error}") from error
     return manifests
+
+
+def _check_weight_files(directory: Path) -> None:
+    """Read their headers, which tell a truncated file: the worker's own refusal would not be one line."""
+    for path in (directory / HEAD_FILE, *(directory / BACKBONE_DIRECTORY).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: can't be read ({error})") from error

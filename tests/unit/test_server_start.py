@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
+from qtilt.checkpoint import fingerprint_tokenizer
+from qtilt.vllm_plugin.compatibility import Reference
 from qtilt.vllm_plugin.config import PROCESSOR, WORKER_EXTENSION
 from qtilt_server.errors import StartupError
 from qtilt_server.flags import GuidanceFlags, parse_own_flags
 from qtilt_server.launch import add_guidance, prepare_environment, refuse_unsupported
+from qtilt_server.reference import check_value_models
+from real_server.models import VOCAB, make_tokenizer, make_value_model
 
 
 @pytest.fixture
@@ -155,3 +159,14 @@ def test_the_users_own_settings_are_kept(directory: Path) -> None:
         "mine": 1,
         "qtilt": {"value_models": {"value": str(directory)}, "max_top_k": 32, "value_dtype": "auto"},
     }
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "backbone/model.safetensors"])
+def test_damaged_weights_are_refused_before_the_worker_would(tmp_path: Path, file: str) -> None:
+    model = make_value_model(tmp_path / "model", seed=0)
+    reference = Reference(fingerprint_tokenizer(make_tokenizer()), VOCAB, max_model_len=64)
+    assert list(check_value_models({"value": model}, reference)) == ["value"]
+    content = (model / file).read_bytes()
+    (model / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(StartupError, match=f"--value-model value=.*{file}: can't be read"):
+        check_value_models({"value": model}, reference)
