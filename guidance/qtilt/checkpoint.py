@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,6 +35,18 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "value_model.json"
 BACKBONE_DIRECTORY = "backbone"
 HEAD_FILE = "head.safetensors"
+# What transformers raises for a config or weights that make no sense; many of its checks are lookups that fail.
+UNUSABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 class CheckpointError(ValueError):
@@ -51,6 +64,15 @@ class TokenizerFingerprint:
     ordinary_sha256: str
     ordinary_count: int
     added: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        whole_numbers = isinstance(self.added, dict) and all(
+            type(number) is int for number in (self.ordinary_count, *self.added.values())
+        )
+        if not whole_numbers or not isinstance(self.ordinary_sha256, str):
+            raise ValueError(
+                "a fingerprint is a hexadecimal digest, a count, and an object of added tokens and their ids"
+            )
 
     @property
     def token_count(self) -> int:
@@ -127,11 +149,20 @@ def save_value_model(
         (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
         staging.chmod(0o755)
         _flush_tree(staging)
-        staging.rename(directory)
+        _publish(staging, directory)
         _flush(directory.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    try:
+        staging.rename(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: can't be put in place, perhaps another writer was faster ({error.strerror})"
+        ) from error
 
 
 def read_manifest(directory: Path | str) -> Manifest:
@@ -147,7 +178,9 @@ def read_manifest(directory: Path | str) -> Manifest:
     try:
         distribution = distribution_from_config(entries["distribution"])
         tokenizer = TokenizerFingerprint(**entries["tokenizer"])
-        provenance = dict(entries["provenance"])
+        provenance = entries["provenance"]
+        if not isinstance(provenance, dict):
+            raise TypeError(f"provenance is a {type(provenance).__name__}, expected an object")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: distribution, tokenizer or provenance is wrong ({error})") from error
     config = _read_backbone_config(directory)
@@ -184,16 +217,34 @@ def _load_backbone(directory: Path, dtype: torch.dtype) -> Any:
         # other thread computes. So load in float32, the default already, and cast the parameters; buffers such as
         # rotary frequencies stay in float32, as from_pretrained leaves them.
         backbone, report = AutoModel.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported instead, and refused here with their names
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except UNUSABLE as error:
         raise CheckpointError(f"{directory}: the backbone can't be loaded ({_one_line(error)})") from error
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if absent:
-        raise CheckpointError(f"{directory}: weights missing or of another shape than config.json says: {absent[:3]}")
+    _check_all_weights_used(directory, report)
     for parameter in backbone.parameters():
         parameter.data = parameter.data.to(dtype)
     return backbone
+
+
+def _check_all_weights_used(directory: Path, report: Mapping[str, Any]) -> None:
+    faults = {
+        "missing": sorted(report["missing_keys"]),
+        "of another shape than config.json says": [
+            f"{name} {list(found)}, not {list(expected)}" for name, found, expected in sorted(report["mismatched_keys"])
+        ],
+        # A whole language model is fine: its last layer isn't used.
+        "unknown to config.json": sorted(key for key in report["unexpected_keys"] if not key.startswith("lm_head.")),
+    }
+    for fault, weights in faults.items():
+        if weights:
+            raise CheckpointError(f"{directory}: weights {fault}: {', '.join(weights[:3])}")
 
 
 def _load_head(path: Path, manifest: Manifest, hidden_size: int, dtype: torch.dtype) -> nn.Linear:
@@ -218,8 +269,10 @@ def _read_backbone_config(directory: Path) -> PreTrainedConfig:
     path = directory / BACKBONE_DIRECTORY / "config.json"
     _read_json_object(path)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, local_files_only=True).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path.parent, local_files_only=True, trust_remote_code=False
+        ).get_text_config()
+    except UNUSABLE as error:
         raise CheckpointError(f"{path}: not a transformers config ({_one_line(error)})") from error
     for name in ("max_position_embeddings", "vocab_size", "hidden_size"):
         if not isinstance(getattr(config, name, None), int):

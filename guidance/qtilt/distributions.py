@@ -84,8 +84,8 @@ class Categorical:
     def __post_init__(self) -> None:
         if not -float("inf") < self.low < self.high < float("inf"):
             raise ValueError(f"distribution range is [{self.low}, {self.high}], expected finite low < high")
-        if self.atoms < 2:
-            raise ValueError(f"distribution atoms is {self.atoms}, expected at least 2")
+        if not isinstance(self.atoms, int) or self.atoms < 2:
+            raise ValueError(f"distribution atoms is {self.atoms!r}, expected an integer of at least 2")
 
     @property
     def num_logits(self) -> int:

@@ -96,6 +96,15 @@ def edit_manifest(directory, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def edit_config(directory, **changes):
+    path = directory / "backbone" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def fingerprint(**changes):
+    return {"ordinary_sha256": "ab", "ordinary_count": 4, "added": {}} | changes
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-7])
 
@@ -113,12 +122,32 @@ BROKEN = {
     "value_model.json: format_version is 2": lambda d: edit_manifest(d, format_version=2),
     "value_model.json: type is 'x'": lambda d: edit_manifest(d, type="x"),
     "value_model.json: distribution, tokenizer or prov": lambda d: edit_manifest(d, distribution={"name": "beta"}),
+    "value_model.json: .*atoms is 2.5": lambda d: edit_manifest(
+        d, distribution={"name": "categorical", "low": 0, "high": 1, "atoms": 2.5}
+    ),
+    "value_model.json: .*a fingerprint is a": lambda d: edit_manifest(d, tokenizer=fingerprint(added={"<eos>": "4"})),
+    "value_model.json: .*fingerprint is a.* count": lambda d: edit_manifest(
+        d, tokenizer=fingerprint(ordinary_count="4")
+    ),
+    "value_model.json: .*provenance is a list": lambda d: edit_manifest(d, provenance=[]),
     "head.safetensors: can't be read": lambda d: truncate(d / "head.safetensors"),
     "head.safetensors: holds": lambda d: save_file({"weight": torch.zeros(2, 16)}, d / "head.safetensors"),
     "backbone: the backbone can't be loaded": lambda d: truncate(d / "backbone" / "model.safetensors"),
     "backbone: weights missing": lambda d: save_file({}, d / "backbone" / "model.safetensors", {"format": "pt"}),
     "config.json: can't be read": lambda d: (d / "backbone" / "config.json").unlink(),
     "config.json: not valid JSON": lambda d: truncate(d / "backbone" / "config.json"),
+    "config.json: .*'hidden_size' expected int": lambda d: edit_config(d, hidden_size="16"),
+    "config.json: .*not a multiple": lambda d: edit_config(d, num_attention_heads=3),
+    "config.json: .*contains custom code": lambda d: edit_config(
+        d, model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModel": "own.Model"}
+    ),
+    "config.json: max_position_embeddings is missing": lambda d: (d / "backbone" / "config.json").write_text(
+        '{"model_type": "mamba"}'
+    ),
+    "backbone: weights unknown to config.json: layers.0": lambda d: edit_config(d, num_hidden_layers=0),
+    r"backbone: weights of another shape .* embed_tokens.weight \[8, 16\], not \[9, 16\]": lambda d: edit_config(
+        d, vocab_size=9
+    ),
     "parameter head.weight holds values that are not finite": put_nan,
 }
 
@@ -149,6 +178,21 @@ def test_only_ordinary_tokens_must_agree(tmp_path):
 def test_a_directory_is_written_once(saved):
     with pytest.raises(CheckpointError, match="already exists"):
         save_value_model(make_model(), saved, make_tokenizer())
+
+
+def test_of_two_writers_of_one_name_the_slower_fails_and_changes_nothing(tmp_path, monkeypatch):
+    flush_tree = checkpoint._flush_tree
+
+    def slow_flush(staging):
+        monkeypatch.setattr(checkpoint, "_flush_tree", flush_tree)
+        save_value_model(make_model("v"), tmp_path / "value", make_tokenizer())
+        flush_tree(staging)
+
+    monkeypatch.setattr(checkpoint, "_flush_tree", slow_flush)
+    with pytest.raises(CheckpointError, match="value: can't be put in place"):
+        save_value_model(make_model("q"), tmp_path / "value", make_tokenizer())
+    assert [path.name for path in tmp_path.iterdir()] == ["value"]
+    assert load_value_model(tmp_path / "value").type == "v"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
