@@ -53,6 +53,13 @@ class GuidanceParams:
         """Whether the token that follows ``generated`` generated tokens is drawn from the guided distribution."""
         return self.guided_tokens is None or generated < self.guided_tokens
 
+    @property
+    def inv_eta(self) -> float:
+        """1/η, at most 1e30: there any two offsets that differ are infinitely far apart for a sampler, and the products
+        that follow are still finite.
+        """
+        return min(1 / self.eta, 1e30)
+
     def to_extra_args(self) -> dict[str, Any]:
         """The JSON-able form that goes under ``extra_args[EXTRA_ARGS_KEY]``."""
         return asdict(self)

@@ -90,12 +90,13 @@ def kl_divergence(tilted_BV: Tensor, logits_BV: Tensor, temperature_B: Tensor) -
     """KL(guided ‖ reference) of the two sampling distributions at temperature T, in nats, float32 ``[B]``.
 
     Full vocabulary, before penalties and truncation; T = 0 is measured at T = 1. Tokens masked in the logits (−inf or
-    NaN) have no mass in either. (The official code compares a truncated with an untruncated distribution, which isn't 0
-    without guidance.)
+    NaN) have no mass in either, and a row without any other has a KL of 0. (The official code compares a truncated
+    with an untruncated distribution, which isn't 0 without guidance.)
     """
     scale_B1 = torch.where(temperature_B > 0, temperature_B, 1.0).float().unsqueeze(-1)
     masked_BV = ~logits_BV.isfinite()
     log_reference_BV = (logits_BV.float() / scale_B1).masked_fill(masked_BV, -torch.inf).log_softmax(-1)
     log_guided_BV = (tilted_BV.float() / scale_B1).masked_fill(masked_BV, -torch.inf).log_softmax(-1)
-    log_ratio_BV = (log_guided_BV - log_reference_BV).masked_fill(masked_BV, 0.0)
-    return (log_guided_BV.exp() * log_ratio_BV).sum(-1).clamp(min=0.0)
+    mass_BV = log_guided_BV.exp().masked_fill(masked_BV, 0.0)
+    log_ratio_BV = (log_guided_BV - log_reference_BV).masked_fill(mass_BV == 0, 0.0)
+    return (mass_BV * log_ratio_BV).sum(-1).clamp(min=0.0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qtilt.distributions import Bernoulli, Categorical
+from qtilt.params import GuidanceParams
 from qtilt.tilt import Candidates, kl_divergence, offsets, tilt, top_candidates
 
 INF = float("inf")
@@ -112,6 +113,33 @@ def test_a_row_with_one_allowed_token_has_no_kl():
     tilted_BV = tilt(logits_BV, candidates, torch.tensor([[9.0, 9.0]]), torch.zeros(1), torch.ones(1))
     assert tilted_BV.softmax(-1).tolist() == [[0.0, 1.0, 0.0]]
     assert kl_divergence(tilted_BV, logits_BV, torch.ones(1)).item() == 0.0
+
+
+@pytest.mark.parametrize("absent", [-INF, float("nan")])
+def test_a_row_without_any_token_has_no_kl_and_stays_as_it_is(absent):
+    logits_BV = torch.full((1, 3), absent)
+    candidates = top_candidates(logits_BV, 2, scorable=3)
+    assert not candidates.valid_BK.any()
+    tilted_BV = tilt(logits_BV, candidates, torch.tensor([[9.0, 1.0]]), torch.zeros(1), torch.ones(1))
+    torch.testing.assert_close(tilted_BV, logits_BV, equal_nan=True)
+    assert kl_divergence(tilted_BV, logits_BV, torch.ones(1)).item() == 0.0
+
+
+@pytest.mark.parametrize("method", ["qsharp", "cd"])
+@pytest.mark.parametrize("eta", [1e-25, 1e-100, 5e-324])
+def test_the_smallest_eta_is_the_best_value_with_a_finite_kl(eta, method):
+    """Beyond float32's range the losers' mass is 0, which adds nothing to the KL."""
+    inv_eta_B = torch.tensor([GuidanceParams("v", 1, eta, 3).inv_eta], dtype=torch.float64)
+    logits_BV, temperature_B = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([0.7])
+    candidates, value_logits_BKA = top_candidates(logits_BV, 3, scorable=4), torch.tensor([[[-9.0], [3.0], [-9.0]]])
+    distribution = Bernoulli() if method == "cd" else Categorical(0.0, 2.0, 2)
+    if method == "qsharp":  # only one candidate may win anything at all
+        value_logits_BKA = torch.tensor([[[0.0, -torch.inf], [0.0, -5.0], [0.0, -torch.inf]]])
+    offsets_BK = offsets(distribution, value_logits_BKA, inv_eta_B, method)
+    tilted_BV = tilt(logits_BV, candidates, offsets_BK, distribution.v_min * inv_eta_B, temperature_B)
+    assert tilted_BV.softmax(-1).tolist() == [[0.0, 1.0, 0.0, 0.0]]
+    expected = -math.log(softmax([x / 0.7 for x in logits_BV[0].tolist()])[1])
+    assert kl_divergence(tilted_BV, logits_BV, temperature_B).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_padding_rows_beyond_the_scorable_vocabulary_are_never_scored():

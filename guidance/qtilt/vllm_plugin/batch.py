@@ -107,7 +107,7 @@ def guide_rows(version: ResidentVersion, rows: Sequence[GuidedRow], indices: Seq
     device = logits_BV.device
     indices_G = torch.tensor(indices, device=device)
     top_k_G = torch.tensor([row.params.top_k for row in rows], device=device)
-    inv_eta_G = torch.tensor([1 / row.params.eta for row in rows], dtype=torch.float64, device=device)
+    inv_eta_G = torch.tensor([row.params.inv_eta for row in rows], dtype=torch.float64, device=device)
     temperature_G = torch.tensor([row.temperature for row in rows], dtype=torch.float64, device=device)
     logits_GV = logits_BV[indices_G]
     candidates = top_candidates(logits_GV, max(row.params.top_k for row in rows), version.scorable, top_k_G)
