@@ -16,12 +16,12 @@ DOTS_PER_INCH = 140
 
 
 def plot_frontier(runs: Sequence[RunData], file: Path) -> None:
-    """Sampled accuracy against KL, and against 1/eta: one row a task. Bars are 95 % intervals over prompts."""
+    """Accuracy against KL, and against 1/eta: one row a task. Bars are 95 % intervals over prompts."""
     figure, rows = _panels(len(runs), 2)
     for run, (by_kl, by_inv_eta) in zip(runs, rows, strict=True):
-        sampled = [record for record in run.records if record.decoding == "sample"]
-        _frontier(by_kl, sampled)
-        _sweep(by_inv_eta, sampled)
+        shown = _sampled_or_greedy(run.records)
+        _frontier(by_kl, shown)
+        _sweep(by_inv_eta, shown)
         by_kl.set_title(f"{_title(run)}: accuracy and KL", loc="left")
         by_inv_eta.set_title(f"{_title(run)}: how strong a tilt it takes", loc="left")
         by_kl.legend(frameon=False, loc="lower left")
@@ -38,7 +38,8 @@ def plot_training(runs: Sequence[RunData], file: Path) -> None:
         aucs.set_title(f"{_title(run)}: AUC on held-out prompts", loc="left")
         for axes in (losses, aucs):
             axes.set_xlabel("optimiser step")
-            axes.legend(frameon=False)
+            if axes.lines:
+                axes.legend(frameon=False)
     figure.savefig(file, dpi=DOTS_PER_INCH)
 
 
@@ -67,8 +68,9 @@ def _frontier(axes: Axes, records: Sequence[Record]) -> None:
             )
     axes.set_xscale("symlog", linthresh=1.0)
     axes.set_xlim(left=-0.05)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("KL(guided ‖ reference), nats a response (numbers: 1/η)")
-    _accuracy_axis(axes)
+    _accuracy_axis(axes, records)
 
 
 def _sweep(axes: Axes, records: Sequence[Record]) -> None:
@@ -81,7 +83,7 @@ def _sweep(axes: Axes, records: Sequence[Record]) -> None:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("1/η")
-    _accuracy_axis(axes)
+    _accuracy_axis(axes, records)
 
 
 def _bars(axes: Axes, xs: Sequence[float], line: Sequence[Record], method: str) -> None:
@@ -107,8 +109,10 @@ def _reference_band(axes: Axes, records: Sequence[Record]) -> None:
         axes.axhline(record.accuracy, color=COLOURS["reference"], linestyle="--", label=NAMES["reference"])
 
 
-def _accuracy_axis(axes: Axes) -> None:
-    axes.set_ylabel("mean reward, sampled")
+def _accuracy_axis(axes: Axes, records: Sequence[Record]) -> None:
+    axes.set_ylabel(f"mean reward ({records[0].decoding})")
+    if all(0 <= record.accuracy <= 1 for record in records):
+        axes.set_ylim(0, 1.03)
 
 
 def _curves(losses: Axes, aucs: Axes, fit: Fit) -> None:
@@ -128,6 +132,12 @@ def _curves(losses: Axes, aucs: Axes, fit: Fit) -> None:
     scored = [(point.step, point.auc) for point in fit.history if point.auc is not None]
     if scored:
         aucs.plot(*zip(*scored, strict=True), color=COLOURS["qsharp"], alpha=shade, label=name)
+
+
+def _sampled_or_greedy(records: Sequence[Record]) -> list[Record]:
+    """Sampled records; those of greedy decoding when nothing was sampled."""
+    sampled = [record for record in records if record.decoding == "sample"]
+    return sampled or list(records)
 
 
 def _of(records: Sequence[Record], method: str) -> list[Record]:

@@ -1,0 +1,208 @@
+"""The report of a small finished run: what the page says, what it leaves out, and that it needs nothing else."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qtilt.checkpoint import load_value_model
+from qtilt_trainer.evaluate import Cell, Record, cell_directory
+from qtilt_trainer.initialise import initialise_value_model
+from qtilt_trainer.reference import build_tokenizer
+from qtilt_trainer.report import write_report
+from qtilt_trainer.report.page import background
+from qtilt_trainer.report.run_data import read_run
+from qtilt_trainer.rollouts import Rollout, RolloutStore
+from qtilt_trainer.values import completion_values
+
+PROMPT = [1, 6]
+RIGHT, WRONG = [7, 8, 2], [9, 8, 2]
+
+
+def record(method: str, inv_eta: float | None, decoding: str, accuracy: float) -> dict[str, object]:
+    return {
+        "task": "toy",
+        "method": method,
+        "inv_eta": inv_eta,
+        "decoding": decoding,
+        "accuracy": accuracy,
+        "low": accuracy - 0.1,
+        "high": accuracy + 0.05,
+        "kl": 0.0 if inv_eta is None else 0.1 * inv_eta,
+        "n": 3,
+        "samples": 1,
+        "k": 1,
+        "maj_at_k": accuracy,
+        "pass_at_k": accuracy,
+        "value_model": None if inv_eta is None else "toy@1",
+    }
+
+
+def completion(prompt: int, right: bool, guided: bool) -> Rollout:
+    return Rollout(
+        rollout_id=f"{int(guided)}/test-{prompt}/0",
+        iteration=int(guided),
+        prompt_id=f"test-{prompt}",
+        split="test",
+        prompt_token_ids=PROMPT,
+        token_ids=RIGHT if right else WRONG,
+        text="",
+        finish_reason="stop",
+        ended=True,
+        switch_point=-1 if guided else 0,
+        guided_tokens=3 if guided else 0,
+        reward=float(right),
+        value_model="toy@1" if guided else None,
+        eta=0.1 if guided else None,
+        method="qsharp" if guided else None,
+        guidance_top_k=20 if guided else None,
+        temperature=1.0,
+        top_p=1.0,
+        sampling_top_k=0,
+        max_tokens=4,
+        seed=prompt,
+        model="toy",
+        kl=0.75 if guided else 0.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three prompts: repaired, right both times, and broken by guidance. One letter of the alphabet is <."""
+    root = tmp_path_factory.mktemp("run")
+    tokenizer = build_tokenizer(["a", "<", "\n", "d"])
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+    llama.save_pretrained(root / "backbone")
+    tokenizer.save_pretrained(root / "backbone")
+    value_models = root / "value_models"
+    initialise_value_model(str(root / "backbone"), "v", {"name": "bernoulli"}, value_models / "iteration-001", 0.5)
+    history = [
+        {"step": step, "train_loss": 0.7, "held_out_loss": 0.6, "auc": 0.9, "calibration_error": 0.01}
+        for step in (1, 2)
+    ]
+    labels = {
+        "rollouts": 4321,
+        "prompts": 8,
+        "labelled_tokens": 99,
+        "roll_in_tokens_masked": 7,
+        "unanimous_rollouts_dropped": 5,
+    }
+    (value_models / "iteration-001.fit.json").write_text(json.dumps({"labels": labels, "history": history}))
+    (root / "config.json").write_text(json.dumps({"task": {"name": "toy"}, "iterations": [{}]}))
+    policies = [("reference", None), ("qsharp", 1.0), ("qsharp", 10.0), ("cd", 1.0), ("cd", 10.0)]
+    records = [record(*policy, decoding, 0.5) for policy in policies for decoding in ("sample", "greedy")]
+    (root / "results.json").write_text(json.dumps(records))
+    for cell, iteration, rights in [
+        (Cell(None, None, "sample"), 0, (False, True, True)),
+        (Cell("qsharp", 10.0, "sample"), 1, (True, True, False)),
+    ]:
+        store = RolloutStore(cell_directory(root / "evaluation", cell, iteration))
+        store.append([completion(prompt, right, bool(iteration)) for prompt, right in enumerate(rights)])
+    return root
+
+
+class Page(HTMLParser):
+    """Everything the page refers to, its table rows and the titles of its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.titles: list[str] = []
+        self.rows = 0
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.rows += tag == "tr"
+        self.links += [value or "" for name, value in attributes if name in ("src", "href")]
+        self.titles += [value or "" for name, value in attributes if name == "title"]
+
+
+@pytest.fixture(scope="module")
+def page(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page, Path]:
+    out = tmp_path_factory.mktemp("report")
+    file = write_report([run_dir], out)
+    assert file == out / "report.html"
+    text = file.read_text(encoding="utf-8")
+    parsed = Page()
+    parsed.feed(text)
+    return text, parsed, out
+
+
+def test_the_page_needs_no_other_file(page: tuple[str, Page, Path]) -> None:
+    text, parsed, _ = page
+    assert len(parsed.links) == 2
+    assert all(link.startswith("data:image/png;base64,") for link in parsed.links)
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "<script" not in text
+
+
+def test_plots_are_written_as_png_files_too(page: tuple[str, Page, Path]) -> None:
+    _, _, out = page
+    plots = sorted(file.name for file in (out / "plots").iterdir())
+    assert plots == ["frontier.png", "training.png"]
+    assert all((out / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in plots)
+
+
+def test_every_record_and_every_fit_has_its_row(page: tuple[str, Page, Path]) -> None:
+    text, parsed, _ = page
+    assert parsed.rows == (1 + 10) + (1 + 1)
+    assert "4321" in text
+
+
+def test_tokens_carry_the_values_the_checkpoint_gives_them(page: tuple[str, Page, Path], run_dir: Path) -> None:
+    _, parsed, _ = page
+    model = load_value_model(run_dir / "value_models" / "iteration-001")
+    right, wrong = ([f"{value:.3f}" for value in completion_values(model, PROMPT, tokens)] for tokens in (RIGHT, WRONG))
+    # Repaired, right both times, broken; the reference's completion first.
+    assert parsed.titles == [*wrong, *right, *right, *right, *right, *wrong]
+
+
+def test_text_from_models_is_escaped_and_white_space_is_visible(page: tuple[str, Page, Path]) -> None:
+    text, _, _ = page
+    assert re.search(r">&lt;</span>", text)
+    assert re.search(r">⏎</span><br>", text)
+
+
+def test_failures_of_guidance_are_shown_too(run_dir: Path) -> None:
+    rewards = [tuple(side.reward for side in pair.completions) for pair in read_run(run_dir).comparisons]
+    assert rewards == [(0.0, 1.0), (1.0, 1.0), (1.0, 0.0)]
+
+
+def test_a_run_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no results\.json"):
+        write_report([tmp_path], tmp_path)
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report([], tmp_path)
+
+
+def test_a_run_that_only_decoded_greedily_has_a_page(run_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "config.json").write_text((run_dir / "config.json").read_text())
+    records = [r for r in json.loads((run_dir / "results.json").read_text()) if Record(**r).decoding == "greedy"]
+    (copy / "results.json").write_text(json.dumps(records))
+    assert "coloured" not in write_report([copy], copy).read_text(encoding="utf-8")
+
+
+def test_colours_go_from_orange_over_white_to_blue() -> None:
+    worst, middle, best = (
+        [int(number) for number in re.findall(r"\d+", background(value))] for value in (0.0, 0.5, 1.0)
+    )
+    assert worst[0] > worst[2]
+    assert best[2] > best[0]
+    assert min(middle) > 240
