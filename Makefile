@@ -5,7 +5,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-DEVICE ?= cpu
+# What is installed already, else cpu.
+DEVICE ?= $(if $(wildcard .venv/installed-for-cuda),cuda,cpu)
 # Where the CPU build of torch is published. It is only an extra index: an unreachable one costs seconds.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_CPU := torch==2.13.0+cpu
