@@ -103,7 +103,9 @@ def _parse(command: Any, argv: list[str]) -> argparse.Namespace:
     serve.usage = "qtilt-server MODEL [--value-model NAME=DIR] [options of guidance and of vllm serve]"
     add_guidance_arguments(serve)
     args: argparse.Namespace = parser.parse_args([command.name, *argv])
-    args.model = args.model_tag or args.model
+    if args.model_tag is None:  # vLLM's parser turns --model and a model in --config into this one
+        raise StartupError("name the model to serve: qtilt-server MODEL …")
+    args.model = args.model_tag
     return args
 
 
