@@ -134,3 +134,19 @@ def test_the_server_has_one_version_an_iteration(run_dir: Path, letters_server: 
 
 def test_the_run_has_its_report(run_dir: Path) -> None:
     assert "<html" in (run_dir / "report.html").read_text()[:500].lower()
+
+
+def test_single_stages_find_everything_done(run_dir: Path, work: Path, letters_server: RunningServer) -> None:
+    def run(*arguments: str) -> str:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+        command = [COMMAND, *arguments, "--server", letters_server.origin]
+        done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    parts = {part: part.stat().st_mtime_ns for part in run_dir.rglob("part-*.parquet")}
+    assert run("collect", "loop.toml", "--iteration", "2") == ""
+    assert run("fit", "loop.toml") == ""
+    assert run("publish", "loop.toml") == "value@2\n"
+    assert len(run("evaluate", "loop.toml").splitlines()) == 1 + 6
+    assert {part: part.stat().st_mtime_ns for part in run_dir.rglob("part-*.parquet")} == parts

@@ -230,3 +230,25 @@ def test_other_settings_for_a_begun_stage_are_refused(tmp_path: Path, backbone: 
     (trainer.directory / "loop.toml").write_text(CONFIG.replace("max_tokens = 8", "max_tokens = 9"))
     assert trainer.start().wait(60) == 2
     assert "has other settings (sampling.max_tokens: 8 then, 9 now)" in (trainer.directory / "log").read_text()
+
+
+def test_an_interrupt_stores_what_had_arrived_and_says_how_to_go_on(
+    tmp_path: Path, backbone: Path, server: StandInServer
+) -> None:
+    trainer = Trainer(tmp_path / "work", backbone, server)
+    reached = threading.Event()
+
+    def hold(path: str, body: Any) -> None:
+        if len(server.bodies("/v1/completions")) > 9:
+            reached.set()
+            time.sleep(2)
+
+    server.before = hold
+    process = trainer.start()
+    assert reached.wait(30)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert "interrupted; the same command goes on from here" in (trainer.directory / "log").read_text()
+    # Four requests at a time: nine are answered, the others held.
+    assert len(RolloutStore(trainer.run_dir / "rollouts").ids()) == 9 * SAMPLES

@@ -1,5 +1,6 @@
 """The command line: quick help, frozen help, bad input in one line."""
 
+import json
 import re
 import subprocess
 import sys
@@ -34,7 +35,7 @@ steps = 1
 
 
 def test_the_help_in_the_documentation_is_the_programs() -> None:
-    assert PAGE.read_text() == cli_reference(), "run: python -m qtilt_trainer.cli_reference > docs/trainer-cli.md"
+    assert PAGE.read_text() == cli_reference(), "run: make docs"
 
 
 def test_help_needs_nothing_heavy() -> None:
@@ -124,3 +125,22 @@ def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="can't read"):
         main(["--debug", "loop", "none.toml"])
+
+
+def test_a_reference_is_trained_and_a_value_model_made_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(CONFIG)
+    sizes = ["--hidden", "16", "--heads", "1", "--layers", "1", "--intermediate", "16"]
+    assert main(["reference", "run.toml", "--out", "reference", "--steps", "2", "--batch-size", "4", *sizes]) == 0
+    made = json.loads(Path("reference/training.json").read_text())
+    assert (made["task"], made["config"]["steps"], made["config"]["hidden"]) == ("star_graph", 2, 16)
+    graded = ["--distribution", "categorical", "--atoms", "5", "--low", "-1", "--high", "1"]
+    assert main(["init", "--backbone", "reference", "--type", "q", *graded, "--out", "value"]) == 0
+    manifest = json.loads(Path("value/value_model.json").read_text())
+    assert manifest["type"] == "q"
+    assert manifest["distribution"] == {"name": "categorical", "low": -1.0, "high": 1.0, "atoms": 5}
+    capfd.readouterr()
+    assert main(["init", "--backbone", "reference", "--type", "q", *graded, "--out", "value"]) == 2
+    assert "value" in capfd.readouterr().err

@@ -86,6 +86,7 @@ SCHEMA = pa.schema(
     metadata={_VERSION_KEY: str(FORMAT_VERSION).encode()},
 )
 
+
 def rollout_id(iteration: int, prompt_id: str, sample: int) -> str:
     """The unique key of a roll-out within its store."""
     return f"{iteration}/{prompt_id}/{sample}"
