@@ -36,7 +36,7 @@ MANIFEST_FILE = "value_model.json"
 BACKBONE_DIRECTORY = "backbone"
 HEAD_FILE = "head.safetensors"
 # What transformers raises for a config or weights that make no sense; many of its checks are lookups that fail.
-UNUSABLE = (
+_UNUSABLE = (
     OSError,
     ValueError,
     TypeError,
@@ -225,7 +225,7 @@ def _load_backbone(directory: Path, dtype: torch.dtype) -> Any:
             ignore_mismatched_sizes=True,  # reported instead, and refused here with their names
             output_loading_info=True,
         )
-    except UNUSABLE as error:
+    except _UNUSABLE as error:
         raise CheckpointError(f"{directory}: the backbone can't be loaded ({_one_line(error)})") from error
     _check_all_weights_used(directory, report)
     for parameter in backbone.parameters():
@@ -272,7 +272,7 @@ def _read_backbone_config(directory: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path.parent, local_files_only=True, trust_remote_code=False
         ).get_text_config()
-    except UNUSABLE as error:
+    except _UNUSABLE as error:
         raise CheckpointError(f"{path}: not a transformers config ({_one_line(error)})") from error
     for name in ("max_position_embeddings", "vocab_size", "hidden_size"):
         if not isinstance(getattr(config, name, None), int):
