@@ -80,10 +80,11 @@ class Served:
 
     def _check_step(self, token: int, reported: dict[int, float], expected_V: torch.Tensor, greedy: bool) -> None:
         reported_V = torch.tensor([reported[index] for index in range(len(expected_V))], dtype=torch.float64)
-        assert abs(float(reported_V[token] - expected_V[token])) < 1e-4
         torch.testing.assert_close(reported_V.exp(), expected_V.exp(), rtol=0, atol=1e-5)
-        likely = expected_V > -20
-        torch.testing.assert_close(reported_V[likely], expected_V[likely], rtol=0, atol=1e-4)
+        # Of all but hopeless tokens also the logarithm, to 1e-4 and what float32 rounds off large logits.
+        compared = expected_V > -20
+        assert compared[token]
+        torch.testing.assert_close(reported_V[compared], expected_V[compared], rtol=2e-5, atol=1e-4)
         if greedy:
             assert float(expected_V[token]) > float(expected_V.max()) - 1e-4
 

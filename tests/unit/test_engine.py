@@ -239,6 +239,17 @@ def test_wrong_calls_say_what_is_wrong(histories: Histories):
     histories.check(first, second)  # nothing above changed a slot
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_last_position_is_left_for_the_candidates_of_a_v_type(family: str, type: str):
+    engine = ValueEngine(make_value_model(family, type), 1, POSITIONS)
+    slot, candidates_BK = engine.acquire(), torch.tensor([[3, 5]])
+    longest = Histories(engine.model).draw(POSITIONS if type == "q" else POSITIONS - 1)
+    got_BKA = engine.value_logits([slot], [longest], candidates_BK)
+    torch.testing.assert_close(got_BKA, plain_value_logits(engine.model, [longest], candidates_BK), **EXACT)
+    with pytest.raises(ValueError, match=f"has {len(longest) + 1} tokens"):
+        engine.value_logits([slot], [[*longest, 1]], candidates_BK)
+
+
 def test_more_histories_than_slots_are_refused(histories: Histories):
     histories.start(*[1] * 6)
     with pytest.raises(ValueError, match="all 6 cache slots are in use"):

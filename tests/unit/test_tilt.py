@@ -100,6 +100,7 @@ def test_masked_and_nan_logits_are_never_candidates_and_never_come_back():
     logits_BV = torch.tensor([[0.0, -INF, 1.0, float("nan"), 2.0]])
     candidates = top_candidates(logits_BV, 5, scorable=5)
     assert candidates.token_ids_BK[candidates.valid_BK].tolist() == [4, 2, 0]
+    assert top_candidates(logits_BV, 2, scorable=5).token_ids_BK.tolist() == [[4, 2]]
     tilted_BV = tilt(logits_BV, candidates, torch.full((1, 5), 3.0), torch.zeros(1), torch.ones(1))
     assert tilted_BV[0, 1].item() == -INF
     assert tilted_BV[0, 3].isnan()

@@ -1,4 +1,7 @@
-"""One engine for all tests of this folder: everything vLLM does to a batch happens in it.
+"""One engine at a time for all tests of this folder: everything vLLM does to a batch happens in it.
+
+All run twice: with steps one after the other, as on CPUs, and with async scheduling, as on GPUs by default, where a
+step is scheduled before the tokens of the one before are known.
 
 Prompts longer than 32 tokens are prefilled in chunks; 11 blocks of 32 tokens hold a third of what 8 requests may need,
 so long requests preempt each other; the prefix cache is on. Tests assert that what they are about really happened.
@@ -8,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from guided_vllm.served import Served
@@ -21,8 +27,30 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.fixture(scope="session")
-def served(models: Path) -> Iterator[Served]:
+@pytest.fixture(scope="session", params=["sync", "async"])
+def served(models: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "async":
+            allow_async_scheduling(patch)
+        served = start(models / request.param)
+    core = served.engine.engine_core.engine_core
+    assert isinstance(core.scheduler, AsyncScheduler) == (request.param == "async")
+    yield served
+    served.engine.engine_core.shutdown()
+
+
+def allow_async_scheduling(patch: pytest.MonkeyPatch) -> None:
+    """vLLM switches async scheduling off on CPUs, where nothing runs beside the device; it works there all the same."""
+    check_and_update_config = CpuPlatform.check_and_update_config
+
+    def check_and_keep_async(config: VllmConfig) -> None:
+        check_and_update_config(config)
+        config.scheduler_config.async_scheduling = True
+
+    patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check_and_keep_async))
+
+
+def start(models: Path) -> Served:
     reference = make_reference(models / "reference")
     directories = {
         (name, 1): make_value_model(models / name, *parts, seed=seed)
@@ -52,8 +80,7 @@ def served(models: Path) -> Iterator[Served]:
             seed=0,
         )
     )
-    yield Served(engine, reference, directories)
-    engine.engine_core.shutdown()
+    return Served(engine, reference, directories)
 
 
 @pytest.fixture(autouse=True)

@@ -72,12 +72,13 @@ def test_a_failed_preparation_changes_nothing(served: Served, tmp_path: Path) ->
     assert resident_versions(served) == before
 
 
-def test_versions_are_prepared_and_committed_once(served: Served, models: Path) -> None:
+def test_versions_are_prepared_and_committed_once(served: Served) -> None:
+    directory = str(served.directories["v-bernoulli", 1])
     with pytest.raises(ValueError, match="already resident"):
-        served.rpc("qtilt_prepare_value_model", "v-bernoulli", 1, str(models / "v-bernoulli"))
-    served.rpc("qtilt_prepare_value_model", "new", 1, str(models / "v-bernoulli"))
+        served.rpc("qtilt_prepare_value_model", "v-bernoulli", 1, directory)
+    served.rpc("qtilt_prepare_value_model", "new", 1, directory)
     with pytest.raises(ValueError, match="already resident or being prepared"):
-        served.rpc("qtilt_prepare_value_model", "new", 1, str(models / "v-bernoulli"))
+        served.rpc("qtilt_prepare_value_model", "new", 1, directory)
     assert await_preparation(served, "new", 1) == {"state": "ready", "error": None}
     served.rpc("qtilt_discard_value_model", "new", 1)
     with pytest.raises(ValueError, match="isn't resident"):
