@@ -8,12 +8,13 @@ import itertools
 import math
 from collections.abc import Hashable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from qtilt_trainer.reference import build_tokenizer
 from qtilt_trainer.tasks import Problem, Split
+
+if TYPE_CHECKING:
+    # The trainer's processes import this file for the task alone: they shouldn't wait for torch.
+    from transformers import LlamaConfig
 
 LETTERS = "abcd"
 PROMPT = "?"
@@ -45,6 +46,11 @@ def optimum(inv_eta: float) -> tuple[float, float]:
 
 def make_letters_reference(directory: Path) -> None:
     """A Llama whose hidden state is the same whatever it reads, so that its logits are what lm_head says."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from qtilt_trainer.reference import build_tokenizer
+
     tokenizer = build_tokenizer(LETTERS + PROMPT)
     model = LlamaForCausalLM(_config(len(tokenizer), hidden_size=64, layers=1, heads=2))
     with torch.no_grad():
@@ -60,13 +66,20 @@ def make_letters_reference(directory: Path) -> None:
 
 def make_letters_backbone(directory: Path) -> None:
     """A small untrained model for the value model to start from."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from qtilt_trainer.reference import build_tokenizer
+
     tokenizer = build_tokenizer(LETTERS + PROMPT)
     torch.manual_seed(0)
     LlamaForCausalLM(_config(len(tokenizer), hidden_size=32, layers=2, heads=4)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
-def _config(vocab_size: int, hidden_size: int, layers: int, heads: int) -> LlamaConfig:
+def _config(vocab_size: int, hidden_size: int, layers: int, heads: int) -> "LlamaConfig":
+    from transformers import LlamaConfig
+
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
