@@ -70,8 +70,7 @@ class Publisher:
         )
 
     async def _load_and_swap(self, request: PublishRequest) -> ResidentVersion:
-        directory = directory_below(self._root, request.path)
-        version = await asyncio.to_thread(self._check, request.name, directory)
+        directory, version = await asyncio.to_thread(self._check, request)
         try:
             await self._worker.prepare(version.name, version.version, str(directory))
         except WorkerError as error:
@@ -85,7 +84,9 @@ class Publisher:
         self._registry.activate(version)
         return version
 
-    def _check(self, name: str, directory: Path) -> ResidentVersion:
+    def _check(self, request: PublishRequest) -> tuple[Path, ResidentVersion]:
+        """Everything but the weights."""
+        directory = directory_below(self._root, request.path)
         try:
             manifest = read_manifest(directory)
             warnings = check_fits_reference(manifest, directory, self._reference)
@@ -95,7 +96,8 @@ class Publisher:
             logger.warning(warning)
         assert self._root is not None
         path = str(directory.relative_to(self._root))
-        return resident_version(name, self._registry.next_version(name), path, manifest, self._reference)
+        number = self._registry.next_version(request.name)
+        return directory, resident_version(request.name, number, path, manifest, self._reference)
 
     async def _make_room(self, name: str) -> None:
         older = self._registry.in_the_way(name)

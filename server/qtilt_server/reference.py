@@ -1,18 +1,14 @@
 """The reference model as the value models must fit it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 
-from qtilt.checkpoint import (
-    BACKBONE_DIRECTORY,
-    HEAD_FILE,
-    CheckpointError,
-    Manifest,
-    fingerprint_tokenizer,
-    read_manifest,
-)
+from qtilt.checkpoint import Manifest, fingerprint_tokenizer, load_value_model, read_manifest
+from qtilt.exactness import measure_geometry
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference
 from qtilt_server.errors import StartupError
 
@@ -39,26 +35,36 @@ def reference_of(model_config: Any) -> Reference:
 
 
 def check_value_models(directories: dict[str, Path], reference: Reference) -> dict[str, Manifest]:
-    """Manifests by name. Raises StartupError for a value model that doesn't fit the reference.
+    """Manifests by name. Raises StartupError for a value model that doesn't fit the reference; weights aren't read.
 
     Differences that are allowed are warned about by the worker, once, when it loads the value model.
     """
     manifests: dict[str, Manifest] = {}
     for name, directory in directories.items():
-        try:
+        with _refused_at_start(name, directory):
             manifests[name] = read_manifest(directory)
             check_fits_reference(manifests[name], directory, reference)
-            _check_weight_files(directory)
-        except ValueError as error:
-            raise StartupError(f"--value-model {name}={directory}: {error}") from error
     return manifests
 
 
-def _check_weight_files(directory: Path) -> None:
-    """Read their headers, which tell a truncated file: the worker's own refusal would not be one line."""
-    for path in (directory / HEAD_FILE, *(directory / BACKBONE_DIRECTORY).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: can't be read ({error})") from error
+def try_value_models(directories: dict[str, Path], max_length: int) -> None:
+    """Load each and run it on a few tokens, as the worker will later: there a refusal would not be one line.
+
+    Raises StartupError for weights that can't be used and backbones that the value engine isn't exact on.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # vLLM may fork its engine, and OpenMP hangs in the fork of a process that used its pool
+    try:
+        for name, directory in directories.items():
+            with _refused_at_start(name, directory):
+                measure_geometry(load_value_model(directory).backbone, max_length)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _refused_at_start(name: str, directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise StartupError(f"--value-model {name}={directory}: {error}") from error

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MistralConfig, MistralModel
 
-from qtilt.checkpoint import fingerprint_tokenizer
-from qtilt.vllm_plugin.compatibility import Reference
+from qtilt.checkpoint import save_value_model
+from qtilt.distributions import Bernoulli
+from qtilt.value_model import ValueModel
 from qtilt.vllm_plugin.config import PROCESSOR, WORKER_EXTENSION
 from qtilt_server.errors import StartupError
 from qtilt_server.flags import GuidanceFlags, parse_own_flags
 from qtilt_server.launch import add_guidance, prepare_environment, refuse_unsupported
-from qtilt_server.reference import check_value_models
+from qtilt_server.reference import try_value_models
 from real_server.models import VOCAB, make_tokenizer, make_value_model
 
 
@@ -164,9 +166,18 @@ def test_the_users_own_settings_are_kept(directory: Path) -> None:
 @pytest.mark.parametrize("file", ["head.safetensors", "backbone/model.safetensors"])
 def test_damaged_weights_are_refused_before_the_worker_would(tmp_path: Path, file: str) -> None:
     model = make_value_model(tmp_path / "model", seed=0)
-    reference = Reference(fingerprint_tokenizer(make_tokenizer()), VOCAB, max_model_len=64)
-    assert list(check_value_models({"value": model}, reference)) == ["value"]
+    try_value_models({"value": model}, max_length=64)
     content = (model / file).read_bytes()
     (model / file).write_bytes(content[: len(content) // 2])
-    with pytest.raises(StartupError, match=f"--value-model value=.*{file}: can't be read"):
-        check_value_models({"value": model}, reference)
+    with pytest.raises(StartupError, match=f"--value-model value=.*{file.partition('/')[0]}: .*can't be"):
+        try_value_models({"value": model}, max_length=64)
+
+
+def test_a_backbone_the_value_engine_is_not_exact_on_is_refused_before_the_worker_would(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 32}
+    config = MistralConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, **heads)
+    model = ValueModel.from_backbone(MistralModel(config), "v", Bernoulli())
+    save_value_model(model, tmp_path / "windowed", make_tokenizer())
+    try_value_models({"value": tmp_path / "windowed"}, max_length=32)
+    with pytest.raises(StartupError, match=r"--value-model value=.*windowed: .*sliding.window.*32"):
+        try_value_models({"value": tmp_path / "windowed"}, max_length=64)
