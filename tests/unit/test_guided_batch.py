@@ -64,8 +64,8 @@ def test_rows_that_are_not_guided_are_bit_identical(version: ResidentVersion, ma
 
 
 def test_masked_logits_are_never_raised_and_count_for_nothing(version: ResidentVersion, make_row: MakeRow) -> None:
-    store, batch = RecordStore(), GuidedBatch()
-    batch.put(0, make_row([], store, top_k=64))
+    store, batch, output = RecordStore(), GuidedBatch(), []
+    batch.put(0, make_row(output, store, top_k=64))
     logits_BV = torch.randn(1, REFERENCE_VOCAB)
     masked = torch.randperm(REFERENCE_VOCAB)[: REFERENCE_VOCAB - 3]
     logits_BV[0, masked] = -torch.inf
@@ -74,6 +74,7 @@ def test_masked_logits_are_never_raised_and_count_for_nothing(version: ResidentV
     batch.guide(logits_BV)
     assert torch.equal(logits_BV[0, masked].isnan(), before_BV[0, masked].isnan())
     assert torch.equal(logits_BV[0, masked].isneginf(), before_BV[0, masked].isneginf())
+    output.append(1)
     (summary,) = store.take("t", [[1]])
     assert 0 <= summary["kl"] < float("inf")
     batch.put(0, None)

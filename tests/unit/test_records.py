@@ -34,6 +34,25 @@ def test_a_discarded_step_is_overwritten() -> None:
     assert store.take("t", [[5]]) == [{"guided_tokens": 1, "kl": 1.0}]
 
 
+def test_a_discarded_step_that_a_preemption_left_behind_does_not_count() -> None:
+    """Preempted again amid the prefill of its first resumption: the step after [5, 6] was guided three times."""
+    store, tokens = RecordStore(), [5, 6]
+    for discarded in (32.0, 64.0):
+        record = store.open("t", tokens, 3)
+        write_steps(record, 0, 1.0, 2.0, discarded)
+        record.close()
+    write_steps(store.open("t", tokens, 3), 2, 4.0)
+    tokens += [7, 8]
+    assert store.take("t", [[5, 6, 7, 8]]) == [{"guided_tokens": 3, "kl": 7.0}]
+
+
+def test_a_choice_that_resumes_does_not_lend_its_discarded_step_to_an_equal_one() -> None:
+    store = RecordStore()
+    write_steps(store.open("t", [5, 6], None), 0, 1.0, 2.0, 64.0)  # amid its prefill
+    write_steps(store.open("t", [5, 6, 7], None), 0, 1.0, 2.0, 4.0)
+    assert store.take("t", [[5, 6, 7]], more_to_come=True) == [{"guided_tokens": 3, "kl": 7.0}]
+
+
 def test_choices_of_one_trace_are_told_apart_by_their_tokens() -> None:
     store = RecordStore()
     write_steps(store.open("t", [5, 6], None), 0, 1.0, 2.0)

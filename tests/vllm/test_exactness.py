@@ -165,6 +165,41 @@ def test_a_seed_gives_the_same_tokens_in_whatever_chunks_its_prompt_comes(served
         served.check(answer)
 
 
+def test_a_crowd_that_queues_is_preempted_amid_prefills_and_partly_aborted_leaves_the_others_exact(
+    served: Served,
+) -> None:
+    before, names = served.preemptions(), list(VALUE_MODELS)
+    asks = [
+        Ask(
+            prompt(5 + index, seed=500 + index),
+            served.guide(names[index % 4], guided_tokens=(None, 3, 0, 20)[index % 3]) if index % 5 else None,
+            temperature=(0.5, 0.0, 1.0)[index % 3],
+            max_tokens=10 + index,
+            n=3 if index % 6 == 2 else 1,
+            arrives=index // 4,
+            aborted_at=index // 4 + index % 10 if index % 4 == 3 else None,
+        )
+        for index in range(24)
+    ]
+    for answer in drive(served.engine, asks):
+        served.check(answer)
+    assert served.preemptions() > before
+    for ask in asks:
+        if ask.guidance is not None:
+            served.rpc("qtilt_take_records", ask.guidance.trace_id, [])
+
+
+def test_requests_as_long_as_the_model_allows(served: Served) -> None:
+    asks = [Ask(prompt(100, 400 + seed), served.guide(name), max_tokens=28) for seed, name in enumerate(VALUE_MODELS)]
+    asks += [
+        Ask(prompt(127, seed=410), served.guide("v-bernoulli"), max_tokens=1),
+        Ask(prompt(1, seed=411), served.guide("q-bernoulli"), max_tokens=127),
+    ]
+    for answer in drive(served.engine, asks):
+        assert len(answer.choices[0].token_ids) == answer.ask.max_tokens
+        served.check(answer)
+
+
 def test_aborted_requests_leave_the_others_exact(served: Served) -> None:
     doomed = [served.guide("v-bernoulli"), served.guide("q-bernoulli")]
     asks = [

@@ -37,6 +37,13 @@ class GuidedRow:
         """Whether the next token is one of those to guide."""
         return self.params.guides(len(self.output_token_ids))
 
+    def leave(self) -> None:
+        """The request leaves the batch."""
+        self.release()
+        self.version.rows -= 1
+        if self.record is not None:
+            self.record.close()
+
     def release(self) -> None:
         """Give the slot back; the value cache is recomputed if the row is guided again."""
         if self.slot is not None:
@@ -71,8 +78,7 @@ class GuidedBatch:
     def put(self, index: int, row: GuidedRow | None) -> None:
         """The request at ``index`` is now ``row`` (None: one without guidance); what was there has left."""
         if (previous := self._rows.pop(index, None)) is not None:
-            previous.release()
-            previous.version.rows -= 1
+            previous.leave()
         if row is not None:
             row.version.rows += 1
             self._rows[index] = row

@@ -8,8 +8,8 @@ V1 this file rests on (vLLM 0.32, ``vllm/v1/sample/logits_processor`` and ``gpu_
 - The output list of an added request is live. It is complete in ``apply`` only: with async scheduling it ends in a
   placeholder until then.
 - Rows of an unfinished chunked prefill reach ``apply``. Their logits are discarded; guiding them does no harm, advances
-  the value cache, and their KL is overwritten (see records.py).
-- A preempted request is removed, and added again when it resumes.
+  the value cache, and their KL doesn't count (see records.py).
+- A preempted request is removed, and added again when it resumes; its prefill, in chunks too, starts anew.
 """
 
 from collections.abc import Sequence

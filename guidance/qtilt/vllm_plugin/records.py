@@ -2,8 +2,9 @@
 
 A processor sees no request id, and the children of n > 1 share one trace id. So a record is found by what was
 generated: the KL of the step that follows n tokens depends on those n tokens only, and equal tokens have equal KL.
-A record is indexed by the number of tokens generated before the step. A step whose token vLLM discards (a chunk of an
-unfinished prefill, work lost to a preemption) is overwritten by the one that counts, or lies beyond what was returned.
+A record is indexed by the number of tokens generated before the step. A step counts once its token is in the live list:
+vLLM discards the token of a chunk of an unfinished prefill, which then is overwritten by the step that counts, or lost
+with the row when a preemption comes first.
 """
 
 from collections import deque
@@ -37,6 +38,11 @@ class Record:
         """The KL of the token drawn after ``step`` generated ones is ``kl_B[row]``."""
         self._kl_by_step[step] = (kl_B, row)
 
+    def close(self) -> None:
+        """The request leaves the batch, to come back or not: what has no token yet never will, in this record."""
+        for step in [step for step in self._kl_by_step if step >= len(self.output_token_ids)]:
+            del self._kl_by_step[step]
+
     def copy_steps(self, other: "Record", count: int) -> None:
         """Take over the first ``count`` steps of a record of the same tokens."""
         for step in range(count):
@@ -56,7 +62,8 @@ class Record:
         return {"guided_tokens": guided, "kl": float(torch.stack(kls).double().sum()) if kls else 0.0}
 
     def _covers(self, tokens_returned: int) -> bool:
-        return all(step in self._kl_by_step for step in range(self._guided_steps(tokens_returned)))
+        steps = self._guided_steps(tokens_returned)
+        return steps <= len(self.output_token_ids) and all(step in self._kl_by_step for step in range(steps))
 
     def _guided_steps(self, tokens_returned: int) -> int:
         return tokens_returned if self._guided_tokens is None else min(tokens_returned, self._guided_tokens)
