@@ -8,6 +8,7 @@ geometry may share one cache, because a slot belongs to one engine from ``acquir
 """
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class KVCache:
     """All memory for ``slots`` histories of up to ``max_length`` tokens, allocated at once.
 
     Bytes: ``2 · layers · slots · kv_heads · max_length · head_size`` elements of the geometry's dtype, and
-    ``slots · hidden_size``. Raises ValueError unless both sizes are positive.
+    ``slots · hidden_size``. Raises ValueError unless both sizes are positive and the memory is there.
     """
 
     def __init__(self, geometry: CacheGeometry, slots: int, max_length: int) -> None:
@@ -40,8 +41,15 @@ class KVCache:
         self.slots = slots
         self.max_length = max_length
         shape = (geometry.layers, slots, geometry.kv_heads, max_length, geometry.head_size)
-        self.keys_LSGPD = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
-        self.values_LSGPD = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
+        try:
+            self.keys_LSGPD = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
+            self.values_LSGPD = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
+        except RuntimeError as error:
+            gib = 2 * math.prod(shape) * geometry.dtype.itemsize / 2**30
+            raise ValueError(
+                f"the value cache for {slots} sequences × {max_length} tokens needs {gib:,.1f} GiB, more than "
+                f"{geometry.device} has left: serve fewer (--max-num-seqs) or shorter (--max-model-len) sequences"
+            ) from error
         self.last_hidden_SH = torch.zeros(slots, geometry.hidden_size, dtype=geometry.dtype, device=geometry.device)
         # The lowest free slot goes first, so that the slots in use stay close together and can be read as a slice.
         self._free = list(range(slots))

@@ -144,6 +144,12 @@ def test_an_empty_cache_is_refused(size: dict[str, int]):
         KVCache(geometry, **size)
 
 
+def test_a_cache_beyond_all_memory_says_what_to_change():
+    geometry = measure_geometry(make_backbone(CONFIGS["llama"]), 4)
+    with pytest.raises(ValueError, match=r"1048576 sequences × 1048576 tokens needs 786,432\.0 GiB.*--max-num-seqs"):
+        KVCache(geometry, 2**20, 2**20)
+
+
 def test_dropout_is_off_in_the_engine():
     backbone = make_backbone(LlamaConfig(attention_dropout=0.9, attn_implementation="eager", **HEADS, **SIZES)).train()
     engine = ValueEngine(ValueModel.from_backbone(backbone, "v", Bernoulli(), head_std=0.5), 1, 8)

@@ -53,6 +53,14 @@ def test_a_choice_that_resumes_does_not_lend_its_discarded_step_to_an_equal_one(
     assert store.take("t", [[5, 6, 7]], more_to_come=True) == [{"guided_tokens": 3, "kl": 7.0}]
 
 
+def test_a_value_model_that_overflowed_is_an_error_and_the_trace_is_gone() -> None:
+    store = RecordStore()
+    write_steps(store.open("t", [5, 6], None), 0, 1.0, float("nan"))
+    with pytest.raises(ValueError, match="--value-dtype"):
+        store.take("t", [[5, 6]])
+    assert store.held == 0
+
+
 def test_choices_of_one_trace_are_told_apart_by_their_tokens() -> None:
     store = RecordStore()
     write_steps(store.open("t", [5, 6], None), 0, 1.0, 2.0)

@@ -7,6 +7,7 @@ vLLM discards the token of a chunk of an unfinished prefill, which then is overw
 with the row when a preemption comes first.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import TypedDict
@@ -56,10 +57,19 @@ class Record:
         return self.output_token_ids[:decided] == list(tokens[:decided]) and self._covers(len(tokens))
 
     def summary(self, tokens_returned: int) -> GuidanceSummary:
-        """The sum over the guided steps of the first ``tokens_returned`` tokens."""
+        """The sum over the guided steps of the first ``tokens_returned`` tokens.
+
+        Raises ValueError when a step's logits weren't numbers.
+        """
         guided = self._guided_steps(tokens_returned)
         kls = [kl_B[row] for kl_B, row in (self._kl_by_step[step] for step in range(guided))]
-        return {"guided_tokens": guided, "kl": float(torch.stack(kls).double().sum()) if kls else 0.0}
+        kl = float(torch.stack(kls).double().sum()) if kls else 0.0
+        if math.isnan(kl):
+            raise ValueError(
+                "guided logits were not numbers: the value model overflows in its dtype, serve it in another "
+                "(--value-dtype float32 or bfloat16)"
+            )
+        return {"guided_tokens": guided, "kl": kl}
 
     def _covers(self, tokens_returned: int) -> bool:
         steps = self._guided_steps(tokens_returned)
@@ -107,7 +117,7 @@ class RecordStore:
 
         more_to_come: keep the trace, because other choices of it (a stream with n > 1) haven't finished yet.
 
-        Raises ValueError when a returned sequence was not generated under this trace.
+        Raises ValueError when a returned sequence was not generated under this trace, or its guidance wasn't numbers.
         """
         records = self._traces.get(trace_id, [])
         if not more_to_come:

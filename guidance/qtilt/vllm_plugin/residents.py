@@ -149,6 +149,9 @@ class Residents:
         geometry = measure_geometry(model.backbone, self._settings.max_length)
         engine = ValueEngine(model, self._settings.slots, self._settings.max_length, self._caches.get(geometry))
         self._caches[geometry] = engine.cache
+        if self._settings.device.type == "cuda":
+            # Steps run on another stream than this thread: for them too, all must be in place.
+            torch.cuda.synchronize(self._settings.device)
         return ResidentVersion(
             name, version, path, manifest, engine, scorable_tokens(manifest, self._reference), warnings
         )
