@@ -13,6 +13,8 @@ from qtilt.vllm_plugin.config import ADDITIONAL_CONFIG_KEY, PROCESSOR, WORKER_EX
 from qtilt_server.errors import StartupError
 from qtilt_server.flags import GuidanceFlags, add_guidance_arguments
 
+USAGE = "qtilt-server MODEL [--value-model NAME=DIR] [options of guidance and of vllm serve]"
+HELP_HINT = "All flags: qtilt-server --help=all; those of one group or flag: qtilt-server --help=Guidance"
 PLUGIN = "qtilt"
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
 OTHER_PLUGIN_GROUPS = (
@@ -98,9 +100,10 @@ def add_guidance(args: argparse.Namespace, flags: GuidanceFlags) -> None:
 def _parse(command: Any, argv: list[str]) -> argparse.Namespace:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(prog="qtilt-server")  # type: ignore[no-untyped-call]
+    parser = FlexibleArgumentParser(prog="qtilt-server", usage=USAGE)  # type: ignore[no-untyped-call]
     serve = command.subparser_init(parser.add_subparsers(dest="subparser"))
-    serve.usage = "qtilt-server MODEL [--value-model NAME=DIR] [options of guidance and of vllm serve]"
+    serve.prog, serve.usage = parser.prog, USAGE
+    serve.description, serve.epilog = "vLLM's OpenAI-compatible server, with guided completions.", HELP_HINT
     add_guidance_arguments(serve)
     args: argparse.Namespace = parser.parse_args([command.name, *argv])
     if args.model_tag is None:  # vLLM's parser turns --model and a model in --config into this one
