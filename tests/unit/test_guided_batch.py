@@ -168,3 +168,9 @@ def test_versions_of_equal_geometry_share_one_cache(tmp_path: Path) -> None:
     ]
     assert engines[0].cache is engines[1].cache
     assert engines[2].cache is not engines[0].cache
+
+
+def test_a_value_model_with_too_few_positions_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    directory = make_value_model(tmp_path / "short", "v", Bernoulli(), "gpt2", seed=1, positions=63)
+    with pytest.raises(ValueError, match=r"covers 63 positions, max_model_len is 64: lower --max-model-len"):
+        _residents().load_at_start("short", str(directory))

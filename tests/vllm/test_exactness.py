@@ -172,12 +172,12 @@ def test_a_crowd_that_queues_is_preempted_amid_prefills_and_partly_aborted_leave
     asks = [
         Ask(
             prompt(5 + index, seed=500 + index),
-            served.guide(names[index % 4], guided_tokens=(None, 3, 0, 20)[index % 3]) if index % 5 else None,
-            temperature=(0.5, 0.0, 1.0)[index % 3],
+            served.guide(names[index % 4], guided_tokens=(None, 3, 0)[index % 3]) if index % 5 else None,
+            temperature=(0.0, 0.5, 1.0)[index % 3],
             max_tokens=10 + index,
-            n=3 if index % 6 == 2 else 1,
+            n=3 if index % 12 in (1, 5) else 1,
             arrives=index // 4,
-            aborted_at=index // 4 + index % 10 if index % 4 == 3 else None,
+            aborted_at=index // 4 + (0, 1, 3, 9, 20)[index % 5] if index % 3 == 0 else None,
         )
         for index in range(24)
     ]
