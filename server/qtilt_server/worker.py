@@ -10,10 +10,16 @@ from typing import Any, Protocol
 from qtilt_server.schema import ChoiceGuidance
 
 PREPARATION_POLL_S = 0.05
+ENGINE_POLL_S = 1.0
 
 
 class EngineRpc(Protocol):
     """The part of vLLM's engine client used here."""
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine has stopped, for good."""
+        ...
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
         """Call ``method`` in every worker and return their answers."""
@@ -78,7 +84,13 @@ class GuidanceWorker:
             await asyncio.sleep(PREPARATION_POLL_S)
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
+        call = asyncio.ensure_future(self._engine.collective_rpc(method, args=args))
         try:
-            return await self._engine.collective_rpc(method, args=args)
+            while call not in (await asyncio.wait([call], timeout=ENGINE_POLL_S))[0]:
+                if self._engine.errored:  # vLLM never answers a call that its engine stopped on
+                    raise RuntimeError(f"the engine stopped before it answered {method}")
+            return call.result()
         except Exception as error:  # vLLM hands a worker's error over as a bare Exception
             raise WorkerError(str(error)) from error
+        finally:
+            call.cancel()

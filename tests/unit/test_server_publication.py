@@ -70,6 +70,8 @@ def test_without_a_root_nothing_is_loaded() -> None:
 class ScriptedEngine:
     """The engine's side of the calls: fails where told to, and remembers what is resident."""
 
+    errored = False
+
     def __init__(self, fail_at: str | None = None, running_rows: int = 0) -> None:
         self.fail_at = fail_at
         self.running_rows = running_rows

@@ -1,0 +1,39 @@
+"""The routes as vLLM's API server gets them, behind its own key check."""
+
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from qtilt_server.endpoint_plugin import GuidanceEndpoints
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    """Middleware in vLLM's order: first the plugin's, around it the key check."""
+    app = FastAPI()
+    GuidanceEndpoints().attach_router(app)
+    app.add_middleware(AuthenticationMiddleware, tokens=["secret"])
+    return app
+
+
+def test_every_route_needs_the_api_key(app: FastAPI) -> None:
+    client = TestClient(app)
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/guidance", "/v1/guidance/value_models"} == {
+        route.path for route in routes
+    }
+    for route in routes:
+        for method in route.methods:
+            assert client.request(method, route.path, json={"guidance": {}}).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_openapi_document_shows_the_guidance_of_a_request(app: FastAPI, path: str) -> None:
+    document = app.openapi()
+    schemas = document["components"]["schemas"]
+    body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    request = schemas[body["$ref"].rsplit("/", 1)[1]]
+    assert {"$ref": "#/components/schemas/GuidanceRequest"} in request["properties"]["guidance"]["anyOf"]
+    assert set(schemas["GuidanceRequest"]["properties"]) == {"value_model", "eta", "top_k", "method", "guided_tokens"}
