@@ -57,6 +57,9 @@ class GuidanceEndpoints:
             sampling_check=RolloutSamplingCheck(),
             metrics=metrics,
         )
+        if args.shutdown_timeout:
+            # Its engine takes no calls while it drains, so the record of a guided answer can't be had any more.
+            logger.warning("--shutdown-timeout lets only unguided requests finish: guided ones then end in an error")
         logger.info("guidance is live: %s", ", ".join(version.label for version in registry) or "no value model yet")
 
 
@@ -84,8 +87,8 @@ def _registry(
 
 
 def _shown(directory: Path, root: Path | None) -> str:
-    below = root is not None and directory.is_relative_to(root)
-    return str(directory.relative_to(root)) if below and root is not None else str(directory)
+    """As clients may name it when it is below the root, else the whole path."""
+    return str(directory.relative_to(root) if root and directory.is_relative_to(root) else directory)
 
 
 async def _answer_refusal(_request: Request, refusal: Exception) -> JSONResponse:
