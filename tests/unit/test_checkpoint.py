@@ -1,6 +1,7 @@
 """The value-model directory: what is written is read back, and nothing broken is ever accepted."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -193,6 +194,16 @@ def test_of_two_writers_of_one_name_the_slower_fails_and_changes_nothing(tmp_pat
         save_value_model(make_model("q"), tmp_path / "value", make_tokenizer())
     assert [path.name for path in tmp_path.iterdir()] == ["value"]
     assert load_value_model(tmp_path / "value").type == "v"
+
+
+def test_every_file_and_directory_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    flushed, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(Path, "rename", lambda path, target: (flushed.append("rename"), rename(path, target))[1])
+    save_value_model(make_model(), tmp_path / "value", make_tokenizer())
+    before, after = flushed[: flushed.index("rename")], flushed[flushed.index("rename") + 1 :]
+    assert {path.stat().st_ino for path in [tmp_path / "value", *(tmp_path / "value").rglob("*")]} <= set(before)
+    assert after == [tmp_path.stat().st_ino]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):

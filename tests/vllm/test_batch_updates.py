@@ -34,12 +34,16 @@ def test_additions_moves_swaps_and_refilled_indices(served: Served) -> None:
     processor.update_state(BatchUpdate(batch_size=4, removed=[], added=[], moved=[swap]))
     assert _seats(processor, outputs) == {1: 0, 2: 2, 3: 3}
 
-    # Request 2 has finished and 3 slides into its index, request 0 has finished and 4 is added at its index:
+    both_guided = (2, 3, MoveDirectionality.SWAP)
+    processor.update_state(BatchUpdate(batch_size=4, removed=[], added=[], moved=[both_guided]))
+    assert _seats(processor, outputs) == {1: 0, 2: 3, 3: 2}
+
+    # Request 3 has finished and 2 slides into its index, request 0 has finished and 4 is added at its index:
     # neither index is in `removed`.
     slide = (3, 2, MoveDirectionality.UNIDIRECTIONAL)
     added = [(1, guided, [1], outputs[4])]
     processor.update_state(BatchUpdate(batch_size=3, removed=[], added=added, moved=[slide]))
-    assert _seats(processor, outputs) == {1: 4, 2: 3}
+    assert _seats(processor, outputs) == {1: 4, 2: 2}
 
     processor.update_state(BatchUpdate(batch_size=0, removed=[2, 1, 0], added=[], moved=[]))
     assert _seats(processor, outputs) == {}
