@@ -7,9 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from qtilt_trainer.reference import ReferenceConfig, build_tokenizer, prompt_token_ids, train_reference
+from qtilt_trainer.reference import (
+    SERVABLE_HEAD_DIM,
+    ReferenceConfig,
+    build_tokenizer,
+    prompt_token_ids,
+    train_reference,
+    with_servable_heads,
+)
 
 ALPHABET = [*"0123456789+=\n", "\\boxed"]
 
@@ -79,6 +92,27 @@ def test_a_trained_reference_is_a_plain_checkpoint_that_learned_its_texts(tmp_pa
     assert record["final_loss"] < 0.1
 
 
+def test_filling_heads_up_for_the_server_changes_no_logit() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=20,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.5,
+        )
+    ).eval()
+    ids = torch.randint(20, (3, 60))
+    widened = with_servable_heads(model).eval()
+    assert (model.config.head_dim, widened.config.head_dim) == (8, SERVABLE_HEAD_DIM)
+    with torch.no_grad():
+        torch.testing.assert_close(widened(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_training_twice_gives_the_same_weights(tmp_path: Path) -> None:
     config = ReferenceConfig(steps=3, batch_size=8, hidden=32, layers=1, heads=1, intermediate=32, max_positions=8)
     for name in ("first", "second"):
@@ -87,7 +121,7 @@ def test_training_twice_gives_the_same_weights(tmp_path: Path) -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"learning_rate": float("nan")}, {"heads": 0}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"learning_rate": float("nan")}, {"heads": 0}, {"hidden": 30}])
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ReferenceConfig(**wrong)

@@ -8,6 +8,7 @@ Knows nothing of values or guidance.
 Shapes: `N` sequences of a batch, `T` positions.
 """
 
+import copy
 import json
 import logging
 import math
@@ -43,6 +44,8 @@ CHAT_TEMPLATE = (
 )
 IGNORED_LABEL = -100
 """torch's cross entropy leaves positions with this label out."""
+SERVABLE_HEAD_DIM = 32
+"""The smallest attention head vLLM's CPU kernels take (vllm/v1/attention/backends/cpu_attn.py)."""
 
 
 class ReferenceTask(Protocol):
@@ -68,16 +71,16 @@ class ReferenceConfig:
     hidden: int = 64
     layers: int = 3
     heads: int = 4
-    head_dim: int = 32
-    """vLLM's CPU attention has no kernel for smaller ones."""
     intermediate: int = 128
     max_positions: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "hidden", "layers", "heads", "head_dim", "intermediate", "max_positions"):
+        for name in ("steps", "batch_size", "hidden", "layers", "heads", "intermediate", "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"reference: {name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"reference: hidden ({self.hidden}) must be an even multiple of heads ({self.heads})")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"reference: learning_rate must be finite and > 0, got {self.learning_rate}")
 
@@ -133,6 +136,7 @@ def train_reference(task: ReferenceTask, config: ReferenceConfig, out: Path) -> 
         torch.manual_seed(config.seed)
         model = LlamaForCausalLM(_llama_config(tokenizer, config))
         losses = _train(model, _batches(task, tokenizer, config), config)
+    model = with_servable_heads(model)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     record = {
@@ -146,6 +150,38 @@ def train_reference(task: ReferenceTask, config: ReferenceConfig, out: Path) -> 
     return record
 
 
+@torch.no_grad()
+def with_servable_heads(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same function with attention heads of SERVABLE_HEAD_DIM: smaller ones are filled up with zeros.
+
+    Training such wide heads from the start is no way out: the star graph's references made like that (three of three)
+    had features from which a value model learned nothing in the demo's time.
+    Exact when SERVABLE_HEAD_DIM / head_dim is a whole number r: rotary pair j of a small head has the frequency of pair
+    r·j of a wide one. Queries and keys grow by the fourth root of r, as attention divides by the root of the width.
+    """
+    small, wide = model.config.hidden_size // model.config.num_attention_heads, SERVABLE_HEAD_DIM
+    if small >= wide:
+        return model
+    if wide % small:
+        raise ValueError(f"heads of {small} can't be filled up to {wide}: hidden / heads must divide {wide}")
+    config = copy.deepcopy(model.config)
+    config.head_dim = wide
+    widened = LlamaForCausalLM(config)
+    ratio, half = wide // small, torch.arange(small // 2)
+    place = torch.cat([ratio * half, wide // 2 + ratio * half])
+    rows = (torch.arange(config.num_attention_heads).unsqueeze(1) * wide + place).flatten()
+    weights = dict(model.state_dict())
+    for name, weight in widened.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weights[name] = torch.zeros_like(weight).index_copy(0, rows, weights[name] * ratio**0.25)
+        elif name.endswith("v_proj.weight"):
+            weights[name] = torch.zeros_like(weight).index_copy(0, rows, weights[name])
+        elif name.endswith("o_proj.weight"):
+            weights[name] = torch.zeros_like(weight).index_copy(1, rows, weights[name])
+    widened.load_state_dict(weights)
+    return widened
+
+
 def _llama_config(tokenizer: PreTrainedTokenizerFast, config: ReferenceConfig) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -154,7 +190,6 @@ def _llama_config(tokenizer: PreTrainedTokenizerFast, config: ReferenceConfig) -
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
-        head_dim=config.head_dim,
         max_position_embeddings=config.max_positions,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
