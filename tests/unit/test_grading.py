@@ -1,5 +1,9 @@
 """Boxed answers are judged by math-verify in processes that may hang, die or take all memory."""
 
+import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -101,6 +105,17 @@ def test_threads_that_grade_at_once_get_their_own_answers(pool: GradingPool) -> 
     for thread in threads:
         thread.join()
     assert answers == dict.fromkeys(range(1, 30), True)
+
+
+def test_a_worker_whose_parent_was_killed_does_not_compute_for_ever() -> None:
+    program = "import qtilt_trainer.tasks.grading_worker as worker; worker.GIVE_UP_S = 1; worker.main()"
+    worker = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert worker.stdin is not None
+    worker.stdin.write(json.dumps({"expected": "74", "given": HANGS}).encode() + b"\n")
+    worker.stdin.close()
+    assert worker.wait(60) == -signal.SIGALRM
+    assert worker.stdout is not None
+    worker.stdout.close()
 
 
 def test_a_pool_checks_its_settings() -> None:

@@ -142,6 +142,19 @@ def test_equal_numbers_vote_together_and_no_number_does_not_vote() -> None:
     assert last_number("1,234,567.5e2 m") is not None
 
 
+@pytest.mark.parametrize(
+    ("match", "answer", "message"),
+    [
+        ("numeric", "seven", "there is no number in the answer 'seven'"),
+        ("regex", "(", "the answer '(' is not a regular expression"),
+    ],
+)
+def test_an_answer_that_can_not_be_matched_is_named(tmp_path: Path, match: str, answer: str, message: str) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "?", "answer": answer}])
+    with pytest.raises(ValueError, match=re.escape(f"line 1: {message}" if match == "regex" else message)):
+        make_task({"name": "jsonl", "train": str(file), "test": str(file), "match": match}).problems("train", 1)
+
+
 def write_jsonl(file: Path, records: list[Any]) -> Path:
     file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return file

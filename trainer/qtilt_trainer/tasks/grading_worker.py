@@ -7,11 +7,15 @@ import json
 import logging
 import os
 import resource
+import signal
 import sys
 from typing import Any
 
 MEMORY_LIMIT_BYTES = 4 << 30
 """An answer such as 9^{9^{9}} otherwise takes the machine's memory before its time is up."""
+GIVE_UP_S = 60
+"""Who asked kills a worker long before. This ends it when that process was itself killed: an orphan in the middle of a
+computation wouldn't notice that stdin is closed."""
 
 
 def main() -> None:
@@ -25,7 +29,9 @@ def main() -> None:
 
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
+        signal.alarm(GIVE_UP_S)  # Without a handler SIGALRM ends the process, in the middle of C code too.
         print(json.dumps(_reply(json.loads(line))), file=answers, flush=True)
+        signal.alarm(0)
 
 
 def _reply(question: dict[str, str]) -> Any:

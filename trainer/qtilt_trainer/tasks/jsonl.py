@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from qtilt_trainer.tasks.matching import MATCHERS, last_group
+from qtilt_trainer.tasks.matching import MATCHERS, last_group, last_number
 from qtilt_trainer.tasks.problem import Problem, Prompt, Split, split_of
 
 PLACE = "{prompt}"
@@ -124,11 +124,16 @@ class Jsonl(BaseModel):
     def _answer(self, value: Any, where: str) -> str:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"{where}: {self.answer_field!r} must be a text or a number, got {value!r}")
-        if self.answer_pattern is None:
-            return str(value)
-        answer = last_group(self.answer_pattern, str(value))
+        answer = str(value) if self.answer_pattern is None else last_group(self.answer_pattern, str(value))
         if answer is None:
             raise ValueError(f"{where}: answer_pattern {self.answer_pattern!r} finds nothing in {value!r}")
+        if self.match == "numeric" and last_number(answer) is None:
+            raise ValueError(f"{where}: match is 'numeric', and there is no number in the answer {answer!r}")
+        if self.match == "regex" and self.pattern is None:
+            try:
+                re.compile(answer)
+            except re.error as error:
+                raise ValueError(f"{where}: the answer {answer!r} is not a regular expression: {error}") from error
         return answer
 
     def _field(self, record: dict[str, Any], field: str, where: str) -> Any:
@@ -143,6 +148,8 @@ def _read(task: Jsonl, file: Path) -> tuple[Problem, ...]:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"task: can't read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"task: {file} is not UTF-8: {error}") from error
     lines = enumerate(text.split("\n"), 1)  # splitlines() would also split inside JSON strings, at U+2028
     return tuple(task.problem_from(line, number, file) for number, line in lines if line.strip())
 
