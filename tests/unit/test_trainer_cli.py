@@ -58,6 +58,10 @@ def test_help_needs_nothing_heavy() -> None:
         (["loop", "none.toml"], r"can't read the configuration none\.toml: No such file"),
         (["collect", "run.toml", "--iteration", "3"], r"--iteration must be 1 to 2, got 3"),
         (["publish", "run.toml"], r"there is no run/value_models/iteration-002: fit iteration 2 first"),
+        (["fit", "run.toml", "--iteration", "1"], r"iteration 1 lacks 4 roll-outs: collect --iteration 1 first"),
+        (["collect", "run.toml", "--run-dir", "run.toml/below"], r"Not a directory: 'run\.toml/below'"),
+        (["loop", "flat.toml", "--server", "http://127.0.0.1:9"], r"server: Input should be a valid dictionary"),
+        (["loop", "latin.toml"], r"latin\.toml: not TOML: .*utf-8"),
         (["evaluate", "run.toml"], r"the configuration has no \[evaluate\] table"),
         (["collect", "run.toml", "--server", "localhost:1"], r"server\.url: must begin with http://"),
         (["reference", "run.toml", "--out", "x", "--steps", "0"], r"steps must be at least 1, got 0"),
@@ -94,6 +98,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     Path("run.toml").write_text(CONFIG)
     Path("empty.toml").write_text("")
+    Path("flat.toml").write_text('server = "here"\n' + CONFIG.replace("[server]", "[server_]"))
+    Path("latin.toml").write_bytes('run_dir = "é"'.encode("latin-1"))
     assert main(arguments) == 2
     complaint = [line for line in capfd.readouterr().err.splitlines() if line.startswith("qtilt-trainer:")]
     assert len(complaint) == 1

@@ -88,6 +88,8 @@ def test_the_key_is_not_in_the_resolved_configuration(tmp_path: Path) -> None:
             "sampling.temperature: Input should be a finite number",
         ),
         ('run_dir = "runs/x"', 'run_dir = "x"\n[server]\nurl = "localhost"', "server.url: must begin with http://"),
+        ('run_dir = "runs/x"', 'run_dir = "x"\n[server]\nurl = "http://"', "server.url: must name a host"),
+        ('run_dir = "runs/x"', 'run_dir = "x"\n[server]\nurl = "http://a:b"', "server.url: Port could not be cast"),
         ('run_dir = "runs/x"', 'run_dir = "x"\niterations = 0', "iterations: "),
         ("[evaluate]", "[[iterations]]\nfit.steps = 0\n[evaluate]", "iterations.1.fit.steps: Input should be"),
         ("[evaluate]", "[[iterations]]\ncollect.x = 0\n[evaluate]", "iterations.1.collect.x: there is no such field"),
@@ -103,6 +105,11 @@ def test_an_error_names_the_file_and_the_field(tmp_path: Path, old: str, new: st
 def test_a_missing_file_is_an_error_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"can't read the configuration .*none\.toml: No such file"):
         read_config(tmp_path / "none.toml")
+
+
+def test_a_key_of_the_wrong_type_is_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"server\.api_key: Input should be a valid string$"):
+        read(tmp_path, MINIMAL + "[server]\napi_key = 12345\n")
 
 
 def test_there_is_no_iteration_beyond_the_last(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Initialisation, per-token values, and the figures that judge them, against independent computations."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,14 @@ def test_head_std_gives_reproducible_random_heads(backbone: Path, tmp_path: Path
     first, second = load_value_model(tmp_path / "first"), load_value_model(tmp_path / "second")
     assert first.head.weight.std() == pytest.approx(0.5, rel=0.5)
     assert torch.equal(first.head.weight, second.head.weight)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_backbone_is_refused(backbone: Path, tmp_path: Path, file: str) -> None:
+    damaged = shutil.copytree(backbone, tmp_path / "damaged")
+    (damaged / file).write_bytes((damaged / file).read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"damaged' is no model directory or hub id that can be read"):
+        initialise_value_model(str(damaged), "v", {"name": "bernoulli"}, tmp_path / "value")
 
 
 def test_a_backbone_that_is_none_and_an_existing_directory_are_refused(backbone: Path, tmp_path: Path) -> None:

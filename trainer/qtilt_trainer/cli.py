@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qtilt_trainer.loop import Run
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 HELP_WIDTH = 100
 """Fixed, so that docs/trainer-cli.md doesn't depend on the terminal it was made in."""
 
@@ -31,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
-    except (ValueError, ServerError, GradingError) as error:
+    except (ValueError, OSError, ServerError, GradingError) as error:
         if options.debug:
             raise
         sys.stderr.write(f"qtilt-trainer: {_one_line(error)}\n")
-        return BAD_INPUT if isinstance(error, ValueError) else FAILED
+        return BAD_INPUT if isinstance(error, (ValueError, *BAD_PATH)) else FAILED
     except KeyboardInterrupt:
         sys.stderr.write("qtilt-trainer: interrupted; the same command goes on from here\n")
         return INTERRUPTED

@@ -19,6 +19,9 @@ NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0}
 """Sent with every request: vLLM otherwise takes these from the model's generation_config.json, and roll-outs would come
 from a policy that no store records."""
 
+FINISHED = ("stop", "length")
+"""Why a completion ended. Any other reason (abort, error) leaves a torso whose reward says nothing."""
+
 
 class ServerError(RuntimeError):
     """The server can't be reached, refuses, or isn't a guided server. The message says what to do."""
@@ -117,7 +120,7 @@ class GuidedClient:
     async def complete(
         self, prompt: Prompt, samples: int, seed: int, sampling: Sampling, guidance: Guidance | None
     ) -> list[Completion]:
-        """`samples` completions of one prompt in one request. Completion i is what seed + i alone would give."""
+        """`samples` completions of one prompt in one request; completion i is drawn with seed + i."""
         options: dict[str, Any] = {
             "model": await self.model(),
             "n": samples,
@@ -140,12 +143,15 @@ class GuidedClient:
     async def status(self) -> ServerStatus:
         """What is loaded."""
         answer: Any = await self._call(self._openai.get("/guidance", cast_to=object))
-        versions = [
-            LoadedVersion(model["name"], version["version"], version["path"], version["version"] == model["active"])
-            for model in answer["value_models"]
-            for version in model["versions"]
-        ]
-        return ServerStatus(versions, answer["value_model_root"])
+        try:
+            versions = [
+                LoadedVersion(model["name"], version["version"], version["path"], version["version"] == model["active"])
+                for model in answer["value_models"]
+                for version in model["versions"]
+            ]
+            return ServerStatus(versions, answer["value_model_root"])
+        except (KeyError, TypeError) as error:
+            raise ServerError(f"what answers at {self._config.url} is no qtilt-server: start one there") from error
 
     async def publish(self, name: str, path: str) -> LoadedVersion:
         """Loads the directory `path` (relative to the server's root) as the next version of `name`."""
@@ -176,6 +182,8 @@ class GuidedClient:
             ) from error
         except openai.APIStatusError as error:
             raise ServerError(f"{url} answered {error.status_code}: {error.message}") from error
+        except openai.APIError as error:
+            raise ServerError(f"what answers at {url} is no qtilt-server ({error}): start one there") from error
 
 
 def _api_key(config: ServerConfig) -> str:
@@ -199,6 +207,11 @@ def _read_choice(response: dict[str, Any], choice: dict[str, Any], guidance: Gui
     prompt_token_ids = choice.get("prompt_token_ids") or response.get("prompt_token_ids")
     if token_ids is None or not prompt_token_ids:
         raise ServerError("the server sent no token ids: it is no qtilt-server, or too old a vLLM")
+    if choice["finish_reason"] not in FINISHED:
+        raise ServerError(
+            f"the server broke a completion off ({choice['finish_reason']!r}); what is stored is kept, the same "
+            "command goes on from there"
+        )
     message = choice.get("message")
     return Completion(
         prompt_token_ids=prompt_token_ids,

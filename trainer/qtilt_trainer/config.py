@@ -7,6 +7,7 @@ import math
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
@@ -56,6 +57,10 @@ class ServerConfig(Table):
     def _is_base_url(cls, value: str) -> str:
         if not value.startswith(("http://", "https://")):
             raise ValueError("must begin with http:// or https://")
+        parts = urlsplit(value)
+        if not parts.hostname:
+            raise ValueError("must name a host")
+        _ = parts.port  # Raises ValueError when it is none.
         return value.rstrip("/").removesuffix("/v1")
 
 
@@ -241,7 +246,7 @@ def read_config(file: Path, overrides: dict[str, Any] | None = None) -> LoopConf
         if value is not None:
             _replace(tables, name, value)
     try:
-        return LoopConfig(**tables)
+        return LoopConfig.model_validate(tables)
     except ValidationError as error:
         raise ValueError(f"{file}: {describe_errors(error)}") from error
 
@@ -260,7 +265,7 @@ def _read_tables(file: Path) -> dict[str, Any]:
             return tomllib.load(stream)
     except OSError as error:
         raise ValueError(f"can't read the configuration {file}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not TOML: {error}") from error
 
 
@@ -269,4 +274,6 @@ def _replace(tables: dict[str, Any], name: str, value: Any) -> None:
     table = tables
     for parent in parents:
         table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            return  # Not a table: the check of the whole file says so.
     table[field] = value

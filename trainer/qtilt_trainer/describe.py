@@ -16,5 +16,6 @@ def _describe(item: object, prefix: str) -> str:
     if item["type"] == "extra_forbidden":
         return f"{where}: there is no such field"
     message = str(item["msg"]).removeprefix("Value error, ")
-    given = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+    # A table is too long to show, a key is secret.
+    given = "" if isinstance(item["input"], dict) or "api_key" in item["loc"] else f", got {item['input']!r}"
     return f"{where}: {message}{given}"

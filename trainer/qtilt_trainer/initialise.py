@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer
 
 from qtilt.checkpoint import save_value_model
@@ -12,6 +13,9 @@ from qtilt.distributions import distribution_from_config
 from qtilt.value_model import ValueModel, ValueType
 
 logger = logging.getLogger(__name__)
+
+# What transformers raises for configs and weights that make no sense; many of its checks are lookups that fail.
+UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError)
 
 
 def initialise_value_model(
@@ -30,9 +34,9 @@ def initialise_value_model(
     """
     returns = distribution_from_config(distribution)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
-        model = AutoModel.from_pretrained(backbone, dtype=torch.float32)
-    except OSError as error:
+        tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
+        model = AutoModel.from_pretrained(backbone, dtype=torch.float32, trust_remote_code=False)
+    except UNUSABLE as error:
         raise ValueError(f"backbone {backbone!r} is no model directory or hub id that can be read: {error}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
