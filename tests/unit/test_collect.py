@@ -11,7 +11,7 @@ import qtilt_trainer.generate
 from qtilt_trainer.client import Guidance, GuidedClient, Sampling, ServerError
 from qtilt_trainer.collect import earlier_lengths, missing_samples, plan_requests, switch_point
 from qtilt_trainer.config import CollectConfig, SamplingConfig, ServerConfig
-from qtilt_trainer.generate import PlannedRequest, generate
+from qtilt_trainer.generate import PlannedRequest, consecutive, generate
 from qtilt_trainer.rollouts import RolloutStore
 from qtilt_trainer.tasks import Problem
 from qtilt_trainer.tasks.star_graph import StarGraph
@@ -52,7 +52,8 @@ def test_later_iterations_roll_in_for_a_switch_point_of_each_sample(tmp_path: Pa
         assert [len(request.samples) for request in plan] == [1] * 24
         run(plan, store, server)
         bodies = server.bodies("/v1/completions")[6:]
-    lengths = earlier_lengths(store.read(1))
+    lengths = earlier_lengths(store, 2)
+    assert lengths == {problem.id: [5] * 4 for problem in TASK.problems("train", 6)}  # four nodes and the end token
     for request in plan:
         g = 0 if request.guidance is None else request.guidance.guided_tokens
         assert g is not None
@@ -124,6 +125,40 @@ def test_only_what_is_missing_is_asked_for_and_it_is_what_it_would_have_been(tmp
         run(planned(halves, 2, "value@1"), halves, server)
     assert planned(halves, 2, "value@1") == []
     assert halves.read() == whole.read()
+
+
+def test_single_samples_of_a_prompt_are_made_again_with_their_own_seeds(tmp_path: Path) -> None:
+    whole, holed = RolloutStore(tmp_path / "whole"), RolloutStore(tmp_path / "holed")
+    with StandInServer() as server:
+        run(planned(whole, 1), whole, server)
+        holed.append([rollout for rollout in whole.read() if rollout.rollout_id[-1] not in "02"])
+        plan = planned(holed, 1)
+        assert [request.samples for request in plan] == [(0,), (2,)] * 6
+        run(plan, holed, server)
+    assert holed.read() == whole.read()
+
+
+def test_samples_asked_for_together_are_neighbours() -> None:
+    assert consecutive([0, 2, 3, 4, 7]) == [(0,), (2, 3, 4), (7,)]
+    assert consecutive([]) == []
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_a_completion_that_was_broken_off_is_not_stored(tmp_path: Path, reason: str) -> None:
+    store = RolloutStore(tmp_path)
+    with StandInServer() as server:
+
+        def broken(path: str, body: Any) -> tuple[int, Any] | None:
+            if path != "/v1/completions":
+                return None
+            answer = server._complete(body)
+            answer["choices"][1]["finish_reason"] = reason
+            return 200, answer
+
+        server.before = broken
+        with pytest.raises(ServerError, match=f"broke a completion off .'{reason}'"):
+            run(planned(store, 1), store, server)
+    assert store.ids() == set()
 
 
 def test_requests_in_flight_are_limited(tmp_path: Path) -> None:

@@ -31,8 +31,6 @@ class Rollout:
         (5, 4, False, 3),  # cut off in its roll-out: labelled like any other
         (1, 0, False, 0),
         (0, 0, False, 0),
-        (5, -1, True, 4),  # guided to its end
-        (5, -1, False, 5),
     ],
 )
 def test_first_labelled_token(length: int, switch_point: int, ended: bool, first: int) -> None:

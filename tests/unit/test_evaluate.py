@@ -24,7 +24,15 @@ def run(server: StandInServer, directory: Path, config: EvaluateConfig = CONFIG,
     async def once() -> list[Record]:
         async with GuidedClient(ServerConfig(url=server.url, retries=0, concurrency=4)) as client:
             return await evaluate(
-                client, TASK, directory, iteration, f"value@{iteration}", config, SAMPLING, 4, {"seed": config.seed}
+                client,
+                TASK,
+                directory,
+                iteration,
+                f"value@{iteration}",
+                config,
+                SAMPLING,
+                4,
+                lambda cell: {"seed": config.seed},
             )
 
     return asyncio.run(once())
@@ -111,6 +119,13 @@ def test_a_cell_made_with_other_settings_is_not_mixed_in(tmp_path: Path) -> None
         run(server, tmp_path, EvaluateConfig(prompts=2, inv_eta=(1.0,), seed=1))
         with pytest.raises(ValueError, match=r"other settings .seed: 1 then, 2 now"):
             run(server, tmp_path, EvaluateConfig(prompts=2, inv_eta=(1.0,), seed=2))
+
+
+def test_cells_of_different_strength_have_different_places() -> None:
+    strengths = (0.5, 1e-5, 10.0, 10.000001, 10.0000001)
+    names = [cell.name for cell in grid(EvaluateConfig(prompts=1, inv_eta=strengths, methods=("cd",)))[2::2]]
+    assert names[:3] == ["cd-0.5-sample", "cd-1e-05-sample", "cd-10-sample"]
+    assert len(set(names)) == 5
 
 
 def test_the_table_has_a_line_a_record() -> None:

@@ -233,9 +233,17 @@ def test_rollouts_of_two_reference_policies_are_refused(initial: Path, tmp_path:
         fit_value_model(initial, rollouts, tmp_path / "out", QUICK)
 
 
-def test_tokens_outside_the_vocabulary_and_returns_outside_the_range_are_refused(initial: Path, tmp_path: Path) -> None:
+def test_a_fit_that_diverges_says_so() -> None:
+    with pytest.raises(ValueError, match=r"loss became (nan|inf) in step \d+: lower fit.learning_rate"):
+        fitted(sample_rollouts(80, guided_roll_in=False), CONFIG.model_copy(update={"learning_rate": 1e38}))
+
+
+def test_tokens_outside_the_vocabulary_and_returns_that_are_not_the_distributions_are_refused(
+    initial: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="token id 99"):
         fit_value_model(initial, [rollout(0, [99], 0, 1.0)], tmp_path / "out", QUICK)
-    with pytest.raises(ValueError, match="outside"):
-        fit_value_model(initial, [rollout(0, [1], 0, 3.0)], tmp_path / "out", QUICK)
+    for graded in (0.5, 3.0):
+        with pytest.raises(ValueError, match="is for rewards 0 and 1: set value_model"):
+            fit_value_model(initial, [rollout(0, [1], 0, graded)], tmp_path / "out", QUICK)
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,8 @@
 """kill -9 in every stage of the loop, then the same command again: no roll-out lost, none twice, nothing done again.
 
 The trainer is the real command in a process of its own; the server stands in for qtilt-server, so that the kill can
-come at an exact request. The result must equal that of a run nobody killed.
+come at an exact request. The result must equal that of a run nobody killed: the stand-in's completions depend on prompt
+and seed alone. (Two undisturbed runs against vLLM may differ, since other batches change the last bits of its logits.)
 """
 
 import json
@@ -117,7 +118,7 @@ class Trainer:
         before = len(self.server.bodies(path))
 
         def hold(asked: str, body: Any) -> None:
-            if asked == path and len(self.server.bodies(path)) == before + number:
+            if asked == path and len(self.server.bodies(path)) >= before + number:
                 reached.set()
                 gone.wait(10)
 
@@ -182,12 +183,12 @@ def test_killed_in_every_stage_the_loop_makes_what_it_makes_undisturbed(
 
     trainer.start_and_kill_at_request(completions, 70)  # collect 1, after a part was written
     assert len(RolloutStore(run_dir / "rollouts").ids()) in range(1, PROMPTS * SAMPLES)
-    trainer.start_and_kill_when((run_dir / "value_models" / "initial").exists)  # fit 1
+    trainer.start_and_kill_when((run_dir / "value_models" / "iteration-001.settings.json").exists)  # fit 1
     assert len(RolloutStore(run_dir / "rollouts").read()) == PROMPTS * SAMPLES
     trainer.start_and_kill_at_request(publications, 1)  # publish 1, loaded but never noted
     trainer.start_and_kill_at_request(completions, PROMPTS_2 * SAMPLES_2 - 20)  # collect 2
     assert len(RolloutStore(run_dir / "rollouts").ids()) > PROMPTS * SAMPLES
-    trainer.start_and_kill_when(lambda: (run_dir / "value_models" / "iteration-002.settings.json").exists())  # fit 2
+    trainer.start_and_kill_when((run_dir / "value_models" / "iteration-002.settings.json").exists)  # fit 2
     server.restart()
     trainer.start_and_kill_at_request(completions, 75)  # evaluate, reference
     trainer.start_and_kill_at_request(completions, 90)  # evaluate, the next cell
@@ -213,7 +214,7 @@ def test_two_trainers_do_not_work_in_one_directory(tmp_path: Path, backbone: Pat
 
     server.before = hold
     first = trainer.start()
-    assert reached.wait(30)
+    assert reached.wait(90)
     second = subprocess.run(
         [COMMAND, "loop", "loop.toml", "--server", server.url], cwd=trainer.directory, capture_output=True, timeout=60
     )
@@ -227,9 +228,30 @@ def test_two_trainers_do_not_work_in_one_directory(tmp_path: Path, backbone: Pat
 def test_other_settings_for_a_begun_stage_are_refused(tmp_path: Path, backbone: Path, server: StandInServer) -> None:
     trainer = Trainer(tmp_path / "work", backbone, server)
     trainer.start_and_kill_at_request("/v1/completions", 5)
-    (trainer.directory / "loop.toml").write_text(CONFIG.replace("max_tokens = 8", "max_tokens = 9"))
-    assert trainer.start().wait(60) == 2
-    assert "has other settings (sampling.max_tokens: 8 then, 9 now)" in (trainer.directory / "log").read_text()
+    seven = CONFIG.replace("max_tokens = 8", "max_tokens = 7")  # Nothing is stored yet: this may change.
+    (trainer.directory / "loop.toml").write_text(seven)
+    trainer.start_and_kill_at_request("/v1/completions", 70)
+    for text, complaint in (
+        (CONFIG, "has other settings (sampling.max_tokens: 7 then, 8 now)"),
+        (seven.replace('"backbone"', '"./backbone"'), "initial.settings.json has other settings (backbone: 'backbone'"),
+        (seven.replace("[server]", '[server]\nmodel = "x"'), "holds roll-outs of stand-in, and the server serves x"),
+    ):
+        (trainer.directory / "loop.toml").write_text(text)
+        assert trainer.start().wait(60) == 2
+        assert complaint in (trainer.directory / "log").read_text()
+
+
+def test_a_fit_of_roll_outs_that_are_not_complete_is_refused(
+    tmp_path: Path, backbone: Path, server: StandInServer
+) -> None:
+    trainer = Trainer(tmp_path / "work", backbone, server)
+    trainer.start_and_kill_at_request("/v1/completions", 70)
+    fit = subprocess.run(
+        [COMMAND, "fit", "loop.toml", "--iteration", "1"], cwd=trainer.directory, capture_output=True, timeout=60
+    )
+    assert fit.returncode == 2
+    assert b"iteration 1 lacks" in fit.stderr
+    assert not (trainer.run_dir / "value_models" / "iteration-001").exists()
 
 
 def test_an_interrupt_stores_what_had_arrived_and_says_how_to_go_on(
@@ -245,7 +267,7 @@ def test_an_interrupt_stores_what_had_arrived_and_says_how_to_go_on(
 
     server.before = hold
     process = trainer.start()
-    assert reached.wait(30)
+    assert reached.wait(90)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130

@@ -18,9 +18,9 @@ def publish_file(unfinished: Path, file: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes `file` so that a reader sees the old content or the new one."""
+    """Writes `file` so that a reader sees the old content or the new one. One writer at a time."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}{UNFINISHED}")
+    unfinished = file.with_name(file.name + UNFINISHED)
     unfinished.write_text(text, encoding="utf-8")
     publish_file(unfinished, file)
 

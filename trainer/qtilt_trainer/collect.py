@@ -12,16 +12,17 @@ earlier response (a later iteration with more prompts) has g = 0.
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+
+import pyarrow.compute as pc
 
 from qtilt_trainer.client import Guidance, Sampling
 from qtilt_trainer.config import CollectConfig, SamplingConfig
-from qtilt_trainer.generate import PlannedRequest, seed_of
-from qtilt_trainer.rollouts import Rollout, RolloutStore, rollout_id
+from qtilt_trainer.generate import PlannedRequest, consecutive, seed_of
+from qtilt_trainer.rollouts import RolloutStore, rollout_id
 from qtilt_trainer.tasks.problem import Problem, Task
 
 logger = logging.getLogger(__name__)
-
 
 Missing = list[tuple[Problem, tuple[int, ...]]]
 """Prompts with the numbers of the samples that are not stored."""
@@ -48,13 +49,18 @@ def plan_requests(
     """The requests that make the missing roll-outs of `iteration`.
 
     value_model: NAME@VERSION that rolls in from iteration 2 on; None in iteration 1.
-    The same roll-outs have the same seeds and switch points whenever and in whatever portions they are made.
+    A roll-out has the same seed and switch point whenever and in whatever portions it is made. (Its tokens are the same
+    as far as the server's arithmetic doesn't depend on what else is in the batch.)
     """
     if (iteration == 1) != (value_model is None):
         raise ValueError(f"only the first iteration has no value model, got {value_model} for iteration {iteration}")
     if value_model is None:
-        return [_unguided(iteration, problem, samples, config, sampling) for problem, samples in missing]
-    lengths = earlier_lengths(rollout for rollout in store.read() if rollout.iteration < iteration)
+        return [
+            _unguided(iteration, problem, neighbours, config, sampling)
+            for problem, samples in missing
+            for neighbours in consecutive(samples)
+        ]
+    lengths = earlier_lengths(store, iteration)
     _log_unknown([problem for problem, _ in missing], lengths)
     return [
         _rolled_in(iteration, problem, sample, config, sampling, lengths, value_model)
@@ -63,11 +69,14 @@ def plan_requests(
     ]
 
 
-def earlier_lengths(rollouts: Iterable[Rollout]) -> dict[str, list[int]]:
-    """Prompt id -> lengths of its responses in tokens, end token included, in the order of roll-out ids."""
+def earlier_lengths(store: RolloutStore, iteration: int) -> dict[str, list[int]]:
+    """Prompt id -> lengths of its responses before `iteration` in tokens, end token included, in a fixed order."""
     lengths = defaultdict(list)
-    for rollout in rollouts:
-        lengths[rollout.prompt_id].append(len(rollout.token_ids))
+    for number in range(1, iteration):
+        table = store.table(number, ["rollout_id", "prompt_id", "token_ids"]).sort_by("rollout_id")
+        counts = pc.list_value_length(table.column("token_ids")).to_pylist()
+        for prompt_id, count in zip(table.column("prompt_id").to_pylist(), counts, strict=True):
+            lengths[prompt_id].append(count)
     return dict(lengths)
 
 
@@ -86,7 +95,7 @@ def _missing(iteration: int, prompt_id: str, samples: int, stored: set[str]) -> 
 def _unguided(
     iteration: int, problem: Problem, samples: tuple[int, ...], config: CollectConfig, sampling: SamplingConfig
 ) -> PlannedRequest:
-    seed = seed_of(config.seed, rollout_id(iteration, problem.id, samples[0]))
+    seed = seed_of(config.seed, rollout_id(iteration, problem.id, 0)) + samples[0]
     return PlannedRequest(iteration, "train", problem, samples, seed, sampling_of(sampling), None)
 
 

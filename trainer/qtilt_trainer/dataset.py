@@ -41,7 +41,7 @@ class LabelledRollout(Protocol):
 
     @property
     def switch_point(self) -> int:
-        """g: how many of them were asked to be guided; negative: all."""
+        """g: how many of them were asked to be guided."""
 
     @property
     def ended(self) -> bool:
@@ -96,7 +96,7 @@ class Batch:
 
 def first_labelled_token(completion_length: int, switch_point: int, ended: bool) -> int:
     """The first generated token that is labelled; `completion_length` when none is."""
-    if switch_point < 0 or completion_length <= switch_point:
+    if completion_length <= switch_point:
         return completion_length - 1 if ended else completion_length
     return max(switch_point - 1, 0)
 

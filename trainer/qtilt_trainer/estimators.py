@@ -32,8 +32,9 @@ def best_of_k(rewards: Sequence[float], k: int) -> float:
 def majority_of_k(answers: Sequence[Hashable | None], rewards: Sequence[float], k: int) -> float:
     """Expected reward of the most frequent answer among k completions: maj1@k.
 
-    The n completions are cut into n // k groups and averaged; tied answers share the vote; completions without an
-    answer (None) don't vote, and a group without votes counts as its completions' mean reward, the best it can do.
+    Averaged over the n // k disjoint groups in the order of the samples: unbiased, and all there is for k = n. Tied
+    answers share the vote; completions without an answer (None) don't vote, and a group without votes counts as its
+    completions' mean reward, the best it can do.
     """
     if len(answers) != len(rewards) or not 1 <= k <= len(rewards):
         raise ValueError(f"k must be 1 to n with one answer a reward, got k={k}, {len(answers)}, {len(rewards)}")
@@ -82,9 +83,8 @@ def _resampled_means(values: NDArray[np.float64], rng: np.random.Generator) -> N
 
 
 def _interval_of_equals(value: float, n: int, low: float, high: float, tail: float) -> tuple[float, float]:
-    possible = 1 - tail ** (
-        1 / n
-    )  # The largest failure rate with which n successes still happen with probability tail.
+    # The largest failure rate with which n successes in a row still have the probability `tail`.
+    possible = 1 - tail ** (1 / n)
     if value == high:
         return high - possible * (high - low), high
     if value == low:

@@ -7,7 +7,7 @@ evaluation goes on where it was. `results.json` is the list of the records.
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from qtilt_trainer.client import Guidance, GuidedClient, Sampling
 from qtilt_trainer.collect import sampling_of
 from qtilt_trainer.config import Decoding, EvaluateConfig, Method, SamplingConfig
 from qtilt_trainer.estimators import best_of_k, bootstrap_interval, majority_of_k
-from qtilt_trainer.generate import PlannedRequest, generate, seed_of
+from qtilt_trainer.generate import PlannedRequest, consecutive, generate, seed_of
 from qtilt_trainer.rollouts import Rollout, RolloutStore, rollout_id
 from qtilt_trainer.settings_file import claim
 from qtilt_trainer.tasks.problem import Problem, Task
@@ -41,7 +41,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Also its directory's."""
-        policy = "reference" if self.method is None else f"{self.method}-{self.inv_eta:g}"
+        policy = "reference" if self.method is None else f"{self.method}-{self.inv_eta}".removesuffix(".0")
         return f"{policy}-{self.decoding}"
 
 
@@ -104,11 +104,11 @@ async def evaluate(
     config: EvaluateConfig,
     sampling: SamplingConfig,
     concurrency: int,
-    settings: dict[str, Any],
+    settings: Callable[[Cell], dict[str, Any]],
 ) -> list[Record]:
     """The records of all cells of the grid; those already complete are read.
 
-    value_model: NAME@VERSION of iteration `iteration`. settings: what all cells depend on, kept beside each.
+    value_model: NAME@VERSION of iteration `iteration`. settings: what a cell depends on, kept beside it.
     Raises ServerError; what had arrived is stored.
     """
     problems = task.problems("test", config.prompts)
@@ -116,10 +116,10 @@ async def evaluate(
     for cell in grid(config):
         number = iteration_of(cell, iteration)
         place = cell_directory(directory, cell, number)
-        claim(place / "settings.json", settings)
+        store = RolloutStore(place)
+        claim(place / "settings.json", settings(cell), begun=store.has(number))
         record = _read_record(place)
         if record is None:
-            store = RolloutStore(place)
             store.remove_unfinished()
             plan = _missing_requests(cell, problems, number, store.ids(), value_model, config, sampling)
             await generate(client, task, plan, store, concurrency, cell.name)
@@ -180,10 +180,11 @@ def _missing_requests(
     plan = []
     for problem in problems:
         ids = {sample: rollout_id(iteration, problem.id, sample) for sample in range(_samples(cell, config))}
-        missing = tuple(sample for sample, name in ids.items() if name not in stored)
-        if missing:
-            seed = seed_of(config.seed, f"{problem.id}/{missing[0]}")
-            plan.append(PlannedRequest(iteration, "test", problem, missing, seed, drawn, guidance))
+        seed = seed_of(config.seed, f"{problem.id}/0")
+        plan += [
+            PlannedRequest(iteration, "test", problem, samples, seed + samples[0], drawn, guidance)
+            for samples in consecutive([sample for sample, name in ids.items() if name not in stored])
+        ]
     return plan
 
 

@@ -4,7 +4,8 @@ The loss of a sequence is the mean over its labelled tokens, the loss of a batch
 completions don't outweigh short ones. No bootstrapping and no moving target: a fit of iteration k starts from the
 initial value model again and sees the aggregate of all iterations.
 
-Deterministic given `FitConfig.seed`, the rollouts and the number of threads.
+`FitConfig.seed`, the rollouts and the number of threads decide everything but rounding: the last bits of a matrix
+product may differ between processes and machines.
 
 Shapes: `N` sequences of a batch, `T` positions, `A` logits of one return distribution.
 """
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from qtilt.checkpoint import BACKBONE_DIRECTORY, load_value_model, read_manifest, save_value_model
@@ -38,6 +38,7 @@ from qtilt_trainer.dataset import (
     label_rollouts,
     split_prompts,
 )
+from qtilt_trainer.progress import progress_bar
 from qtilt_trainer.schedule import warmup_cosine
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,10 @@ def fit_value_model(
 def fit(
     model: ValueModel, training: Sequence[Example], held_out: Sequence[Example], config: FitConfig
 ) -> list[FitPoint]:
-    """Fits `model` in place and leaves it in evaluation mode; returns the training curves."""
+    """Fits `model` in place and leaves it in evaluation mode; returns the training curves.
+
+    Raises ValueError when the loss diverges.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = next(model.parameters()).device
@@ -145,13 +149,15 @@ def fit(
     losses: list[float] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        steps = tqdm(_steps(training, total, config), total=total, desc="fit", unit="step")
+        steps = progress_bar("fit", "step", total, _steps(training, total, config))
         for step, loss in enumerate(_optimise(model, steps, total, config), start=1):
+            if not math.isfinite(loss):
+                raise ValueError(f"the training loss became {loss} in step {step}: lower fit.learning_rate")
             losses.append(loss)
             if step % report_every == 0 or step == total:
                 history.append(_point(model, step, float(np.mean(losses)), scored))
                 losses.clear()
-                steps.set_postfix(loss=history[-1].train_loss, auc=history[-1].auc)
+                steps.set_postfix(loss=history[-1].train_loss, auc=history[-1].auc, refresh=False)
     model.eval().requires_grad_(False)
     logger.info("fit: %s", history[-1])
     return history
@@ -271,6 +277,8 @@ def _check_fits(examples: Sequence[Example], model: ValueModel) -> None:
             f"rollouts hold token id {largest}, but the value model's vocabulary ends at {model.vocab_size - 1}: "
             "initialise it from a backbone that shares the reference's tokenizer"
         )
+    if model.distribution.name == "bernoulli" and any(example.reward not in (0.0, 1.0) for example in examples):
+        raise ValueError("a bernoulli value is for rewards 0 and 1: set value_model.distribution = 'categorical'")
     longest = max(len(example.token_ids) for example in examples)
     if longest > model.max_positions:
         raise ValueError(f"a rollout has {longest} tokens, but the value model covers {model.max_positions} positions")

@@ -6,17 +6,20 @@ completions that are not yet in a part; planning again with the store's ids skip
 
 import asyncio
 import hashlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from qtilt_trainer.client import Completion, Guidance, GuidedClient, Sampling
+from qtilt_trainer.progress import progress_bar
 from qtilt_trainer.rollouts import Rollout, RolloutStore, rollout_id
 from qtilt_trainer.tasks.problem import Problem, Split, Task
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 PART_ROLLOUTS = 256
 PART_SECONDS = 20.0
@@ -34,6 +37,7 @@ class PlannedRequest:
     samples: tuple[int, ...]
     """Sample numbers, one a completion."""
     seed: int
+    """Of the first completion; the server gives each further one the next seed."""
     sampling: Sampling
     guidance: Guidance | None
 
@@ -49,6 +53,16 @@ def seed_of(seed: int, what: str) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+def consecutive(samples: Sequence[int]) -> list[tuple[int, ...]]:
+    """Cuts ascending sample numbers where one is left out.
+
+    Sample i of a prompt has the prompt's seed + i and the i-th completion of a request the request's seed + i: samples
+    asked for together must be neighbours.
+    """
+    runs = itertools.groupby(enumerate(samples), key=lambda pair: pair[1] - pair[0])
+    return [tuple(sample for _, sample in run) for _, run in runs]
+
+
 async def generate(
     client: GuidedClient, task: Task, plan: Sequence[PlannedRequest], store: RolloutStore, concurrency: int, label: str
 ) -> None:
@@ -61,8 +75,7 @@ async def generate(
     model = await client.model()
     pending = iter(plan)
     total = sum(len(request.samples) for request in plan)
-    progress: tqdm[Any] = tqdm(total=total, desc=label, unit="rollout")
-    with progress, _Writer(task, store, model, progress) as writer:
+    with progress_bar(label, "rollout", total) as progress, _Writer(task, store, model, progress) as writer:
         workers = [asyncio.create_task(_work(client, pending, writer)) for _ in range(min(concurrency, len(plan)))]
         try:
             await asyncio.gather(*workers)

@@ -3,18 +3,19 @@
 There is no state but the files below `run_dir`: every stage looks at what is there, does what is missing and writes its
 result atomically. Killed anywhere and started again, the loop goes on where it was.
 
-    config.json                       the resolved configuration
     rollouts/iteration-001/           roll-outs (rollouts.py), settings.json
-    value_models/initial              the value model before any fit
-    value_models/iteration-001        … fitted on all roll-outs up to there; with .settings.json and .fit.json beside it
+    value_models/initial              the value model before any fit; .settings.json beside it
+    value_models/iteration-001        … fitted on all roll-outs up to there; .settings.json and .fit.json beside it
     published/iteration-001.json      the version the server gave it
     evaluation/iteration-002/CELL/    completions and record of one cell of the grid (evaluate.py)
-    results.json                      all records
+    results.json, config.json         all records, and the resolved configuration they were made with
     report.html, plots/               report
 """
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from typing import Any
 from qtilt_trainer.atomic_file import write_json
 from qtilt_trainer.client import GuidedClient
 from qtilt_trainer.collect import Missing, missing_samples, plan_requests
-from qtilt_trainer.config import LoopConfig, ValueModelConfig
-from qtilt_trainer.evaluate import Record, evaluate
+from qtilt_trainer.config import EvaluateConfig, LoopConfig, ValueModelConfig
+from qtilt_trainer.evaluate import Cell, Record, evaluate
 from qtilt_trainer.generate import generate
-from qtilt_trainer.publish import publish
+from qtilt_trainer.publish import path_on_server, publish
 from qtilt_trainer.rollouts import RolloutStore
 from qtilt_trainer.settings_file import claim
 from qtilt_trainer.tasks import Task, make_task
@@ -53,9 +54,11 @@ class Run:
     def loop(self) -> list[Record]:
         """All stages of all iterations, evaluation and report; those already done are skipped. Returns the records.
 
-        Collecting publishes the value model it rolls in with, so only the last one is left to publish.
+        Collecting publishes the value model it rolls in with, so only the last one is left to publish. A server or a
+        backbone that won't do is found before hours of collecting.
         """
-        write_json(self.config.run_dir / "config.json", self.config.model_dump(mode="json"))
+        asyncio.run(self._check_server())
+        self.initialise()
         last = len(self.config.iterations)
         for iteration in range(1, last + 1):
             self.collect(iteration)
@@ -70,7 +73,8 @@ class Run:
     def collect(self, iteration: int) -> None:
         """Makes the roll-outs of `iteration` that are missing."""
         config = self.config.collect_of(iteration)
-        claim(self.store.directory / f"iteration-{iteration:03d}" / "settings.json", self._collect_settings(iteration))
+        settings = self.store.directory / f"iteration-{iteration:03d}" / "settings.json"
+        claim(settings, self._collect_settings(iteration), begun=self.store.has(iteration))
         self.store.remove_unfinished()
         missing = missing_samples(self.task, iteration, self.store, config)
         if missing:
@@ -78,8 +82,9 @@ class Run:
 
     async def _collect(self, iteration: int, missing: Missing) -> None:
         config, sampling = self.config.collect_of(iteration), self.config.sampling
-        async with GuidedClient(self.config.server) as client:
-            value_model = await self._publish(client, iteration - 1) if iteration > 1 else None
+        rolls_in = self._fitted(iteration - 1) if iteration > 1 else None
+        async with self._server() as client:
+            value_model = await self._publish(client, rolls_in) if rolls_in is not None else None
             plan = plan_requests(missing, iteration, self.store, config, sampling, value_model)
             label = f"collect {iteration}"
             await generate(client, self.task, plan, self.store, self.config.server.concurrency, label)
@@ -87,9 +92,9 @@ class Run:
     def fit(self, iteration: int) -> None:
         """Fits the value model of `iteration` on the roll-outs of all iterations up to it, unless that is done."""
         directory = self.value_model_directory(iteration)
-        claim(directory.with_name(f"{directory.name}.settings.json"), self._fit_settings(iteration))
-        if directory.exists():
+        if _made(directory, self._fit_settings(iteration)):
             return
+        self._check_collected(iteration)
         from qtilt_trainer.fit import fit_value_model
 
         self.initialise()
@@ -100,7 +105,7 @@ class Run:
     def initialise(self) -> None:
         """Makes the value model that every fit starts from, unless it is there."""
         directory = self.value_model_directory(0)
-        if directory.exists():
+        if _made(directory, self._value_model_settings()):
             return
         from qtilt_trainer.initialise import initialise_value_model
 
@@ -112,9 +117,10 @@ class Run:
         return asyncio.run(self._publish_only(iteration))
 
     def evaluate(self, iteration: int) -> list[Record]:
-        """Measures the value model of `iteration` over the grid and writes `results.json`."""
+        """Measures the value model of `iteration` over the grid; writes `results.json`, then `config.json`."""
         records = asyncio.run(self._evaluate(iteration))
         write_json(self.config.run_dir / RESULTS, [asdict(record) for record in records])
+        write_json(self.config.run_dir / "config.json", self.config.model_dump(mode="json"))
         return records
 
     def report(self) -> None:
@@ -123,14 +129,41 @@ class Run:
 
         write_report([self.config.run_dir], self.config.run_dir)
 
-    async def _publish_only(self, iteration: int) -> str:
+    @asynccontextmanager
+    async def _server(self) -> AsyncIterator[GuidedClient]:
+        """A client of the server, which must serve the model that the stored roll-outs come from."""
         async with GuidedClient(self.config.server) as client:
-            return await self._publish(client, iteration)
+            serves, stored = await client.model(), self.store.models()
+            if stored - {serves}:
+                raise ValueError(
+                    f"{self.store.directory} holds roll-outs of {', '.join(sorted(stored))}, and the server serves "
+                    f"{serves}: serve the same model under the same name, or use another run_dir"
+                )
+            yield client
 
-    async def _publish(self, client: GuidedClient, iteration: int) -> str:
+    async def _check_server(self) -> None:
+        async with self._server() as client:
+            path_on_server(self.config.run_dir, self.config.server.value_model_root, await client.status())
+
+    def _check_collected(self, iteration: int) -> None:
+        for number in range(1, iteration + 1):
+            missing = missing_samples(self.task, number, self.store, self.config.collect_of(number))
+            if missing:
+                count = sum(len(samples) for _, samples in missing)
+                raise ValueError(f"iteration {number} lacks {count} roll-outs: collect --iteration {number} first")
+
+    async def _publish_only(self, iteration: int) -> str:
+        directory = self._fitted(iteration)
+        async with self._server() as client:
+            return await self._publish(client, directory)
+
+    def _fitted(self, iteration: int) -> Path:
         directory = self.value_model_directory(iteration)
         if not directory.exists():
             raise ValueError(f"there is no {directory}: fit iteration {iteration} first")
+        return directory
+
+    async def _publish(self, client: GuidedClient, directory: Path) -> str:
         record_file = self.config.run_dir / "published" / f"{directory.name}.json"
         root = self.config.server.value_model_root
         return await publish(client, directory, self.config.value_model.name, root, record_file)
@@ -139,22 +172,18 @@ class Run:
         config = self.config.evaluate
         if config is None:
             raise ValueError("the configuration has no [evaluate] table: add one")
-        settings = {
-            "task": self.config.task.model_dump(mode="json"),
-            "sampling": self.config.sampling.model_dump(mode="json"),
-            "evaluate": config.model_dump(mode="json", include={"prompts", "samples", "k", "guidance_top_k", "seed"}),
-        }
-        async with GuidedClient(self.config.server) as client:
+        directory = self._fitted(iteration)
+        async with self._server() as client:
             return await evaluate(
                 client,
                 self.task,
                 self.config.run_dir / "evaluation",
                 iteration,
-                await self._publish(client, iteration),
+                await self._publish(client, directory),
                 config,
                 self.config.sampling,
                 self.config.server.concurrency,
-                settings,
+                lambda cell: self._evaluate_settings(config, cell, iteration),
             )
 
     def _collect_settings(self, iteration: int) -> dict[str, Any]:
@@ -166,10 +195,28 @@ class Run:
 
     def _fit_settings(self, iteration: int) -> dict[str, Any]:
         return {
-            "value_model": self.config.value_model.model_dump(mode="json", exclude={"name"}),
+            "value_model": self._value_model_settings(),
             "fit": self.config.fit_of(iteration).model_dump(mode="json", exclude={"threads"}),
             "rollouts": [self._collect_settings(number) for number in range(1, iteration + 1)],
         }
+
+    def _evaluate_settings(self, config: EvaluateConfig, cell: Cell, iteration: int) -> dict[str, Any]:
+        settings = {
+            "task": self.config.task.model_dump(mode="json"),
+            "sampling": self.config.sampling.model_dump(mode="json"),
+            "evaluate": config.model_dump(mode="json", include={"prompts", "samples", "k", "guidance_top_k", "seed"}),
+        }
+        return settings if cell.method is None else {**settings, "fitted": self._fit_settings(iteration)}
+
+    def _value_model_settings(self) -> dict[str, Any]:
+        return self.config.value_model.model_dump(mode="json", exclude={"name"})
+
+
+def _made(directory: Path, settings: dict[str, Any]) -> bool:
+    """Whether the value model `directory` is there; if so it must have been made with `settings`."""
+    made = directory.exists()
+    claim(directory.with_name(f"{directory.name}.settings.json"), settings, begun=made)
+    return made
 
 
 def distribution_of(config: ValueModelConfig) -> dict[str, Any]:

@@ -12,6 +12,15 @@ from qtilt_trainer.client import GuidedClient, LoadedVersion, ServerStatus
 logger = logging.getLogger(__name__)
 
 
+def path_on_server(directory: Path, value_model_root: Path | None, status: ServerStatus) -> str:
+    """`directory` as the server is told of it: relative to its value-model root.
+
+    value_model_root: that root as seen here; None: at the path the server itself reports.
+    Raises ValueError when the directory isn't below it, or the server has none.
+    """
+    return path_below_root(directory, value_model_root or _reported_root(status))
+
+
 def path_below_root(directory: Path, root: Path) -> str:
     """`directory` relative to the server's value-model root. Raises ValueError when it is not below it."""
     try:
@@ -34,7 +43,7 @@ async def publish(
     Raises ServerError, and ValueError when the directory isn't below the root.
     """
     status = await client.status()
-    path = path_below_root(directory, value_model_root or _reported_root(status))
+    path = path_on_server(directory, value_model_root, status)
     stamp = _stamp(directory)
     loaded = _already_loaded(record_file, stamp, status.versions)
     if loaded is None:

@@ -50,7 +50,8 @@ class Rollout:
     sampling_top_k: int
     max_tokens: int
     seed: int
-    """A request for one completion with this seed makes this one."""
+    """A request for this one completion with this seed makes it again, up to the server's rounding: what else is in a
+    batch changes the last bits of vLLM's logits, and a draw near a boundary may then fall on the other side."""
     model: str
     """Server model id."""
     kl: float
@@ -103,9 +104,17 @@ class RolloutStore:
         for iteration in sorted({rollout.iteration for rollout in rollouts}):
             self._write_part(iteration, [rollout for rollout in rollouts if rollout.iteration == iteration])
 
+    def has(self, iteration: int) -> bool:
+        """Whether any roll-out of this iteration is stored."""
+        return any(self._parts(iteration))
+
     def ids(self) -> set[str]:
         """The ids of all stored roll-outs."""
         return set(self.table(columns=["rollout_id"]).column("rollout_id").to_pylist())
+
+    def models(self) -> set[str]:
+        """The server model ids of all stored roll-outs."""
+        return set(self.table(columns=["model"]).column("model").to_pylist())
 
     def read(self, iteration: int | None = None) -> list[Rollout]:
         """All roll-outs, or those of one iteration, in the order of their ids."""

@@ -7,13 +7,14 @@ from typing import Any
 from qtilt_trainer.atomic_file import write_json
 
 
-def claim(file: Path, settings: dict[str, Any]) -> None:
-    """Writes `settings` when a stage begins; when it had begun, checks that it was with the same.
+def claim(file: Path, settings: dict[str, Any], begun: bool) -> None:
+    """Writes `settings` before a stage makes anything; when it has, checks that it was with the same.
 
-    settings: what the stage's output depends on, JSON-able. Raises ValueError that names the fields that differ.
+    settings: what the stage's output depends on, JSON-able. begun: whether there is output.
+    Raises ValueError that names the fields that differ.
     """
     wanted = json.loads(json.dumps(settings))
-    if not file.exists():
+    if not begun or not file.exists():
         write_json(file, wanted)
         return
     found = json.loads(file.read_text(encoding="utf-8"))
