@@ -86,6 +86,7 @@ def test_requests_ask_for_the_cells_policy(tmp_path: Path) -> None:
     assert "guidance" not in reference and "guidance" not in greedy
     guidance = {"value_model": "value@1", "eta": 0.25, "top_k": 6, "method": "cd", "guided_tokens": None}
     assert guided["guidance"] == greedy_guided["guidance"] == guidance
+    assert len({body["seed"] for body in (reference, greedy, guided, greedy_guided)}) == 1
     assert (guided["n"], guided["temperature"], guided["top_p"], guided["top_k"]) == (3, 0.7, 0.9, 5)
     assert (greedy["n"], greedy["temperature"], greedy["top_p"], greedy["top_k"]) == (1, 0.0, 1.0, 0)
 

@@ -165,6 +165,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Tra
         trainer.finish()
         made = trainer.outcome()
         assert len(made["rollouts"]) == PROMPTS * SAMPLES + PROMPTS_2 * SAMPLES_2
+        # Every fit sees the roll-outs of all iterations up to its own.
+        assert made["labels 1"]["rollouts"] == PROMPTS * SAMPLES
+        assert made["labels 2"]["rollouts"] == PROMPTS * SAMPLES + PROMPTS_2 * SAMPLES_2
         assert len(server.bodies("/v1/guidance/value_models")) == 2
         requests = len(server.bodies("/v1/completions"))
         trainer.finish()  # Again: nothing is left to do.
@@ -239,6 +242,16 @@ def test_other_settings_for_a_begun_stage_are_refused(tmp_path: Path, backbone: 
         (trainer.directory / "loop.toml").write_text(text)
         assert trainer.start().wait(60) == 2
         assert complaint in (trainer.directory / "log").read_text()
+
+
+def test_a_refused_evaluation_leaves_the_configuration_of_the_results_alone(
+    server: StandInServer, undisturbed: Trainer
+) -> None:
+    undisturbed.server = server
+    (undisturbed.directory / "loop.toml").write_text(CONFIG.replace("prompts = 80", "prompts = 81"))
+    assert undisturbed.start().wait(60) == 2
+    assert "has other settings (evaluate.prompts: 80 then, 81 now)" in (undisturbed.directory / "log").read_text()
+    assert json.loads((undisturbed.run_dir / "config.json").read_text())["evaluate"]["prompts"] == 80
 
 
 def test_a_fit_of_roll_outs_that_are_not_complete_is_refused(

@@ -180,6 +180,7 @@ def _missing_requests(
     plan = []
     for problem in problems:
         ids = {sample: rollout_id(iteration, problem.id, sample) for sample in range(_samples(cell, config))}
+        # The same in every cell: what differs between policies isn't their seeds.
         seed = seed_of(config.seed, f"{problem.id}/0")
         plan += [
             PlannedRequest(iteration, "test", problem, samples, seed + samples[0], drawn, guidance)

@@ -86,11 +86,6 @@ class FitResult:
     labels: LabelCounts
     history: list[FitPoint]
 
-    @property
-    def metrics(self) -> dict[str, float | int | None]:
-        """The last point of the training curves."""
-        return asdict(self.history[-1])
-
 
 def fit_record_path(directory: Path) -> Path:
     """The JSON record of the fit that wrote the value model `directory`: label counts, settings, training curves."""
