@@ -207,6 +207,15 @@ def test_a_server_that_stays_away_is_a_clear_error_and_what_came_is_kept(
         run(planned(store, 1), store, server, retries=0)
 
 
+@pytest.mark.parametrize("answer", ["<html>", {"data": [{}]}, []])
+def test_what_is_no_model_server_is_named(tmp_path: Path, answer: Any) -> None:
+    store = RolloutStore(tmp_path)
+    with StandInServer() as server:
+        server.before = lambda path, body: (200, answer)
+        with pytest.raises(ServerError, match=r"what answers at http://127.0.0.1:\d+ is no qtilt-server"):
+            run(planned(store, 1), store, server)
+
+
 def test_a_server_that_ignores_guidance_is_refused(tmp_path: Path) -> None:
     problem = TASK.problems("train", 1)[0]
     guidance = Guidance("value@1", 0.1, 20, "qsharp", 2)

@@ -5,6 +5,8 @@ Built on the official `openai` client, whose own mechanism repeats requests afte
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -111,7 +113,9 @@ class GuidedClient:
     async def model(self) -> str:
         """The id of the model that is asked: the configured one, or the only one the server has."""
         if self._model is None:
-            served = [model.id for model in (await self._call(self._openai.models.list())).data]
+            answer: Any = await self._call(self._openai.get("/models", cast_to=object))
+            with self._expected_shape():
+                served = [model["id"] for model in answer["data"]]
             if len(served) != 1:
                 raise ServerError(f"the server has the models {served}: choose one as server.model")
             self._model = served[0]
@@ -143,15 +147,13 @@ class GuidedClient:
     async def status(self) -> ServerStatus:
         """What is loaded."""
         answer: Any = await self._call(self._openai.get("/guidance", cast_to=object))
-        try:
+        with self._expected_shape():
             versions = [
                 LoadedVersion(model["name"], version["version"], version["path"], version["version"] == model["active"])
                 for model in answer["value_models"]
                 for version in model["versions"]
             ]
             return ServerStatus(versions, answer["value_model_root"])
-        except (KeyError, TypeError) as error:
-            raise ServerError(f"what answers at {self._config.url} is no qtilt-server: start one there") from error
 
     async def publish(self, name: str, path: str) -> LoadedVersion:
         """Loads the directory `path` (relative to the server's root) as the next version of `name`."""
@@ -161,6 +163,14 @@ class GuidedClient:
         )
         answer: Any = await self._call(request)
         return LoadedVersion(answer["name"], answer["version"], answer["path"], active=True)
+
+    @contextmanager
+    def _expected_shape(self) -> Iterator[None]:
+        """Around code that takes an answer apart."""
+        try:
+            yield
+        except (KeyError, TypeError) as error:
+            raise ServerError(f"what answers at {self._config.url} is no qtilt-server: start one there") from error
 
     async def _call(self, request: Any) -> Any:
         url, tries = self._config.url, self._config.retries + 1
