@@ -143,7 +143,7 @@ class Run:
 
     async def _check_server(self) -> None:
         async with self._server() as client:
-            path_on_server(self.config.run_dir, self.config.server.value_model_root, await client.status())
+            path_on_server(self.value_model_directory(1), self.config.server.value_model_root, await client.status())
 
     def _check_collected(self, iteration: int) -> None:
         for number in range(1, iteration + 1):
