@@ -34,7 +34,7 @@ name = "star_graph"
 [server]
 concurrency = 4
 retries = 0
-value_model_root = "."
+value_model_root = "run/value_models"
 [value_model]
 backbone = "backbone"
 [sampling]
