@@ -18,7 +18,6 @@ STOP_SECONDS = 30
 SMALL_MODEL_FLAGS = (
     "--dtype=float32",  # vLLM would turn a float32 checkpoint into bfloat16
     "--enforce-eager",  # compiling takes longer than the demo
-    "--distributed-executor-backend=uni",  # engine and worker in one process: two would poll each other on two cores
     "--gpu-memory-utilization=0.1",  # on CPUs too: of their memory, all of it by default
     "--kv-cache-memory-bytes=268435456",
     "--max-num-seqs=128",
