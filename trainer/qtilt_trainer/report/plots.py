@@ -57,20 +57,36 @@ def _frontier(axes: Axes, records: Sequence[Record]) -> None:
     for method in ("qsharp", "cd"):
         line = sorted(_of(records, method), key=lambda record: record.inv_eta or 0.0)
         _bars(axes, [record.kl for record in line], line, method)
-        for record in line:
+        for place, label in _labels(line):
             axes.annotate(
-                f"{record.inv_eta:g}",
-                (record.kl, record.accuracy),
-                xytext=(5, -11 if method == "cd" else 6),
+                label,
+                place,
+                xytext=(6, -12 if method == "cd" else 5),
                 textcoords="offset points",
                 fontsize=8,
                 color=COLOURS[method],
+                annotation_clip=False,
             )
     axes.set_xscale("symlog", linthresh=1.0)
     axes.set_xlim(left=-0.05)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("KL(guided ‖ reference), nats a response (numbers: 1/η)")
     _accuracy_axis(axes, records)
+
+
+def _labels(line: Sequence[Record]) -> list[tuple[tuple[float, float], str]]:
+    """Where to write which 1/eta; points that lie on each other share one label at the last of them."""
+    labels: list[tuple[tuple[float, float], str]] = []
+    for record in line:
+        place, label = (record.kl, record.accuracy), f"{record.inv_eta:g}"
+        if labels and _is_near(labels[-1][0], place):
+            label = f"{labels.pop()[1]}, {label}"
+        labels.append((place, label))
+    return labels
+
+
+def _is_near(first: tuple[float, float], second: tuple[float, float]) -> bool:
+    return abs(first[0] - second[0]) < 0.1 * max(first[0], 0.5) and abs(first[1] - second[1]) < 0.03
 
 
 def _sweep(axes: Axes, records: Sequence[Record]) -> None:
