@@ -86,7 +86,7 @@ def _end_of(log: Path, lines: int = 15) -> str:
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not SIGINT: what a shell runs in the background ignores it
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
     try:

@@ -72,6 +72,11 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def _hear_interrupts() -> None:
+    """A shell's background job ignores SIGINT, and what it starts inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Trainer:
     """`qtilt-trainer loop` in a working directory of its own, as often as it takes."""
 
@@ -90,7 +95,9 @@ class Trainer:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with (self.directory / "log").open("ab") as log:
             command = [COMMAND, "loop", "loop.toml", "--server", self.server.url]
-            self.process = subprocess.Popen(command, cwd=self.directory, env=environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                command, cwd=self.directory, env=environment, stdout=log, stderr=log, preexec_fn=_hear_interrupts
+            )
         return self.process
 
     def kill(self) -> None:
