@@ -13,13 +13,12 @@ Nothing is unpickled and no remote code is run.
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -29,7 +28,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qtilt.distributions import ReturnDistribution, distribution_from_config
-from qtilt.value_model import ValueModel, head_rows
+from qtilt.durable import flush
+from qtilt.value_model import ValueModel, ValueType, head_rows
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "value_model.json"
@@ -88,13 +88,12 @@ class Manifest:
     provenance: free JSON; ``provenance["rollouts"]`` holds the sampling parameters of the roll-outs it was fitted on.
     """
 
-    type: str
+    type: ValueType
     distribution: ReturnDistribution
     tokenizer: TokenizerFingerprint
     provenance: dict[str, Any]
     max_positions: int
     vocab_size: int
-    format_version: int = FORMAT_VERSION
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerFingerprint:
@@ -150,7 +149,7 @@ def save_value_model(
         staging.chmod(0o755)
         _flush_tree(staging)
         _publish(staging, directory)
-        _flush(directory.parent)
+        flush(directory.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -173,8 +172,8 @@ def read_manifest(directory: Path | str) -> Manifest:
     version = entries.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version is {version!r}, this release reads {FORMAT_VERSION}")
-    if entries.get("type") not in ("q", "v"):
-        raise CheckpointError(f"{path}: type is {entries.get('type')!r}, allowed: q, v")
+    if entries.get("type") not in get_args(ValueType):
+        raise CheckpointError(f"{path}: type is {entries.get('type')!r}, allowed: {', '.join(get_args(ValueType))}")
     try:
         distribution = distribution_from_config(entries["distribution"])
         tokenizer = TokenizerFingerprint(**entries["tokenizer"])
@@ -204,7 +203,7 @@ def load_value_model(
     if backbone.get_input_embeddings().weight.shape[0] != manifest.vocab_size:
         raise CheckpointError(f"{directory / BACKBONE_DIRECTORY}: embedding rows differ from vocab_size in config.json")
     head = _load_head(directory / HEAD_FILE, manifest, backbone.config.get_text_config().hidden_size, dtype)
-    model = ValueModel(backbone, manifest.type, manifest.distribution, head)  # type: ignore[arg-type]
+    model = ValueModel(backbone, manifest.type, manifest.distribution, head)
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise CheckpointError(f"{directory}: parameter {name} holds values that are not finite")
@@ -252,7 +251,7 @@ def _load_head(path: Path, manifest: Manifest, hidden_size: int, dtype: torch.dt
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: can't be read ({_one_line(error)})") from error
-    rows = head_rows(manifest.type, manifest.distribution, manifest.vocab_size)  # type: ignore[arg-type]
+    rows = head_rows(manifest.type, manifest.distribution, manifest.vocab_size)
     expected = {"weight": (rows, hidden_size), "bias": (rows,)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if "weight" not in shapes or any(expected.get(name) != shape for name, shape in shapes.items()):
@@ -298,13 +297,5 @@ def _one_line(error: BaseException) -> str:
 
 def _flush_tree(root: Path) -> None:
     for path in sorted(root.rglob("*"), reverse=True):
-        _flush(path)
-    _flush(root)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)
+    flush(root)

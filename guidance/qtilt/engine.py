@@ -8,14 +8,14 @@ the cache lacks, so a new request, one resumed after preemption and one more tok
 not know why a history grew. One step is one packed forward of the backbone.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qtilt.exactness import engine_attention, measure_geometry
-from qtilt.kv_cache import KVCache
+from qtilt.kv_cache import CacheGeometry, KVCache
 from qtilt.packing import PackedStep, Row, copy_to_device, pack
 from qtilt.value_model import ValueModel
 
@@ -23,16 +23,22 @@ from qtilt.value_model import ValueModel
 class ValueEngine:
     """Runs one value model over up to ``slots`` histories of up to ``max_length`` tokens each.
 
-    All memory that stays is allocated here. ``cache`` may be that of another engine whose model has the same geometry
-    (two versions of one model): the slots are then shared out between both. ``max_new_tokens`` bounds the new tokens
-    of one forward, and with it the memory a step needs for a long catch-up, which then takes several forwards.
+    All memory that stays is allocated here. ``caches`` are those of other engines by geometry: one for models of this
+    geometry (two versions of one model) is used, its slots shared out between both engines; otherwise the new cache is
+    added. ``max_new_tokens`` bounds the new tokens of one forward, and with it the memory a step needs for a long
+    catch-up, which then takes several forwards.
 
-    Raises ValueError for a backbone the engine is not exact on, positions that don't cover ``max_length``, or a cache
-    that doesn't fit.
+    Raises ValueError for a backbone the engine is not exact on, positions that don't cover ``max_length``, or a shared
+    cache that is too small.
     """
 
     def __init__(
-        self, model: ValueModel, slots: int, max_length: int, cache: KVCache | None = None, max_new_tokens: int = 8192
+        self,
+        model: ValueModel,
+        slots: int,
+        max_length: int,
+        caches: MutableMapping[CacheGeometry, KVCache] | None = None,
+        max_new_tokens: int = 8192,
     ) -> None:
         if max_length > model.max_positions:
             raise ValueError(
@@ -44,20 +50,21 @@ class ValueEngine:
         self.model = model.eval()
         self.max_length = max_length
         self.max_new_tokens = max_new_tokens
-        self.cache = self._checked_cache(cache, slots)
+        self.cache = self._own_or_shared_cache({} if caches is None else caches, slots)
         self._mine: set[int] = set()
         # A mask of four dimensions is passed through untouched: no mask is built and, in GPT-2, no ids are compared
         # with the padding token on the device.
         self._any_mask = torch.zeros(1, 1, 1, 1, device=self.cache.geometry.device)
 
-    def _checked_cache(self, cache: KVCache | None, slots: int) -> KVCache:
+    def _own_or_shared_cache(self, caches: MutableMapping[CacheGeometry, KVCache], slots: int) -> KVCache:
         geometry = measure_geometry(self.model.backbone, self.max_length)
+        cache = caches.get(geometry)
         if cache is None:
-            return KVCache(geometry, slots, self.max_length)
-        if cache.geometry != geometry or cache.slots < slots or cache.max_length < self.max_length:
+            cache = caches[geometry] = KVCache(geometry, slots, self.max_length)
+        elif cache.slots < slots or cache.max_length < self.max_length:
             raise ValueError(
-                f"the cache is {cache.slots} slots × {cache.max_length} tokens of {cache.geometry}, the value model "
-                f"needs {slots} × {self.max_length} of {geometry}"
+                f"the shared cache is {cache.slots} slots × {cache.max_length} tokens, the value model needs {slots} × "
+                f"{self.max_length}"
             )
         return cache
 

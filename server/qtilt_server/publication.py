@@ -138,7 +138,7 @@ def resident_version(name: str, version: int, path: str, manifest: Manifest, ref
         name=name,
         version=version,
         path=path,
-        type=manifest.type,  # type: ignore[arg-type]
+        type=manifest.type,
         distribution=manifest.distribution.to_config(),
         scorable_tokens=scorable_tokens(manifest, reference),
         rollouts=rollouts if isinstance(rollouts, dict) else {},

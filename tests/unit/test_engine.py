@@ -121,7 +121,7 @@ def test_a_catch_up_longer_than_one_forward_allows_takes_several(histories: Hist
 def test_two_models_share_one_cache_and_a_swap_recomputes_nothing(type: str):
     old = Histories(make_value_model("qwen3", type, seed=0))
     new = Histories(make_value_model("qwen3", type, seed=1), seed=1)
-    new.engine = ValueEngine(new.model, 6, POSITIONS - 1, cache=old.engine.cache)
+    new.engine = ValueEngine(new.model, 6, POSITIONS - 1, caches={old.engine.cache.geometry: old.engine.cache})
     (started_before,) = old.start(10)
     old.check(started_before)
     (started_after,) = new.start(12)

@@ -19,7 +19,7 @@ from qtilt.attention import attend_prefix, attend_prefix_plainly, merge_own
 from qtilt.distributions import Bernoulli
 from qtilt.engine import ValueEngine
 from qtilt.exactness import measure_geometry
-from qtilt.kv_cache import KVCache
+from qtilt.kv_cache import CacheGeometry, KVCache
 from qtilt.value_model import ValueModel
 
 ROWS, KV_HEADS, QUERIES, PREFIX, SIZE = 3, 2, 10, 7, 8
@@ -128,13 +128,16 @@ def test_positions_must_cover_the_longest_history():
         ValueEngine(make_value_model("gpt2", "v"), 2, POSITIONS + 1)
 
 
-def test_a_cache_of_another_geometry_or_size_is_refused():
+def test_a_cache_is_shared_by_equal_geometries_only_and_must_be_large_enough():
     gpt2, llama = make_value_model("gpt2", "v"), make_value_model("llama-gqa", "v")
-    cache = ValueEngine(gpt2, 2, 32).cache
-    for model, slots, length in [(llama, 2, 32), (gpt2, 3, 32), (gpt2, 2, 33)]:
-        with pytest.raises(ValueError, match="the cache is 2 slots × 32 tokens"):
-            ValueEngine(model, slots, length, cache=cache)
-    assert ValueEngine(gpt2, 2, 32, cache=cache).cache is cache
+    caches: dict[CacheGeometry, KVCache] = {}
+    cache = ValueEngine(gpt2, 2, 32, caches).cache
+    for slots, length in [(3, 32), (2, 33)]:
+        with pytest.raises(ValueError, match="the shared cache is 2 slots × 32 tokens"):
+            ValueEngine(gpt2, slots, length, caches)
+    assert ValueEngine(gpt2, 2, 32, caches).cache is cache
+    assert ValueEngine(llama, 2, 32, caches).cache is not cache
+    assert len(caches) == 2
 
 
 @pytest.mark.parametrize("size", [{"slots": 0, "max_length": 4}, {"slots": 4, "max_length": 0}])

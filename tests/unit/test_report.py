@@ -6,8 +6,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtilt.checkpoint import load_value_model
 from qtilt_trainer.evaluate import Cell, Record, cell_directory
@@ -18,6 +16,7 @@ from qtilt_trainer.report.page import background
 from qtilt_trainer.report.run_data import read_run
 from qtilt_trainer.rollouts import Rollout, RolloutStore
 from qtilt_trainer.values import completion_values
+from tiny_backbone import write_tiny_backbone
 
 PROMPT = [1, 6]
 RIGHT, WRONG = [7, 8, 2], [9, 8, 2]
@@ -74,21 +73,7 @@ def completion(prompt: int, right: bool, guided: bool) -> Rollout:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three prompts: repaired, right both times, and broken by guidance. One letter of the alphabet is <."""
     root = tmp_path_factory.mktemp("run")
-    tokenizer = build_tokenizer(["a", "<", "\n", "d"])
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=16,
-        )
-    )
-    llama.save_pretrained(root / "backbone")
-    tokenizer.save_pretrained(root / "backbone")
+    write_tiny_backbone(root / "backbone", build_tokenizer(["a", "<", "\n", "d"]))
     value_models = root / "value_models"
     initialise_value_model(str(root / "backbone"), "v", {"name": "bernoulli"}, value_models / "iteration-001", 0.5)
     history = [

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtilt_trainer.rollouts import RolloutStore
 from stand_in_server import StandInServer, make_tokenizer
+from tiny_backbone import write_tiny_backbone
 
 COMMAND = Path(sys.executable).parent / "qtilt-trainer"
 PROMPTS, SAMPLES, PROMPTS_2, SAMPLES_2 = 120, 6, 70, 5
@@ -63,12 +63,7 @@ collect.samples_per_prompt = {SAMPLES_2}
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("backbone")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    write_tiny_backbone(directory, make_tokenizer(), positions=64)
     return directory
 
 

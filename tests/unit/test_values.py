@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from qtilt.checkpoint import CheckpointError, load_value_model, read_manifest
 from qtilt.distributions import Bernoulli, Categorical
@@ -15,24 +15,13 @@ from qtilt_trainer.initialise import initialise_value_model
 from qtilt_trainer.metrics import auc, calibration_error
 from qtilt_trainer.reference import build_tokenizer
 from qtilt_trainer.values import completion_values
+from tiny_backbone import write_tiny_backbone
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("backbone")
-    tokenizer = build_tokenizer("abcd")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    write_tiny_backbone(directory, build_tokenizer("abcd"))
     return directory
 
 

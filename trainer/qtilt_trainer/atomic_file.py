@@ -1,9 +1,10 @@
 """Files that exist completely or not at all, whatever kills the process that writes them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from qtilt.durable import flush
 
 UNFINISHED = ".unfinished"
 """Suffix of a file that is being written; one that stays was left by a process that died."""
@@ -11,10 +12,9 @@ UNFINISHED = ".unfinished"
 
 def publish_file(unfinished: Path, file: Path) -> None:
     """Gives a fully written file its real name, durably: data first, then the name."""
-    with unfinished.open("rb") as stream:
-        os.fsync(stream.fileno())
+    flush(unfinished)
     unfinished.replace(file)
-    _sync_directory(file.parent)
+    flush(file.parent)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -28,11 +28,3 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, value: Any) -> None:
     """The same for a JSON value, indented."""
     write_text(file, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,6 @@ import torch
 from qtilt.checkpoint import Manifest, load_value_model, read_manifest
 from qtilt.distributions import ReturnDistribution
 from qtilt.engine import ValueEngine
-from qtilt.exactness import measure_geometry
 from qtilt.kv_cache import CacheGeometry, KVCache
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
 
@@ -146,9 +145,7 @@ class Residents:
         manifest = read_manifest(path)
         warnings = check_fits_reference(manifest, path, self._reference)
         model = load_value_model(path, self._settings.dtype, self._settings.device)
-        geometry = measure_geometry(model.backbone, self._settings.max_length)
-        engine = ValueEngine(model, self._settings.slots, self._settings.max_length, self._caches.get(geometry))
-        self._caches[geometry] = engine.cache
+        engine = ValueEngine(model, self._settings.slots, self._settings.max_length, self._caches)
         if self._settings.device.type == "cuda":
             # Steps run on another stream than this thread: for them too, all must be in place.
             torch.cuda.synchronize(self._settings.device)
