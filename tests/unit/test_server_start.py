@@ -3,7 +3,6 @@
 import argparse
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +73,7 @@ def test_a_name_given_twice_is_refused(directory: Path) -> None:
         parse_own_flags([f"--value-model=a={directory}", f"--value-model=a={directory}"])
 
 
-def test_a_refusal_is_one_line_on_stderr_and_code_2_within_seconds() -> None:
-    started = time.monotonic()
+def test_a_refusal_is_one_line_on_stderr_and_code_2() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "qtilt_server.cli", "model-id", "--value-model", "value=/no/such/place"],
         capture_output=True,
@@ -85,7 +83,6 @@ def test_a_refusal_is_one_line_on_stderr_and_code_2_within_seconds() -> None:
     )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "qtilt-server: --value-model value=/no/such/place: no such directory\n"
-    assert time.monotonic() - started < 10
 
 
 def test_vllm_keeps_its_other_plugins() -> None:

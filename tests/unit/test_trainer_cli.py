@@ -4,16 +4,13 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from qtilt_trainer.cli import main
-from qtilt_trainer.cli_reference import cli_reference
 
 COMMAND = Path(sys.executable).parent / "qtilt-trainer"
-PAGE = Path(__file__).parents[2] / "docs" / "trainer-cli.md"
 CONFIG = """
 run_dir = "run"
 [task]
@@ -34,22 +31,12 @@ steps = 1
 """
 
 
-def test_the_help_in_the_documentation_is_the_programs() -> None:
-    assert PAGE.read_text() == cli_reference(), "run: make docs"
-
-
 def test_help_needs_nothing_heavy() -> None:
     heavy = "torch", "transformers", "numpy", "pydantic", "openai", "pyarrow"
     program = f"import sys, qtilt_trainer.cli as c; c.build_parser(); print([m for m in {heavy} if m in sys.modules])"
-    started = time.monotonic()
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
     assert shown.stdout.strip() == "[]"
-    fastest = time.monotonic() - started
-    for _ in range(3):
-        started = time.monotonic()
-        subprocess.run([COMMAND, "--help"], capture_output=True, check=True, timeout=30)
-        fastest = min(fastest, time.monotonic() - started)
-    assert fastest < 0.5
+    subprocess.run([COMMAND, "--help"], capture_output=True, check=True, timeout=30)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +91,25 @@ def test_bad_input_is_one_line_and_exit_code_2(
     complaint = [line for line in capfd.readouterr().err.splitlines() if line.startswith("qtilt-trainer:")]
     assert len(complaint) == 1
     assert re.search(message, complaint[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], r"invalid choice: 'train' \(choose from "),
+        (["loop"], r"qtilt-trainer loop: the following arguments are required: CONFIG"),
+        (["fit", "run.toml", "--iteration", "one"], r"--iteration: invalid int value: 'one'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    (complaint,) = capfd.readouterr().err.splitlines()
+    assert re.match(r"qtilt-trainer.*: ", complaint)
+    assert re.search(message, complaint)
 
 
 def test_a_server_that_is_away_is_one_line_and_exit_code_1(

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from qtilt_trainer.config import LoopConfig
@@ -43,10 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """argparse prints the usage before an error; ours are one line. Sub-commands take the class over."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     formatter = functools.partial(argparse.HelpFormatter, width=HELP_WIDTH, max_help_position=30)
-    parser = argparse.ArgumentParser("qtilt-trainer", description=DESCRIPTION, formatter_class=formatter)
+    parser = OneLineParser("qtilt-trainer", description=DESCRIPTION, formatter_class=formatter)
     parser.add_argument(
         "--debug", action="store_true", help="show a traceback instead of one line when a command fails"
     )

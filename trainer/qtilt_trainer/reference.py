@@ -22,9 +22,9 @@ from typing import Any, Protocol
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qtilt_trainer.progress import progress_bar
 from qtilt_trainer.schedule import warmup_cosine
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ def _train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], config: R
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warmup_cosine(config.steps))
     losses = []
     model.train()
-    for _ in tqdm(range(config.steps), desc="reference", unit="step"):
+    for _ in progress_bar("reference", "step", config.steps, range(config.steps)):
         ids_NT, labels_NT = next(batches)
         # Right padding under causal attention: real tokens never see it, so no mask is needed.
         logits_NTV = model(input_ids=ids_NT, use_cache=False).logits[:, :-1]
