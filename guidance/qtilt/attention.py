@@ -1,8 +1,8 @@
 """Attention of packed, ragged rows over a slot cache, as a transformers attention function.
 
-Shapes: ``T`` packed tokens = the ``N`` new tokens of all histories, then ``M = B·K`` candidates (``B`` rows, ``K``
-candidates each); ``H`` query heads and ``G`` key/value heads of size ``D``; ``W`` cache rows in the step's window,
-``P`` cached positions read, ``R`` tail queries of a row, ``Q = R·H/G`` queries of one key/value head.
+Shapes: ``T`` packed tokens (see packing.py); ``H`` query heads and ``G`` key/value heads of size ``D``; ``W`` rows of
+one attention call, ``P`` cached positions it reads, ``R`` tail tokens of a row, ``Q = R·H/G`` queries of one key/value
+head; ``C`` tokens of a span that ends at position ``E``.
 
 Every token of a row attends to the row's cached prefix; a candidate also attends to itself but never to another
 candidate, and is never cached. The candidates read the shared prefix in place: attention over the prefix with its
@@ -56,12 +56,12 @@ def register_attention() -> None:
 
 
 def attend_prefix(
-    query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor, scaling: float
+    query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Attention of all queries of a row over the same visible positions: output ``[W, G, Q, D]``, lse ``[W, G, Q]``.
 
-    ``mask_W11P`` is added to the scores: 0 where visible, −inf elsewhere, one visible position a row at least. The
-    log-sum-exp is float32.
+    ``mask_W11P`` is added to the scores: 0 where visible, −inf elsewhere, one visible position a row at least; None
+    when all are visible. The log-sum-exp is float32.
     """
     if query_WGQD.device.type == "cpu":
         # The public scaled_dot_product_attention drops the log-sum-exp that its own kernel computes.
@@ -73,10 +73,12 @@ def attend_prefix(
 
 
 def attend_prefix_plainly(
-    query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor, scaling: float
+    query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """:func:`attend_prefix` written out, for devices without a kernel that gives the log-sum-exp under a mask."""
-    scores_WGQP = (query_WGQD @ key_WGPD.transpose(-1, -2)).float() * scaling + mask_W11P
+    scores_WGQP = (query_WGQD @ key_WGPD.transpose(-1, -2)).float() * scaling
+    if mask_W11P is not None:
+        scores_WGQP = scores_WGQP + mask_W11P
     lse_WGQ = scores_WGQP.logsumexp(-1)
     weights_WGQP = (scores_WGQP - lse_WGQ.unsqueeze(-1)).exp().to(value_WGPD.dtype)
     return weights_WGQP @ value_WGPD, lse_WGQ
@@ -105,14 +107,16 @@ def attend_span(
 
 
 def merge_own(
-    out_MHD: Tensor, lse_MH: Tensor, query_MHD: Tensor, key_MGD: Tensor, value_MGD: Tensor, scaling: float
+    out_HD: Tensor, lse_H: Tensor, query_HD: Tensor, key_GD: Tensor, value_GD: Tensor, scaling: float
 ) -> Tensor:
     """Add each token's own key and value to its attention over a prefix: ``out + (v_self − out)·σ(s_self − lse)``.
 
-    Exact: the softmax over prefix and self gives self the weight e^s / (e^lse + e^s).
+    Shapes are those of one token, any others may come before them. Exact: the softmax over prefix and self gives self
+    the weight e^s / (e^lse + e^s). Computed in float32.
     """
-    groups = query_MHD.shape[1] // key_MGD.shape[1]
-    key_MHD, value_MHD = key_MGD.repeat_interleave(groups, 1), value_MGD.repeat_interleave(groups, 1)
-    own_MH = (query_MHD.float() * key_MHD.float()).sum(-1) * scaling
-    weight_MH1 = (own_MH - lse_MH).sigmoid().unsqueeze(-1)
-    return (out_MHD + (value_MHD - out_MHD) * weight_MH1).to(out_MHD.dtype)
+    groups = query_HD.shape[-2] // key_GD.shape[-2]
+    if groups > 1:
+        key_GD, value_GD = key_GD.repeat_interleave(groups, -2), value_GD.repeat_interleave(groups, -2)
+    own_H = (query_HD.float() * key_GD.float()).sum(-1) * scaling
+    weight_H1 = (own_H - lse_H).sigmoid().unsqueeze(-1)
+    return torch.lerp(out_HD.float(), value_GD.float(), weight_H1).to(out_HD.dtype)

@@ -97,9 +97,7 @@ def measure_geometry(backbone: PreTrainedModel, max_length: int) -> CacheGeometr
             f"plain hidden states differ by {distance:.1e} (relative), allowed {TOLERANCES[packed_TH.dtype]:.0e}"
         )
     kv_heads, head_size = probe.shapes[0]
-    return CacheGeometry(
-        config.num_hidden_layers, kv_heads, head_size, packed_TH.shape[1], packed_TH.dtype, packed_TH.device
-    )
+    return CacheGeometry(config.num_hidden_layers, kv_heads, head_size, packed_TH.dtype, packed_TH.device)
 
 
 def _refuse_config(config: PretrainedConfig, max_length: int) -> None:

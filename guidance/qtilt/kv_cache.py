@@ -1,7 +1,7 @@
-"""Per-slot memory of a value model: keys, values and the last hidden state of each running history.
+"""Per-slot memory of a value model: the keys and values of each running history.
 
-Shapes: ``L`` layers, ``S`` slots (``W`` of them read), ``G`` key/value heads of size ``D``, ``P`` positions, ``N``
-tokens, ``H`` hidden size.
+Shapes: ``L`` layers, ``S`` slots (``W`` of them read), ``G`` key/value heads of size ``D``, ``P`` positions, ``B`` rows
+of one token each, ``C`` tokens of a span.
 
 Knows nothing of tokens, rows or models: the engine decides what is written where. Engines of models with equal
 geometry may share one cache, because a slot belongs to one engine from ``acquire`` to ``release``.
@@ -22,7 +22,6 @@ class CacheGeometry:
     layers: int
     kv_heads: int
     head_size: int
-    hidden_size: int
     dtype: torch.dtype
     device: torch.device
 
@@ -30,8 +29,8 @@ class CacheGeometry:
 class KVCache:
     """All memory for ``slots`` histories of up to ``max_length`` tokens, allocated at once.
 
-    Bytes: ``2 · layers · slots · kv_heads · max_length · head_size`` elements of the geometry's dtype, and
-    ``slots · hidden_size``. Raises ValueError unless both sizes are positive and the memory is there.
+    Bytes: ``2 · layers · slots · kv_heads · max_length · head_size`` elements of the geometry's dtype. Raises
+    ValueError unless both sizes are positive and the memory is there.
     """
 
     def __init__(self, geometry: CacheGeometry, slots: int, max_length: int) -> None:
@@ -50,12 +49,10 @@ class KVCache:
                 f"the value cache for {slots} sequences × {max_length} tokens needs {gib:,.1f} GiB, more than "
                 f"{geometry.device} has left: serve fewer (--max-num-seqs) or shorter (--max-model-len) sequences"
             ) from error
-        self.last_hidden_SH = torch.zeros(slots, geometry.hidden_size, dtype=geometry.dtype, device=geometry.device)
         # The lowest free slot goes first, so that the slots in use stay close together and can be read as a slice.
         self._free = list(range(slots))
         self._covered = [0] * slots
         self._written = [0] * slots
-        self._hidden_at = [0] * slots
 
     @property
     def free_slots(self) -> int:
@@ -77,16 +74,12 @@ class KVCache:
         """
         self.keys_LSGPD[:, slot, :, : self._written[slot]].zero_()
         self.values_LSGPD[:, slot, :, : self._written[slot]].zero_()
-        self._covered[slot] = self._written[slot] = self._hidden_at[slot] = 0
+        self._covered[slot] = self._written[slot] = 0
         heapq.heappush(self._free, slot)
 
     def covered(self, slot: int) -> int:
         """How many tokens of its history the slot holds."""
         return self._covered[slot]
-
-    def has_last_hidden(self, slot: int) -> bool:
-        """Whether ``last_hidden_SH[slot]`` is the state after the last covered token."""
-        return 0 < self._covered[slot] == self._hidden_at[slot]
 
     def rewind(self, slot: int, length: int) -> None:
         """Forget all but the first ``length`` tokens. Raises ValueError if the slot holds fewer."""
@@ -100,14 +93,28 @@ class KVCache:
         self._written[slot] = max(self._written[slot], length)
 
     def advance(self, slot: int, length: int) -> None:
-        """Note that keys, values and last hidden state of the first ``length`` tokens have been written."""
+        """Note that keys and values of the first ``length`` tokens have been written."""
         assert length <= self._written[slot], f"slot {slot} advanced to {length}, {self._written[slot]} reserved"
-        self._covered[slot] = self._hidden_at[slot] = length
+        self._covered[slot] = length
 
-    def write(self, layer: int, slots_N: Tensor, positions_N: Tensor, keys_NGD: Tensor, values_NGD: Tensor) -> None:
-        """Store one key and value per token at (slot, position)."""
-        self.keys_LSGPD[layer][slots_N, :, positions_N] = keys_NGD
-        self.values_LSGPD[layer][slots_N, :, positions_N] = values_NGD
+    def write_last(self, layer: int, slots_B: Tensor, positions_B: Tensor, key_BGD: Tensor, value_BGD: Tensor) -> None:
+        """Store one key and value per row at (slot, position)."""
+        self.keys_LSGPD[layer][slots_B, :, positions_B] = key_BGD
+        self.values_LSGPD[layer][slots_B, :, positions_B] = value_BGD
+
+    def write_span(self, layer: int, slot: int, start: int, key_CGD: Tensor, value_CGD: Tensor) -> None:
+        """Store the keys and values of consecutive tokens of one slot."""
+        span = slice(start, start + len(key_CGD))
+        self.keys_LSGPD[layer, slot, :, span] = key_CGD.transpose(0, 1)
+        self.values_LSGPD[layer, slot, :, span] = value_CGD.transpose(0, 1)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Have ``target`` hold the first ``length`` tokens of what ``source`` holds."""
+        assert length <= self._covered[source], f"slot {source} holds {self._covered[source]} tokens, not {length}"
+        self.reserve(target, length)
+        self.keys_LSGPD[:, target, :, :length] = self.keys_LSGPD[:, source, :, :length]
+        self.values_LSGPD[:, target, :, :length] = self.values_LSGPD[:, source, :, :length]
+        self.advance(target, length)
 
     def read(self, layer: int, window: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[W, G, length, D]`` of a window of slots: a view for a slice, a copy for an index."""
