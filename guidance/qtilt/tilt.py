@@ -37,7 +37,7 @@ def top_candidates(logits_BV: Tensor, k: int, scorable: int, top_k_B: Tensor | N
     """
     scorable = min(scorable, logits_BV.shape[-1])
     scorable_logits = logits_BV[:, :scorable]
-    finite_logits = scorable_logits.masked_fill(~scorable_logits.isfinite(), -torch.inf)
+    finite_logits = scorable_logits.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
     top_logits_BK, token_ids_BK = finite_logits.topk(min(k, scorable), dim=-1)
     valid_BK = top_logits_BK.isfinite()
     if top_k_B is not None:
@@ -55,6 +55,10 @@ def cd_offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: 
     """Controlled decoding: E[Z]/η in nats, float64 ``[B, K]``."""
     return distribution.mean(logits_BKA.double()) * inv_eta_B.double().unsqueeze(-1)
 
+
+# Mass that a float32 softmax can't tell from none. No offset is below the floor, so the guided mass of what isn't a
+# candidate is below it too.
+ROUNDING = 1e-6
 
 OFFSETS = {"qsharp": qsharp_offsets, "cd": cd_offsets}
 
@@ -76,27 +80,49 @@ def tilt(
     Only differences of offsets matter, so each row is shifted by its largest: a row of equal offsets comes back
     bit-identical, and large 1/η costs no precision where the mass is. −inf and NaN logits stay as they are.
     """
+    offsets_BK, floor_B1 = _below_the_largest(candidates, offsets_BK, floor_B)
+    scale_B1 = _scale(temperature_B).double().unsqueeze(-1)
+    tilted_BV = logits_BV + (scale_B1 * floor_B1).to(logits_BV.dtype)
+    candidate_logits_BK = logits_BV.gather(-1, candidates.token_ids_BK)
+    shifts_BK = (scale_B1 * offsets_BK).to(logits_BV.dtype)
+    return tilted_BV.scatter_(-1, candidates.token_ids_BK, candidate_logits_BK + shifts_BK)
+
+
+def _below_the_largest(candidates: Candidates, offsets_BK: Tensor, floor_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets of candidates ``[B, K]`` and of all others ``[B, 1]``, float64, shifted so that a row's largest is 0."""
     floor_B1 = floor_B.double().unsqueeze(-1)
     offsets_BK = torch.where(candidates.valid_BK, offsets_BK.double(), floor_B1)
     largest_B1 = offsets_BK.amax(-1, keepdim=True)
-    scale_B1 = torch.where(temperature_B > 0, temperature_B, 1.0).double().unsqueeze(-1)
-    tilted_BV = logits_BV + (scale_B1 * (floor_B1 - largest_B1)).to(logits_BV.dtype)
-    candidate_logits_BK = logits_BV.gather(-1, candidates.token_ids_BK)
-    shifted_BK = (scale_B1 * (offsets_BK - largest_B1)).to(logits_BV.dtype)
-    return tilted_BV.scatter(-1, candidates.token_ids_BK, candidate_logits_BK + shifted_BK)
+    return offsets_BK - largest_B1, floor_B1 - largest_B1
 
 
-def kl_divergence(tilted_BV: Tensor, logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
-    """KL(guided ‖ reference) of the two sampling distributions at temperature T, in nats, float32 ``[B]``.
+def _scale(temperature_B: Tensor) -> Tensor:
+    """What logits are divided by: greedy rows are tilted and measured at T = 1."""
+    return torch.where(temperature_B > 0, temperature_B, 1.0)
 
-    Full vocabulary, before penalties and truncation; T = 0 is measured at T = 1. Tokens masked in the logits (−inf or
-    NaN) have no mass in either, and a row without any other has a KL of 0. (The official code compares a truncated
-    with an untruncated distribution, which isn't 0 without guidance.)
+
+def kl_divergence(
+    logits_BV: Tensor, candidates: Candidates, offsets_BK: Tensor, floor_B: Tensor, temperature_B: Tensor
+) -> Tensor:
+    """KL(guided ‖ reference) of the two sampling distributions at temperature T, in nats, float64 ``[B]``.
+
+    Arguments as for :func:`tilt`. Full vocabulary, before penalties and truncation; T = 0 is measured at T = 1. Tokens
+    masked in the logits (−inf or NaN) have no mass in either, and a row without any other has a KL of 0. (The official
+    code compares a truncated with an untruncated distribution, which isn't 0 without guidance.)
+
+    With offsets o and Z = E_reference[e^o], the KL is E_guided[o − ln Z]: the vocabulary is read once, for the
+    reference's normaliser, and all tokens that aren't candidates are one outcome M with the mass that is left.
     """
-    scale_B1 = torch.where(temperature_B > 0, temperature_B, 1.0).float().unsqueeze(-1)
-    masked_BV = ~logits_BV.isfinite()
-    log_reference_BV = (logits_BV.float() / scale_B1).masked_fill(masked_BV, -torch.inf).log_softmax(-1)
-    log_guided_BV = (tilted_BV.float() / scale_B1).masked_fill(masked_BV, -torch.inf).log_softmax(-1)
-    mass_BV = log_guided_BV.exp().masked_fill(masked_BV, 0.0)
-    log_ratio_BV = (log_guided_BV - log_reference_BV).masked_fill(mass_BV == 0, 0.0)
-    return (mass_BV * log_ratio_BV).sum(-1).clamp(min=0.0)
+    offsets_BK, floor_B1 = _below_the_largest(candidates, offsets_BK, floor_B)
+    scaled_BV = logits_BV / _scale(temperature_B).to(logits_BV.dtype).unsqueeze(-1)
+    scaled_BV.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    log_mass_BK = scaled_BV.log_softmax(-1).gather(-1, candidates.token_ids_BK).double()
+    log_mass_BK = log_mass_BK.masked_fill(~candidates.valid_BK, -torch.inf)
+    rest_B1 = 1 - log_mass_BK.exp().sum(-1, keepdim=True)
+    log_rest_B1 = rest_B1.masked_fill(rest_B1 < ROUNDING, 0.0).log()
+    offsets_BM = torch.cat([offsets_BK, floor_B1], dim=-1)
+    log_weight_BM = torch.cat([log_mass_BK, log_rest_B1], dim=-1) + offsets_BM
+    log_z_B1 = log_weight_BM.logsumexp(-1, keepdim=True)
+    guided_BM = (log_weight_BM - log_z_B1).exp()
+    # What has no guided mass adds nothing; a row without any token has no normaliser either.
+    return (guided_BM * (offsets_BM - log_z_B1)).masked_fill(log_weight_BM == -torch.inf, 0.0).sum(-1).clamp(min=0.0)

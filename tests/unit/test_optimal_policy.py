@@ -20,8 +20,8 @@ def tilted_step(reference: list[float], distribution, value_logits: list[list[fl
     candidates = top_candidates(logits_BV, len(reference), scorable=len(reference))
     by_rank_BKA = torch.tensor([value_logits], dtype=torch.float64)[:, candidates.token_ids_BK[0]]
     offsets_BK = offsets(distribution, by_rank_BKA, inv_eta_B, method)
-    tilted_BV = tilt(logits_BV, candidates, offsets_BK, inv_eta_B * distribution.v_min, torch.ones(1))
-    return tilted_BV[0].softmax(-1).tolist(), kl_divergence(tilted_BV, logits_BV, torch.ones(1)).item()
+    arguments = (candidates, offsets_BK, inv_eta_B * distribution.v_min, torch.ones(1))
+    return tilt(logits_BV, *arguments)[0].softmax(-1).tolist(), kl_divergence(logits_BV, *arguments).item()
 
 
 def random_tree(seed: int):

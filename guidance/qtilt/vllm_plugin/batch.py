@@ -104,6 +104,8 @@ class GuidedBatch:
             else:
                 row.release()
         for version, indices in by_version.items():
+            # The engine reads neighbouring slots together.
+            indices.sort(key=lambda index: self._rows[index].ready_slot())
             guide_rows(version, [self._rows[index] for index in indices], indices, logits_BV)
         return logits_BV
 
@@ -121,9 +123,8 @@ def guide_rows(version: ResidentVersion, rows: Sequence[GuidedRow], indices: Seq
     values_GKA = version.engine.value_logits(slots, [row.history for row in rows], candidates.token_ids_BK)
     offsets_GK = _offsets_by_method(version, rows, values_GKA, inv_eta_G)
     floor_G = version.distribution.v_min * inv_eta_G
-    tilted_GV = tilt(logits_GV, candidates, offsets_GK, floor_G, temperature_G)
-    logits_BV[indices_G] = tilted_GV
-    kl_G = kl_divergence(tilted_GV, logits_GV, temperature_G)
+    logits_BV[indices_G] = tilt(logits_GV, candidates, offsets_GK, floor_G, temperature_G)
+    kl_G = kl_divergence(logits_GV, candidates, offsets_GK, floor_G, temperature_G)
     for position, row in enumerate(rows):
         if row.record is not None:
             row.record.write(len(row.output_token_ids), kl_G, position)
