@@ -70,6 +70,7 @@ class VersionStatus(StrictModel):
     distribution: dict[str, Any]
     state: Literal["active", "resident", "draining"]
     running: int = Field(description="requests that use it now")
+    failed: int = Field(description="requests answered with an error because guidance by it failed")
     rollouts: dict[str, Any] = Field(description="sampling parameters of the roll-outs it was fitted on, if recorded")
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qtilt.vllm_plugin.failure import not_numbers
 from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import Record, RecordStore
 
@@ -53,12 +54,44 @@ def test_a_choice_that_resumes_does_not_lend_its_discarded_step_to_an_equal_one(
     assert store.take("t", [[5, 6, 7]], more_to_come=True) == [{"guided_tokens": 3, "kl": 7.0}]
 
 
-def test_a_value_model_that_overflowed_is_an_error_and_the_trace_is_gone() -> None:
-    store = RecordStore()
-    write_steps(store.open("t", [5, 6], None), 0, 1.0, float("nan"))
-    with pytest.raises(ValueError, match="--value-dtype"):
-        store.take("t", [[5, 6]])
+def test_a_failure_concerns_what_was_returned_from_its_step_on() -> None:
+    """Not what a stop string cut off before it, and not a choice that went another way before it."""
+    store, failure = RecordStore(), not_numbers()
+    failing = store.open("t", [5, 6, 7], None)
+    write_steps(failing, 0, 1.0, 2.0, 0.0)
+    failing.fail(failure, 2)
+    write_steps(store.open("t", [5, 9, 7], None), 0, 1.0, 8.0, 16.0)
+    assert store.failures() == {"t": failure}
+    assert store.take("t", [[5, 6], [5, 6, 7], [5, 9, 7], []]) == [
+        {"guided_tokens": 2, "kl": 3.0},
+        failure,
+        {"guided_tokens": 3, "kl": 25.0},
+        {"guided_tokens": 0, "kl": 0.0},
+    ]
+    assert store.failures() == {}
     assert store.held == 0
+
+
+def test_a_request_that_comes_back_has_still_failed() -> None:
+    store, failure = RecordStore(), not_numbers()
+    earlier = store.open("t", [5, 6], None)
+    earlier.fail(failure, 1)
+    earlier.close()
+    assert store.open("t", [5, 6], None).failure == failure
+    assert store.open("t", [5], None).failure is None, "the step that failed is not among these tokens"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["known in time", "known when the row has left"])
+def test_the_failure_of_a_discarded_step_is_lost_with_a_preemption(late: bool) -> None:
+    store = RecordStore()
+    earlier = store.open("t", [5, 6], None)
+    if not late:
+        earlier.fail(not_numbers(), 2)
+    earlier.close()
+    if late:
+        earlier.fail(not_numbers(), 2)
+    assert store.failures() == {}
+    assert store.open("t", [5, 6], None).failure is None
 
 
 def test_choices_of_one_trace_are_told_apart_by_their_tokens() -> None:

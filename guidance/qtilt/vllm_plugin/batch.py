@@ -1,9 +1,13 @@
 """The running batch: which rows are guided, by which version, and one guided step. Knows nothing of vLLM.
 
+A row that guidance fails on is ended as failure.py says; nothing that happens in value code reaches the rows beside it.
+
 Shapes: ``B`` rows of the batch, ``G`` rows of one value-model version that are guided in this step, ``K`` candidates,
 ``A`` logits of one return distribution, ``V`` vocabulary of the reference.
 """
 
+import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +16,17 @@ from torch import Tensor
 
 from qtilt.params import GuidanceParams
 from qtilt.tilt import kl_divergence, offsets, tilt, top_candidates
+from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers, of_exception
+from qtilt.vllm_plugin.finite_check import FiniteCheck, finite_rows
 from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import Record
 from qtilt.vllm_plugin.residents import ResidentVersion
+
+logger = logging.getLogger("vllm.qtilt.batch")  # vLLM configures the loggers below its own name only
+
+CERTAIN = 1e30
+"""A logit beside which all others have no probability, at any temperature, and which float32 still divides by one."""
+NO_TOKEN = -1
 
 
 @dataclass(eq=False)
@@ -22,7 +34,9 @@ class GuidedRow:
     """One request that asked for guidance, for as long as it is in the batch.
 
     temperature: of the sampling, 0 for greedy. output_token_ids: the model runner's live list. record: None when nobody
-    will ask for the KL. slot: in the version's value cache, held from the first guided step to the last.
+    will ask for the KL. ending_token: ends the request when it is sampled, whatever else was asked; None when no token
+    does. slot: in the version's value cache, held from the first guided step to the last. failure: why this row isn't
+    guided any more.
     """
 
     params: GuidanceParams
@@ -31,7 +45,9 @@ class GuidedRow:
     history: TokenHistory
     version: ResidentVersion
     record: Record | None
+    ending_token: int | None = None
     slot: int | None = None
+    failure: GuidanceFailure | None = None
 
     def is_guided_now(self) -> bool:
         """Whether the next token is one of those to guide."""
@@ -49,6 +65,15 @@ class GuidedRow:
         if self.slot is not None:
             self.version.engine.release(self.slot)
             self.slot = None
+
+    def fail(self, failure: GuidanceFailure, step: int) -> None:
+        """Guidance of the token drawn after ``step`` generated ones has failed: none of this row from here on."""
+        if self.failure is not None:
+            return
+        self.failure = failure
+        if self.record is not None:
+            self.record.fail(failure, step)
+        self.release()
 
     def ready_slot(self) -> int:
         """The slot, acquired if need be, covering no more than the history.
@@ -71,6 +96,7 @@ class GuidedBatch:
 
     def __init__(self) -> None:
         self._rows: dict[int, GuidedRow] = {}
+        self._checks: deque[FiniteCheck[GuidedRow]] = deque()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -96,38 +122,99 @@ class GuidedBatch:
         self._rows.update({index: row for index, row in rows.items() if row is not None})
 
     def guide(self, logits_BV: Tensor) -> Tensor:
-        """Tilt, in place, the rows that are guided in this step; all others stay bit-identical."""
+        """Tilt, in place, the rows that are guided in this step; all others stay bit-identical.
+
+        Where guidance fails, or has failed before, the row gets logits that end its request.
+        """
+        self.settle()
         by_version: dict[ResidentVersion, list[int]] = {}
         for index, row in sorted(self._rows.items()):
-            if row.is_guided_now():
+            if row.failure is None and row.is_guided_now():
                 by_version.setdefault(row.version, []).append(index)
             else:
                 row.release()
         for version, indices in by_version.items():
-            # The engine reads neighbouring slots together.
-            indices.sort(key=lambda index: self._rows[index].ready_slot())
-            guide_rows(version, [self._rows[index] for index in indices], indices, logits_BV)
+            self._guide_version(version, indices, logits_BV)
+        self._end_failed(logits_BV)
         return logits_BV
 
+    def settle(self, *, wait: bool = False) -> None:
+        """Act on the checks of earlier steps that have come over from the device; ``wait`` for those that haven't."""
+        while self._checks and (wait or self._checks[0].has_arrived()):
+            for row, step in self._checks.popleft().failed():
+                logger.error("the values of %s for a request are not finite numbers: it ends", _label(row.version))
+                row.fail(not_numbers(), step)
 
-def guide_rows(version: ResidentVersion, rows: Sequence[GuidedRow], indices: Sequence[int], logits_BV: Tensor) -> None:
-    """History → value → offset → tilted logits for the rows of one version, in place, and their KL on record."""
+    def _guide_version(self, version: ResidentVersion, indices: Sequence[int], logits_BV: Tensor) -> None:
+        """One version's rows. This is the edge that no error of value code crosses.
+
+        An exception leaves the logits untouched. What a forward that broke off has left in the cache goes with the
+        slots: they are given back, and emptied by that.
+        """
+        try:
+            # The engine reads neighbouring slots together.
+            indices = sorted(indices, key=lambda index: self._rows[index].ready_slot())
+            rows = [self._rows[index] for index in indices]
+            finite_G = guide_rows(version, rows, indices, logits_BV)
+            self._checks.append(FiniteCheck([(row, len(row.output_token_ids)) for row in rows], finite_G))
+        except Exception as error:
+            logger.exception("guidance failed in value model %s: %d request(s) end", _label(version), len(indices))
+            for row in (self._rows[index] for index in indices):
+                row.fail(of_exception(error), len(row.output_token_ids))
+
+    def _end_failed(self, logits_BV: Tensor) -> None:
+        failed = [
+            (index, row.ending_token)
+            for index, row in self._rows.items()
+            if row.failure is not None and row.ending_token is not None
+        ]
+        if failed:
+            indices_F, tokens_F = torch.tensor(failed, device=logits_BV.device).unbind(1)
+            logits_BV[indices_F, tokens_F] = CERTAIN
+
+
+def _label(version: ResidentVersion) -> str:
+    return f"{version.name}@{version.version}"
+
+
+def guide_rows(
+    version: ResidentVersion, rows: Sequence[GuidedRow], indices: Sequence[int], logits_BV: Tensor
+) -> Tensor:
+    """History → value → offset → tilted logits for the rows of one version, in place, and their KL on record.
+
+    Returns which rows' guidance was finite, bool ``[G]`` on the device. The others are not tilted and get logits that
+    end their requests, in this same step and without the host knowing.
+    """
     device = logits_BV.device
     indices_G = torch.tensor(indices, device=device)
     top_k_G = torch.tensor([row.params.top_k for row in rows], device=device)
     inv_eta_G = torch.tensor([row.params.inv_eta for row in rows], dtype=torch.float64, device=device)
     temperature_G = torch.tensor([row.temperature for row in rows], dtype=torch.float64, device=device)
+    ending_G = torch.tensor([NO_TOKEN if row.ending_token is None else row.ending_token for row in rows], device=device)
     logits_GV = logits_BV[indices_G]
     candidates = top_candidates(logits_GV, max(row.params.top_k for row in rows), version.scorable, top_k_G)
     slots = [row.ready_slot() for row in rows]
     values_GKA = version.engine.value_logits(slots, [row.history for row in rows], candidates.token_ids_BK)
     offsets_GK = _offsets_by_method(version, rows, values_GKA, inv_eta_G)
     floor_G = version.distribution.v_min * inv_eta_G
-    logits_BV[indices_G] = tilt(logits_GV, candidates, offsets_GK, floor_G, temperature_G)
+    finite_G = finite_rows(values_GKA, offsets_GK, candidates.valid_BK)
+    # Offsets that are all the floor's tilt nothing: such a row keeps the reference's logits.
+    offsets_GK = torch.where(finite_G.unsqueeze(-1), offsets_GK, floor_G.unsqueeze(-1))
+    tilted_GV = tilt(logits_GV, candidates, offsets_GK, floor_G, temperature_G)
     kl_G = kl_divergence(logits_GV, candidates, offsets_GK, floor_G, temperature_G)
+    finite_G = finite_G & kl_G.isfinite()
+    logits_BV[indices_G] = _end_unless(finite_G, tilted_GV, ending_G)
     for position, row in enumerate(rows):
         if row.record is not None:
             row.record.write(len(row.output_token_ids), kl_G, position)
+    return finite_G
+
+
+def _end_unless(goes_on_G: Tensor, logits_GV: Tensor, ending_G: Tensor) -> Tensor:
+    """Make the ending token certain, in place, in the rows that don't go on; rows without one stay as they are."""
+    token_G1 = ending_G.clamp(min=0).unsqueeze(-1)
+    ends_G1 = (~goes_on_G & (ending_G != NO_TOKEN)).unsqueeze(-1)
+    return logits_GV.scatter_(-1, token_G1, logits_GV.gather(-1, token_G1).masked_fill_(ends_G1, CERTAIN))
 
 
 def _offsets_by_method(

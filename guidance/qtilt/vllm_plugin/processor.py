@@ -10,6 +10,8 @@ V1 this file rests on (vLLM 0.32, ``vllm/v1/sample/logits_processor`` and ``gpu_
 - Rows of an unfinished chunked prefill reach ``apply``. Their logits are discarded; guiding them does no harm, advances
   the value cache, and their KL doesn't count (see records.py).
 - A preempted request is removed, and added again when it resumes; its prefill, in chunks too, starts anew.
+- Masks (allowed tokens, bad words, ``min_tokens``, logit bias, a grammar's) come before this processor; the scheduler
+  ends a request at its end or stop tokens whatever ``min_tokens`` says (``check_stop``). See failure.py.
 """
 
 from collections.abc import Sequence
@@ -115,7 +117,15 @@ class GuidanceProcessor(LogitsProcessor):
             history=TokenHistory(list(prompt_token_ids), output_token_ids, version.manifest.vocab_size),
             version=version,
             record=record,
+            ending_token=_ending_token(sampling_params),
+            failure=record.failure if record is not None else None,
         )
+
+
+def _ending_token(sampling_params: SamplingParams) -> int | None:
+    """A token at which the scheduler ends this request, before it looks at ``min_tokens``; None if there is none."""
+    stop_token_ids = [sampling_params.eos_token_id, *(sampling_params.stop_token_ids or [])]
+    return next((token for token in stop_token_ids if token is not None), None)
 
 
 def _refuse_what_is_not_exact(vllm_config: VllmConfig) -> None:

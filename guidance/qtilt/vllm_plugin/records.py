@@ -5,15 +5,18 @@ generated: the KL of the step that follows n tokens depends on those n tokens on
 A record is indexed by the number of tokens generated before the step. A step counts once its token is in the live list:
 vLLM discards the token of a chunk of an unfinished prefill, which then is overwritten by the step that counts, or lost
 with the row when a preemption comes first.
+
+A failure of guidance is found in the same way: it concerns the returned tokens if its step drew one of them.
 """
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
 from torch import Tensor
+
+from qtilt.vllm_plugin.failure import GuidanceFailure
 
 
 class GuidanceSummary(TypedDict):
@@ -34,15 +37,36 @@ class Record:
         self.output_token_ids = output_token_ids
         self._guided_tokens = guided_tokens
         self._kl_by_step: dict[int, tuple[Tensor, int]] = {}
+        self._failed_step = 0
+        self._closed_at: int | None = None
+        self.failure: GuidanceFailure | None = None
 
     def write(self, step: int, kl_B: Tensor, row: int) -> None:
         """The KL of the token drawn after ``step`` generated ones is ``kl_B[row]``."""
         self._kl_by_step[step] = (kl_B, row)
 
+    def fail(self, failure: GuidanceFailure, step: int) -> None:
+        """Guidance of the token drawn after ``step`` generated ones has failed, and there is none after it.
+
+        The row may have left in the meantime, as the host learns late of what happened on the device.
+        """
+        if self._closed_at is None or step < self._closed_at:
+            self.failure, self._failed_step = failure, step
+
+    def failure_of(self, tokens: Sequence[int]) -> tuple[GuidanceFailure, int] | None:
+        """The failure and its step, if guidance failed on one of these first tokens of this request."""
+        step = self._failed_step
+        if self.failure is None or step >= len(tokens) or self.output_token_ids[:step] != list(tokens[:step]):
+            return None
+        return self.failure, step
+
     def close(self) -> None:
         """The request leaves the batch, to come back or not: what has no token yet never will, in this record."""
-        for step in [step for step in self._kl_by_step if step >= len(self.output_token_ids)]:
+        self._closed_at = len(self.output_token_ids)
+        for step in [step for step in self._kl_by_step if step >= self._closed_at]:
             del self._kl_by_step[step]
+        if self._failed_step >= self._closed_at:
+            self.failure = None
 
     def copy_steps(self, other: "Record", count: int) -> None:
         """Take over the first ``count`` steps of a record of the same tokens."""
@@ -57,18 +81,10 @@ class Record:
         return self.output_token_ids[:decided] == list(tokens[:decided]) and self._covers(len(tokens))
 
     def summary(self, tokens_returned: int) -> GuidanceSummary:
-        """The sum over the guided steps of the first ``tokens_returned`` tokens.
-
-        Raises ValueError when a step's logits weren't numbers.
-        """
+        """The sum over the guided steps of the first ``tokens_returned`` tokens."""
         guided = self._guided_steps(tokens_returned)
         kls = [kl_B[row] for kl_B, row in (self._kl_by_step[step] for step in range(guided))]
         kl = float(torch.stack(kls).double().sum()) if kls else 0.0
-        if math.isnan(kl):
-            raise ValueError(
-                "guided logits were not numbers: the value model overflows in its dtype, serve it in another "
-                "(--value-dtype float32 or bfloat16)"
-            )
         return {"guided_tokens": guided, "kl": kl}
 
     def _covers(self, tokens_returned: int) -> bool:
@@ -96,8 +112,8 @@ class RecordStore:
     def open(self, trace_id: str, output_token_ids: list[int], guided_tokens: int | None) -> Record:
         """The record of a request that enters the batch, new or back after a preemption.
 
-        A request that comes back finds its earlier steps by its tokens, and it doesn't matter from which record of
-        equal tokens.
+        A request that comes back finds its earlier steps, and its failure, by its tokens, and it doesn't matter from
+        which record of equal tokens.
         """
         record = Record(output_token_ids, guided_tokens)
         if trace_id in self._taken:
@@ -107,23 +123,46 @@ class RecordStore:
             if output_token_ids and earlier.generated(output_token_ids):
                 record.copy_steps(earlier, len(output_token_ids))
                 break
+        if (failed := _failure(records, output_token_ids)) is not None:
+            record.fail(*failed)
         records.append(record)
         return record
 
+    def failures(self) -> dict[str, GuidanceFailure]:
+        """The traces, not taken yet, of which a request has failed."""
+        return {
+            trace_id: record.failure
+            for trace_id, records in self._traces.items()
+            for record in records
+            if record.failure is not None
+        }
+
     def take(
         self, trace_id: str, returned: Sequence[Sequence[int]], more_to_come: bool = False
-    ) -> list[GuidanceSummary]:
-        """One summary per returned token sequence; the trace is forgotten, also when ``returned`` is empty.
+    ) -> list[GuidanceSummary | GuidanceFailure]:
+        """Per returned token sequence its summary, or why its guidance failed.
+
+        The trace is forgotten, also when ``returned`` is empty.
 
         more_to_come: keep the trace, because other choices of it (a stream with n > 1) haven't finished yet.
 
-        Raises ValueError when a returned sequence was not generated under this trace, or its guidance wasn't numbers.
+        Raises ValueError when a returned sequence was not generated under this trace.
         """
         records = self._traces.get(trace_id, [])
         if not more_to_come:
             self._traces.pop(trace_id, None)
             self._taken.append(trace_id)
-        return [_find(records, tokens, trace_id).summary(len(tokens)) for tokens in returned]
+        return [_outcome(records, tokens, trace_id) for tokens in returned]
+
+
+def _outcome(records: list[Record], tokens: Sequence[int], trace_id: str) -> GuidanceSummary | GuidanceFailure:
+    if (failed := _failure(records, tokens)) is not None:
+        return failed[0]
+    return _find(records, tokens, trace_id).summary(len(tokens))
+
+
+def _failure(records: list[Record], tokens: Sequence[int]) -> tuple[GuidanceFailure, int] | None:
+    return next((failed for record in records if (failed := record.failure_of(tokens)) is not None), None)
 
 
 def _find(records: list[Record], tokens: Sequence[int], trace_id: str) -> Record:

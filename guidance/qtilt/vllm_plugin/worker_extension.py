@@ -7,6 +7,7 @@ runs between two steps: nothing here waits for long. Arguments and results are J
 from collections.abc import Sequence
 from typing import Any
 
+from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt.vllm_plugin.processor import GuidanceProcessor
 from qtilt.vllm_plugin.records import GuidanceSummary
 from qtilt.vllm_plugin.residents import PreparationStatus
@@ -40,9 +41,20 @@ class GuidanceWorkerExtension:
 
     def qtilt_take_records(
         self, trace_id: str, returned: Sequence[Sequence[int]], more_to_come: bool = False
-    ) -> list[GuidanceSummary]:
-        """One summary per returned token sequence, then forget the trace unless more is to come; ``[]`` forgets it."""
-        return self._qtilt_processor().records.take(trace_id, returned, more_to_come)
+    ) -> list[GuidanceSummary | GuidanceFailure]:
+        """Per returned token sequence its summary, or why its guidance failed.
+
+        Then forget the trace unless more is to come; ``[]`` forgets it.
+        """
+        processor = self._qtilt_processor()
+        processor.batch.settle(wait=True)
+        return processor.records.take(trace_id, returned, more_to_come)
+
+    def qtilt_failures(self) -> dict[str, GuidanceFailure]:
+        """The traces, not taken yet, of which a request has failed, as far as is known without waiting."""
+        processor = self._qtilt_processor()
+        processor.batch.settle()
+        return processor.records.failures()
 
     def _qtilt_processor(self) -> GuidanceProcessor:
         for processor in self.model_runner.input_batch.logitsprocs.all:
