@@ -1,9 +1,9 @@
-"""The running batch: which rows are guided, by which version, and one guided step. Knows nothing of vLLM.
+"""The running batch of vLLM's V1 model runner: which rows are guided, and by which version. Imports no vLLM.
 
 A row that guidance fails on is ended as failure.py says; nothing that happens in value code reaches the rows beside it.
 
-Shapes: ``B`` rows of the batch, ``G`` rows of one value-model version that are guided in this step, ``K`` candidates,
-``A`` logits of one return distribution, ``V`` vocabulary of the reference.
+Shapes: ``B`` rows of the batch, ``G`` rows of one value-model version that are guided in this step, ``V`` vocabulary of
+the reference.
 """
 
 import logging
@@ -15,18 +15,14 @@ import torch
 from torch import Tensor
 
 from qtilt.params import GuidanceParams
-from qtilt.tilt import kl_divergence, offsets, tilt, top_candidates
 from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers, of_exception
-from qtilt.vllm_plugin.finite_check import FiniteCheck, finite_rows
+from qtilt.vllm_plugin.finite_check import FiniteCheck
 from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import Record
 from qtilt.vllm_plugin.residents import ResidentVersion
+from qtilt.vllm_plugin.step import CERTAIN, RowSettings, StepSettings, guide_step
 
 logger = logging.getLogger("vllm.qtilt.batch")  # vLLM configures the loggers below its own name only
-
-CERTAIN = 1e30
-"""A logit beside which all others have no probability, at any temperature, and which float32 still divides by one."""
-NO_TOKEN = -1
 
 
 @dataclass(eq=False)
@@ -182,52 +178,24 @@ def guide_rows(
 ) -> Tensor:
     """History → value → offset → tilted logits for the rows of one version, in place, and their KL on record.
 
-    Returns which rows' guidance was finite, bool ``[G]`` on the device. The others are not tilted and get logits that
-    end their requests, in this same step and without the host knowing.
+    Returns which rows' guidance was finite, bool ``[G]`` on the device: the others get logits that end their requests.
     """
-    device = logits_BV.device
-    indices_G = torch.tensor(indices, device=device)
-    top_k_G = torch.tensor([row.params.top_k for row in rows], device=device)
-    inv_eta_G = torch.tensor([row.params.inv_eta for row in rows], dtype=torch.float64, device=device)
-    temperature_G = torch.tensor([row.temperature for row in rows], dtype=torch.float64, device=device)
-    ending_G = torch.tensor([NO_TOKEN if row.ending_token is None else row.ending_token for row in rows], device=device)
-    logits_GV = logits_BV[indices_G]
-    candidates = top_candidates(logits_GV, max(row.params.top_k for row in rows), version.scorable, top_k_G)
     slots = [row.ready_slot() for row in rows]
-    values_GKA = version.engine.value_logits(slots, [row.history for row in rows], candidates.token_ids_BK)
-    offsets_GK = _offsets_by_method(version, rows, values_GKA, inv_eta_G)
-    floor_G = version.distribution.v_min * inv_eta_G
-    finite_G = finite_rows(values_GKA, offsets_GK, candidates.valid_BK)
-    # Offsets that are all the floor's tilt nothing: such a row keeps the reference's logits.
-    offsets_GK = torch.where(finite_G.unsqueeze(-1), offsets_GK, floor_G.unsqueeze(-1))
-    tilted_GV = tilt(logits_GV, candidates, offsets_GK, floor_G, temperature_G)
-    kl_G = kl_divergence(logits_GV, candidates, offsets_GK, floor_G, temperature_G)
-    finite_G = finite_G & kl_G.isfinite()
-    logits_BV[indices_G] = _end_unless(finite_G, tilted_GV, ending_G)
+    histories = [row.history for row in rows]
+    indices_G = torch.tensor(indices, device=logits_BV.device)
+    guided = guide_step(
+        version,
+        logits_BV[indices_G],
+        _settings(rows, logits_BV.device),
+        lambda candidates_GK: version.engine.value_logits(slots, histories, candidates_GK),
+    )
+    logits_BV[indices_G] = guided.logits_GV
     for position, row in enumerate(rows):
         if row.record is not None:
-            row.record.write(len(row.output_token_ids), kl_G, position)
-    return finite_G
+            row.record.write(len(row.output_token_ids), guided.kl_G, position)
+    return guided.finite_G
 
 
-def _end_unless(goes_on_G: Tensor, logits_GV: Tensor, ending_G: Tensor) -> Tensor:
-    """Make the ending token certain, in place, in the rows that don't go on; rows without one stay as they are."""
-    token_G1 = ending_G.clamp(min=0).unsqueeze(-1)
-    ends_G1 = (~goes_on_G & (ending_G != NO_TOKEN)).unsqueeze(-1)
-    return logits_GV.scatter_(-1, token_G1, logits_GV.gather(-1, token_G1).masked_fill_(ends_G1, CERTAIN))
-
-
-def _offsets_by_method(
-    version: ResidentVersion, rows: Sequence[GuidedRow], values_GKA: Tensor, inv_eta_G: Tensor
-) -> Tensor:
-    """Q/η ``[G, K]``: one forward serves all methods of the step."""
-    by_method: dict[str, list[int]] = {}
-    for position, row in enumerate(rows):
-        by_method.setdefault(row.params.method, []).append(position)
-    if len(by_method) == 1:
-        return offsets(version.distribution, values_GKA, inv_eta_G, rows[0].params.method)
-    offsets_GK = torch.empty(values_GKA.shape[:2], dtype=torch.float64, device=values_GKA.device)
-    for method, positions in by_method.items():
-        of_method = torch.tensor(positions, device=values_GKA.device)
-        offsets_GK[of_method] = offsets(version.distribution, values_GKA[of_method], inv_eta_G[of_method], method)
-    return offsets_GK
+def _settings(rows: Sequence[GuidedRow], device: torch.device) -> StepSettings:
+    settings = [RowSettings.of(row.params, row.temperature, row.ending_token) for row in rows]
+    return StepSettings.of(torch.tensor(settings, dtype=torch.float64, device=device), (row.params for row in rows))
