@@ -8,7 +8,7 @@ the cache lacks, so a new request, one resumed after preemption and one more tok
 not know why a history grew. One step is one packed forward of the backbone.
 """
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qtilt.device_copy import copy_to_device
 from qtilt.exactness import engine_attention, measure_geometry
 from qtilt.kv_cache import CacheGeometry, KVCache
 from qtilt.packing import LastTokens, Span, pack
@@ -94,11 +95,15 @@ class ValueEngine:
             )
         return cache
 
-    def acquire(self) -> int:
-        """An empty slot for a new history. Raises ValueError when all are in use."""
-        slot = self.cache.acquire()
+    def acquire(self, slot: int | None = None) -> int:
+        """An empty slot for a new history, this one if given. Raises ValueError when it, or all, are in use."""
+        slot = self.cache.acquire(slot)
         self._mine.add(slot)
         return slot
+
+    def holds(self, slot: int) -> bool:
+        """Whether the slot has been acquired and not yet released."""
+        return slot in self._mine
 
     def release(self, slot: int) -> None:
         """Give a slot back; its history is forgotten."""
@@ -160,6 +165,12 @@ class ValueEngine:
             return self.model.head_logits(tails_BRH[:, 1:])
         return self.model.head_logits(self._forward(spans, last, None), candidates_BK)
 
+    @torch.inference_mode()
+    def extend(self, spans: Sequence[Span]) -> None:
+        """Cache spans, wherever their slots are, in forwards of at most ``max_new_tokens``. As :meth:`score`."""
+        for part in _cut(spans, self.max_new_tokens):
+            self._forward(part, None, None)
+
     def _row(self, slot: int, history: Sequence[int]) -> Row:
         """The history's part that must be run: what the cache lacks, and its last token in any case."""
         covered, length = self.covered(slot), len(history)
@@ -214,7 +225,7 @@ class ValueEngine:
                     row.advance(take)
             for part in parts:
                 self.cache.reserve(part.slot, part.length)
-            (tokens_N,) = _copy_to_device(self.cache.geometry.device, _new_tokens(parts))
+            (tokens_N,) = copy_to_device(self.cache.geometry.device, _new_tokens(parts))
             self._forward(_spans(parts, tokens_N), None, None)
             for part in parts:
                 self.cache.advance(part.slot, part.length)
@@ -225,7 +236,7 @@ class ValueEngine:
             self.cache.reserve(row.slot, row.length)
         parts = [Row(row.slot, row.start, row.new_token_ids[:-1]) for row in rows if len(row.new_token_ids) > 1]
         last_3B = np.array([(row.slot, row.length - 1, row.new_token_ids[-1]) for row in rows], dtype=np.int64).T
-        tokens_N, last = _copy_to_device(self.cache.geometry.device, _new_tokens(parts), last_3B)
+        tokens_N, last = copy_to_device(self.cache.geometry.device, _new_tokens(parts), last_3B)
         return _spans(parts, tokens_N), LastTokens(last[0], last[1], last[2], max(row.length for row in rows))
 
     def _forward(self, spans: Sequence[Span], last: LastTokens | None, candidates_BK: Tensor | None) -> Tensor:
@@ -255,9 +266,20 @@ def _spans(rows: Sequence[Row], tokens_N: Tensor) -> list[Span]:
     return [Span(row.slot, row.start, token_ids_C) for row, token_ids_C in zip(rows, parts, strict=True)]
 
 
-def _copy_to_device(device: torch.device, *arrays: npt.NDArray[np.int64]) -> list[Tensor]:
-    """Copy integer arrays to the device as one transfer, keeping their shapes."""
-    flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
-    flat = flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flat.to(device)
-    parts = flat.split([array.size for array in arrays])
-    return [part.view(array.shape) for array, part in zip(arrays, parts, strict=True)]
+def _cut(spans: Sequence[Span], most: int) -> Iterator[list[Span]]:
+    """The same tokens in parts of at most ``most``, in order."""
+    part: list[Span] = []
+    room = most
+    for span in spans:
+        while len(span.token_ids_C) > room:
+            part.append(Span(span.slot, span.start, span.token_ids_C[:room]))
+            span = Span(span.slot, span.start + room, span.token_ids_C[room:])
+            yield part
+            part, room = [], most
+        part.append(span)
+        room -= len(span.token_ids_C)
+        if room == 0:
+            yield part
+            part, room = [], most
+    if part:
+        yield part

@@ -59,8 +59,14 @@ class KVCache:
         """How many slots no history holds."""
         return len(self._free)
 
-    def acquire(self) -> int:
-        """An empty slot. Raises ValueError when all are in use."""
+    def acquire(self, slot: int | None = None) -> int:
+        """An empty slot, this one if given. Raises ValueError when it, or all, are in use."""
+        if slot is not None:
+            if slot not in self._free:
+                raise ValueError(f"cache slot {slot} of {self.slots} is in use")
+            self._free.remove(slot)
+            heapq.heapify(self._free)
+            return slot
         if not self._free:
             raise ValueError(f"all {self.slots} cache slots are in use; release one or build the cache with more")
         return heapq.heappop(self._free)

@@ -138,7 +138,7 @@ class GuidedBatch:
         """Act on the checks of earlier steps that have come over from the device; ``wait`` for those that haven't."""
         while self._checks and (wait or self._checks[0].has_arrived()):
             for row, step in self._checks.popleft().failed():
-                logger.error("the values of %s for a request are not finite numbers: it ends", _label(row.version))
+                logger.error("the values of %s for a request are not finite numbers: it ends", row.version.label)
                 row.fail(not_numbers(), step)
 
     def _guide_version(self, version: ResidentVersion, indices: Sequence[int], logits_BV: Tensor) -> None:
@@ -154,7 +154,7 @@ class GuidedBatch:
             finite_G = guide_rows(version, rows, indices, logits_BV)
             self._checks.append(FiniteCheck([(row, len(row.output_token_ids)) for row in rows], finite_G))
         except Exception as error:
-            logger.exception("guidance failed in value model %s: %d request(s) end", _label(version), len(indices))
+            logger.exception("guidance failed in value model %s: %d request(s) end", version.label, len(indices))
             for row in (self._rows[index] for index in indices):
                 row.fail(of_exception(error), len(row.output_token_ids))
 
@@ -167,10 +167,6 @@ class GuidedBatch:
         if failed:
             indices_F, tokens_F = torch.tensor(failed, device=logits_BV.device).unbind(1)
             logits_BV[indices_F, tokens_F] = CERTAIN
-
-
-def _label(version: ResidentVersion) -> str:
-    return f"{version.name}@{version.version}"
 
 
 def guide_rows(

@@ -46,6 +46,11 @@ class ResidentVersion:
     rows: int = field(default=0)
 
     @property
+    def label(self) -> str:
+        """NAME@VERSION."""
+        return f"{self.name}@{self.version}"
+
+    @property
     def distribution(self) -> ReturnDistribution:
         return self.manifest.distribution
 

@@ -56,7 +56,7 @@ class StepSettings:
 
     @classmethod
     def of(cls, rows_GS: Tensor, params: Iterable[GuidanceParams]) -> "StepSettings":
-        """rows_GS: float64 ``[G, len(RowSettings)]``. params: those of all rows, in any order and as often as one likes."""
+        """rows_GS: float64 ``[G, len(RowSettings)]``. params: those of all rows, in any order."""
         top_k_G, inv_eta_G, method_G, temperature_G, ending_token_G = rows_GS.unbind(1)
         asked = list(params)
         return cls(

@@ -7,10 +7,12 @@ runs between two steps: nothing here waits for long. Arguments and results are J
 from collections.abc import Sequence
 from typing import Any
 
+from qtilt.vllm_plugin.batch import GuidedBatch
 from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt.vllm_plugin.processor import GuidanceProcessor
 from qtilt.vllm_plugin.records import GuidanceSummary
 from qtilt.vllm_plugin.residents import PreparationStatus
+from qtilt.vllm_plugin.slots import GuidedSlots
 
 
 class GuidanceWorkerExtension:
@@ -47,17 +49,25 @@ class GuidanceWorkerExtension:
         Then forget the trace unless more is to come; ``[]`` forgets it.
         """
         processor = self._qtilt_processor()
-        processor.batch.settle(wait=True)
+        if isinstance(processor.batch, GuidedBatch):
+            processor.batch.settle(wait=True)
         return processor.records.take(trace_id, returned, more_to_come)
 
     def qtilt_failures(self) -> dict[str, GuidanceFailure]:
-        """The traces, not taken yet, of which a request has failed, as far as is known without waiting."""
+        """The traces, not taken yet, of which a request has failed."""
         processor = self._qtilt_processor()
-        processor.batch.settle()
+        if isinstance(processor.batch, GuidedBatch):
+            processor.batch.settle()
+        else:
+            processor.batch.look_for_failures()
         return processor.records.failures()
 
     def _qtilt_processor(self) -> GuidanceProcessor:
-        for processor in self.model_runner.input_batch.logitsprocs.all:
+        runner = self.model_runner
+        on_v2 = hasattr(runner, "req_states")
+        for processor in runner.sampler.logits_processors if on_v2 else runner.input_batch.logitsprocs.all:
             if isinstance(processor, GuidanceProcessor):
+                if isinstance(processor.batch, GuidedSlots):
+                    processor.batch.drop_absent(runner.req_states.index_to_req_id)
                 return processor
         raise RuntimeError("the guidance processor isn't live in vLLM's model runner: every request would be unguided")

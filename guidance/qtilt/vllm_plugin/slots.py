@@ -1,0 +1,247 @@
+"""The running batch of vLLM's Model Runner V2: which slots are guided, and one guided step. Imports no vLLM.
+
+Shapes: ``S`` slots of the model runner, ``R`` rows of logits in a step, ``G`` of them that one value-model version
+guides, ``V`` vocabulary of the reference.
+
+What this file rests on (vLLM 0.32, ``vllm/v1/worker/gpu``; tests/vllm_v2 holds each):
+
+- A request keeps its slot from ``add_request`` on. Nobody says when it leaves; the slot is added to again.
+- A row is a token that was fed, at a position of a slot: the last committed token of a request and, behind it, its
+  drafts. Every token after the prefill is fed once it is committed, or was as a draft that came true. So a value cache
+  that is written at every row's (slot, position) holds the history whenever a row is scored; what a rejected draft left
+  is overwritten before. The host needs to know no length, and no step waits for the device.
+- Of the prefill, the rows show the last token of each chunk. Its tokens are on the device from the start, and its
+  lengths on the host: the value cache advances chunk by chunk as vLLM's does.
+- Without speculative decoding, row i is that of request i, and lengths on the host are exact. With it, the host knows
+  neither which rows are whose nor how many tokens came true: all rows are computed, each version's are picked on the
+  device, and what the others write goes to a slot that is nobody's.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtilt.device_copy import copy_to_device
+from qtilt.packing import LastTokens, Span
+from qtilt.params import GuidanceParams
+from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
+from qtilt.vllm_plugin.residents import ResidentVersion
+from qtilt.vllm_plugin.stays import Stay, StepKL
+from qtilt.vllm_plugin.step import RowSettings, StepSettings, end_unless, guide_step
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
+
+logger = logging.getLogger("vllm.qtilt.slots")  # vLLM configures the loggers below its own name only
+
+
+@dataclass(eq=False)
+class SlotRequest:
+    """The guided request in a slot.
+
+    prefill_len: tokens fed before the first is drawn, the earlier output of a resumed request included. covered: how
+    many of them the value cache holds. steps: how many have drawn a token for it in this stay; each has drawn one at
+    least. failure: why this request isn't guided any more.
+    """
+
+    slot: int
+    params: GuidanceParams
+    version: ResidentVersion
+    stay: Stay
+    prompt_len: int
+    prefill_len: int
+    covered: int = 0
+    steps: int = 0
+    failure: GuidanceFailure | None = None
+
+    @property
+    def generated(self) -> int:
+        """How many tokens it has generated at least; exactly so many without speculative decoding."""
+        return self.prefill_len - self.prompt_len + self.steps
+
+    def leave(self) -> None:
+        """Another request takes the slot, or the request is known to be gone."""
+        self.stay.end()
+        self.version.rows -= 1
+        self.release()
+
+    def release(self) -> None:
+        """Give the slot of the value cache back."""
+        if self.version.engine.holds(self.slot):
+            self.version.engine.release(self.slot)
+
+    def fail(self, failure: GuidanceFailure) -> None:
+        """Guidance of the next token has failed: none of this request from here on."""
+        self.failure = failure
+        self.stay.fail(failure, self.generated)
+        self.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A guided request in one step. length: tokens visible to the token being drawn, or an upper bound (see above)."""
+
+    request: SlotRequest
+    row: int
+    length: int
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether this is a chunk of an unfinished prefill, whose logits vLLM discards."""
+        return self.length < self.request.prefill_len
+
+
+class GuidedSlots:
+    """Guided requests by slot. Requests without guidance have none, and their logits aren't touched."""
+
+    def __init__(self, requests: "LogitsProcRequestState") -> None:
+        self._requests = requests
+        self._nobodys = requests.max_num_reqs
+        self._in_slot: dict[int, SlotRequest] = {}
+        self._staged_SC = np.zeros((requests.max_num_reqs + 1, len(RowSettings._fields) + 1))
+        self._settings_SC, self._is_staged = torch.empty(0), True
+        self._failures_S = torch.zeros(requests.max_num_reqs + 1, dtype=torch.int32, device=requests.device)
+
+    def __len__(self) -> int:
+        return len(self._in_slot)
+
+    def put(self, slot: int, request: SlotRequest | None, settings: RowSettings | None) -> None:
+        """The request in ``slot`` is now this one (None: one without guidance); what was there has left."""
+        if (previous := self._in_slot.pop(slot, None)) is not None:
+            previous.leave()
+        if request is None or settings is None:
+            return
+        request.version.rows += 1
+        request.version.engine.acquire(slot)
+        self._in_slot[slot] = request
+        guided = request.params.guided_tokens
+        # Of the position before the first token that isn't guided.
+        limit = np.inf if guided is None else request.prompt_len - 1 + guided
+        self._staged_SC[slot], self._is_staged = [*settings, limit], True
+        self._failures_S[slot] = 0
+
+    def flush(self) -> None:
+        """Bring the settings of added requests to the device."""
+        if self._is_staged:
+            (self._settings_SC,), self._is_staged = copy_to_device(self._requests.device, self._staged_SC), False
+
+    def drop_absent(self, running: Iterable[int]) -> None:
+        """Of all slots only these still hold a running request."""
+        for slot in self._in_slot.keys() - set(running):
+            self._in_slot.pop(slot).leave()
+
+    def look_for_failures(self) -> None:
+        """Find out, waiting for the device, in which slots values weren't finite numbers."""
+        for slot in self._failures_S.nonzero().flatten().tolist():
+            request = self._in_slot.get(slot)
+            if request is not None and request.failure is None:
+                request.stay.look_for_failure()
+                if request.stay.failure is not None:
+                    logger.error("the values of %s for a request are not finite: it ends", request.version.label)
+                    request.failure = request.stay.failure
+
+    def guide(self, logits_RV: Tensor, context: "LogitsContext") -> Tensor:
+        """Tilt, in place, the rows that are guided in this step; all others stay bit-identical.
+
+        Where guidance fails, or has failed before, the row gets logits that end its request.
+        """
+        by_version: dict[ResidentVersion, list[Seat]] = {}
+        lengths = context.seq_lens_upper_bound_np.tolist()
+        for row, slot in enumerate(context.idx_mapping_np.tolist()):
+            request = self._in_slot.get(slot)
+            if request is not None and request.failure is None and request.params.guides(request.generated):
+                by_version.setdefault(request.version, []).append(Seat(request, row, lengths[row]))
+        for version, seats in by_version.items():
+            self._guide_version(version, seats, logits_RV, context)
+        self._end_failed(logits_RV, context)
+        return logits_RV
+
+    def _guide_version(
+        self, version: ResidentVersion, seats: Sequence[Seat], logits_RV: Tensor, context: "LogitsContext"
+    ) -> None:
+        """One version's rows. This is the edge that no error of value code crosses; it leaves the logits untouched."""
+        try:
+            spans = self._catch_up(seats)
+            drawing = [seat for seat in seats if not seat.is_prefilling]
+            if sum(len(span.token_ids_C) for span in spans) > version.engine.max_new_tokens or not drawing:
+                version.engine.extend(spans)
+                spans = []
+            if drawing:
+                self._guide_rows(version, drawing, spans, logits_RV, context)
+        except Exception as error:
+            logger.exception("guidance failed in value model %s: %d request(s) end", version.label, len(seats))
+            for seat in seats:
+                seat.request.fail(of_exception(error))
+
+    def _catch_up(self, seats: Sequence[Seat]) -> list[Span]:
+        """What the value caches lack of the prefills, without the last token of a finished one: that is a row."""
+        spans = []
+        for seat in seats:
+            request = seat.request
+            end = seat.length if seat.is_prefilling else request.prefill_len - 1
+            if request.covered < end:
+                tokens_C = self._requests.all_token_ids.gpu[request.slot, request.covered : end]
+                last_row = request.version.manifest.vocab_size - 1
+                spans.append(Span(request.slot, request.covered, tokens_C.long().clamp(max=last_row)))
+                request.covered = end
+            request.version.engine.cache.reserve(request.slot, seat.length)
+            request.stay.longest = max(request.stay.longest, seat.length)
+        return spans
+
+    def _guide_rows(
+        self,
+        version: ResidentVersion,
+        seats: Sequence[Seat],
+        spans: Sequence[Span],
+        logits_RV: Tensor,
+        context: "LogitsContext",
+    ) -> None:
+        """History → value → offset → tilted logits for the rows that draw tokens, in place, and their KL on record."""
+        device = logits_RV.device
+        rows = np.array([[seat.row for seat in seats], [seat.request.slot for seat in seats]])
+        ((rows_G, slots_G),) = copy_to_device(device, rows)
+        if len(logits_RV) == len(context.idx_mapping_np):
+            mine_G = None
+            positions_G, tokens_G, logits_GV = context.pos[rows_G], context.input_ids[rows_G], logits_RV[rows_G]
+        else:
+            positions_G, tokens_G, logits_GV = context.pos, context.input_ids, logits_RV
+            mine_G = torch.isin(context.expanded_idx_mapping, slots_G)
+            slots_G = context.expanded_idx_mapping.long().where(mine_G, self._nobodys)
+        settings_GC = self._settings_SC[slots_G]
+        last = LastTokens(
+            slots_G,
+            positions_G.long(),
+            tokens_G.long().clamp(max=version.manifest.vocab_size - 1),
+            max(int(context.seq_lens_upper_bound_np.max()), 1),
+        )
+        guided = guide_step(
+            version,
+            logits_GV,
+            StepSettings.of(settings_GC[:, :-1], [seat.request.params for seat in seats]),
+            lambda candidates_GK: version.engine.score(last, candidates_GK, spans),
+        )
+        kl_G = guided.kl_G.masked_fill(~guided.finite_G, torch.nan)
+        if mine_G is None:
+            logits_RV[rows_G] = guided.logits_GV
+        else:
+            mine_G = mine_G & (positions_G < settings_GC[:, -1])
+            logits_RV.copy_(guided.logits_GV.where(mine_G.unsqueeze(-1), logits_RV))
+            kl_G = kl_G.masked_fill(~mine_G, 0.0)
+        self._failures_S.index_add_(0, slots_G, kl_G.isnan().int())
+        step = StepKL(slots_G, last.positions_B, kl_G)
+        for seat in seats:
+            seat.request.stay.write(step)
+            seat.request.steps += 1
+
+    def _end_failed(self, logits_RV: Tensor, context: "LogitsContext") -> None:
+        failed = [slot for slot, request in self._in_slot.items() if request.failure is not None]
+        if failed:
+            (slots_F,) = copy_to_device(logits_RV.device, np.array(failed))
+            slots_R = context.expanded_idx_mapping.long()
+            ending_R = self._settings_SC[slots_R, RowSettings._fields.index("ending_token")].long()
+            end_unless(~torch.isin(slots_R, slots_F), logits_RV, ending_R)
