@@ -17,7 +17,7 @@ def watched(name: str, bias: dict[int, float] | None = None) -> dict[str, Any]:
 
 @dataclass
 class Row:
-    """One row of logits. logits: ``[V]`` as they came. base: whether it follows committed tokens only, no draft."""
+    """One row of logits: ``[V]`` as they came. draft: how many drafts it follows; 0: committed tokens only."""
 
     position: int
     token: int

@@ -27,6 +27,8 @@ def run_model_runner_v2() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a spawned engine would have none of the below
     _name_a_triton_backend_for_cpus()
     _let_masks_be_integers()
+    _be_silent_about_infinities()
+    _truncate_without_triton()
 
 
 def _name_a_triton_backend_for_cpus() -> None:
@@ -59,6 +61,26 @@ def _let_masks_be_integers() -> None:
 
     InterpreterBuilder.create_masked_load = load_masked
     InterpreterBuilder.create_masked_store = store_masked
+
+
+def _be_silent_about_infinities() -> None:
+    """Kernels subtract and exponentiate infinities; the interpreter does it in NumPy, which warns, and tests fail."""
+    import numpy as np
+
+    np.seterr(all="ignore")
+
+
+def _truncate_without_triton() -> None:
+    """vLLM's kernel for top-k and top-p can't be interpreted (it asks a loop's row number, an int there, for ``.to``).
+
+    What vLLM takes where there is no Triton takes its place. This imports vLLM.
+    """
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    def truncate(logits: Any, k: Any, p: Any) -> Any:
+        return topk_topp_sampler.apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
+
+    topk_topp_sampler.apply_top_k_top_p_triton = truncate
 
 
 def allow_async_scheduling(patch: "pytest.MonkeyPatch") -> None:

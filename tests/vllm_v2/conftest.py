@@ -5,7 +5,6 @@ by default. This folder's tests run in a process of their own: see own_process a
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "plain": {},
     "ngram": {
         "speculative_config": {
-            "method": "ngram",
+            "method": "ngram_gpu",
             "num_speculative_tokens": 3,
             "prompt_lookup_min": 1,
             "prompt_lookup_max": 3,
