@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from guided_vllm.vllm_on_cpu import run_model_runner_v2
+from own_process import OwnProcess, ReportsBack, is_of
+
 # Read when torch or vllm is imported, so set before any test module is. A server started by a test inherits them.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the first request with logprobs otherwise compiles for 13-20 s
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -17,7 +20,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 TESTS = Path(__file__).parent
-FOLDER_MARKERS = ("unit", "vllm", "e2e", "gpu")
+FOLDER_MARKERS = ("unit", "vllm", "vllm_v2", "e2e", "gpu")
+V2_FOLDER = TESTS / "vllm_v2"
+
+if is_of(V2_FOLDER):
+    run_model_runner_v2()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(ReportsBack(config) if is_of(V2_FOLDER) else OwnProcess(V2_FOLDER))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -54,8 +54,11 @@ def sampling_params(ask: Ask) -> SamplingParams:
         ignore_eos=True,
         # Choices of n > 1 come together only at the end.
         output_kind=RequestOutputKind.CUMULATIVE if ask.n == 1 else RequestOutputKind.FINAL_ONLY,
-        extra_args={"qtilt": ask.guidance.to_extra_args()} if ask.guidance else None,
-        **{"seed": 1234 + next(_request_numbers)} | ask.sampling,
+        **{
+            "seed": 1234 + next(_request_numbers),
+            "extra_args": {"qtilt": ask.guidance.to_extra_args()} if ask.guidance else None,
+        }
+        | ask.sampling,
     )
 
 
