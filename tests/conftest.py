@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("guided_vllm")  # tests that several folders run
+
 from guided_vllm.vllm_on_cpu import run_model_runner_v2
 from own_process import OwnProcess, ReportsBack, is_of
 

@@ -124,13 +124,14 @@ def expected_steps(
     scorable: int,
     adjust: Any = None,
 ) -> list[tuple[Tensor, float]]:
-    """The distribution and KL of every generated token. ``adjust`` changes the raw logits first (a mask, a bias)."""
+    """The distribution and KL of every generated token. ``adjust`` changes the raw logits first (a mask, a bias),
+    given the tokens generated before."""
     logits_LV = reference_oracle(reference).logits([*prompt, *generated])
     steps = []
     for count in range(len(generated)):
         reference_V = logits_LV[len(prompt) + count - 1].clone()
         if adjust is not None:
-            reference_V = adjust(reference_V)
+            reference_V = adjust(reference_V, generated[:count])
         limit = guided.guided_tokens if guided is not None else 0
         applies = guided if limit is None or count < limit else None
         steps.append(step_distribution(reference_V, [*prompt, *generated[:count]], applies, temperature, scorable))

@@ -15,15 +15,22 @@ from guided_vllm.oracle import Guided, expected_steps, log_softmax
 from guided_vllm.tiny_models import TOKENS
 from qtilt.params import GuidanceParams
 
+Adjust = Callable[[torch.Tensor], torch.Tensor]
+Penalise = Callable[[torch.Tensor, list[int]], torch.Tensor]
+
 
 @dataclass
 class Served:
-    """The running engine and what the oracle needs to know of it. directories: of every version ever loaded."""
+    """The running engine and what the oracle needs to know of it. directories: of every version ever loaded.
+
+    penalties_first: whether penalties act on the reference's logits, as on V2, or on guided ones, as on V1.
+    """
 
     engine: LLMEngine
     reference: Path
     directories: dict[tuple[str, int], Path]
     max_seqs: int = 8
+    penalties_first: bool = False
     scorable: int = TOKENS
 
     def rpc(self, method: str, *args: Any) -> Any:
@@ -43,13 +50,13 @@ class Served:
     def check(
         self,
         answer: Answer,
-        adjust: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        penalise: Callable[[torch.Tensor, list[int]], torch.Tensor] | None = None,
+        adjust: Adjust | None = None,
+        penalise: Penalise | None = None,
     ) -> None:
         """Every reported probability, and the KL on record, equal the oracle's.
 
-        adjust: what happens to raw logits before guidance. penalise: what happens to guided logits after it, given the
-        tokens generated before.
+        adjust: what happens to raw logits before guidance. penalise: what penalties do to logits, given the tokens
+        generated before.
         """
         ask, guidance = answer.ask, answer.ask.guidance
         kls = []
@@ -61,16 +68,22 @@ class Served:
                 self._for_oracle(guidance),
                 ask.temperature,
                 self.scorable,
-                adjust,
+                self._adjustment(adjust, penalise),
             )
             for count, (token, (expected_V, _)) in enumerate(zip(choice.token_ids, steps, strict=True)):
-                if penalise is not None:
+                if penalise is not None and not self.penalties_first:
                     scale = ask.temperature or 1.0
                     expected_V = log_softmax(penalise(expected_V * scale, choice.token_ids[:count]) / scale)
                 self._check_step(token, choice.logprobs[count], expected_V, greedy=ask.temperature == 0)
             kls.append(sum(kl for _, kl in steps))
         if guidance is not None:
             self._check_records(answer, guidance, kls)
+
+    def _adjustment(self, adjust: Adjust | None, penalise: Penalise | None) -> Penalise | None:
+        """What happens to the reference's logits before guidance."""
+        if adjust is not None:
+            return lambda logits_V, generated: adjust(logits_V)
+        return penalise if self.penalties_first else None
 
     def _for_oracle(self, guidance: GuidanceParams | None) -> Guided | None:
         if guidance is None:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from guided_vllm import tight_engine
+from guided_vllm import guided_engine, tight_engine
 from guided_vllm.served import Served
-from guided_vllm.tiny_models import make_reference
 from guided_vllm.v2_watcher import Watcher
 from guided_vllm.vllm_on_cpu import allow_async_scheduling
 
@@ -30,14 +29,22 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session", params=ENGINES)
 def served(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Served]:
-    reference = make_reference(tmp_path_factory.mktemp("models") / "reference")
     with pytest.MonkeyPatch.context() as patch:
         allow_async_scheduling(patch)
-        engine = tight_engine.start(reference, logits_processors=[Watcher], **ENGINES[request.param])
-    assert tight_engine.schedules_asynchronously(engine)
-    assert engine.vllm_config.use_v2_model_runner
-    yield Served(engine, reference, {})
-    engine.engine_core.shutdown()
+        served = guided_engine.start(tmp_path_factory.mktemp("models"), (Watcher,), **ENGINES[request.param])
+    assert tight_engine.schedules_asynchronously(served.engine)
+    assert served.engine.vllm_config.use_v2_model_runner
+    served.penalties_first = True
+    yield served
+    served.engine.engine_core.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "served" in request.fixturenames:
+        yield from guided_engine.assert_nothing_leaks(request.getfixturevalue("served"))
+    else:
+        yield
 
 
 @pytest.fixture

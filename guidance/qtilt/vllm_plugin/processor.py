@@ -137,14 +137,18 @@ class GuidanceProcessor(v1.LogitsProcessor, v2.LogitsProcessor):
         assert ctx is not None
         return self.batch.guide(logits, ctx)
 
-    def _guidance(self, sampling_params: SamplingParams) -> tuple[GuidanceParams, ResidentVersion] | None:
-        """What an added request asks for, None for one without guidance.
+    def _guidance(
+        self, sampling_params: SamplingParams, *, has_tokens: bool = True
+    ) -> tuple[GuidanceParams, ResidentVersion] | None:
+        """What an added request asks for, None for one without guidance. has_tokens: its prompt isn't embeddings.
 
         Raises ValueError for what the server must not let through: an unguided answer would be worse than none.
         """
         params = GuidanceParams.from_extra_args(sampling_params.extra_args)
         if params is None:
             return None
+        if not has_tokens:
+            raise ValueError("guidance needs a prompt of tokens, this request has prompt embeddings")
         if params.top_k > self.config.max_top_k:
             raise ValueError(f"guidance.top_k is {params.top_k}, this server allows at most {self.config.max_top_k}")
         return params, self.residents.get(params.value_model, params.version)
@@ -153,11 +157,10 @@ class GuidanceProcessor(v1.LogitsProcessor, v2.LogitsProcessor):
         self, sampling_params: SamplingParams, prompt_token_ids: Sequence[int] | None, output_token_ids: list[int]
     ) -> GuidedRow | None:
         """V1's state of an added request."""
-        if (guidance := self._guidance(sampling_params)) is None:
+        has_tokens = prompt_token_ids is not None
+        if prompt_token_ids is None or (guidance := self._guidance(sampling_params)) is None:
             return None
         params, version = guidance
-        if prompt_token_ids is None:
-            raise ValueError("guidance needs a prompt of tokens, this request has prompt embeddings")
         record = None
         if params.trace_id:
             assert isinstance(self.records, RecordStore)

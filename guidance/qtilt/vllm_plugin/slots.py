@@ -154,7 +154,10 @@ class GuidedSlots:
         lengths = context.seq_lens_upper_bound_np.tolist()
         for row, slot in enumerate(context.idx_mapping_np.tolist()):
             request = self._in_slot.get(slot)
-            if request is not None and request.failure is None and request.params.guides(request.generated):
+            if request is None:
+                continue
+            request.stay.longest = max(request.stay.longest, lengths[row])
+            if request.failure is None and request.params.guides(request.generated):
                 by_version.setdefault(request.version, []).append(Seat(request, row, lengths[row]))
         for version, seats in by_version.items():
             self._guide_version(version, seats, logits_RV, context)
@@ -190,7 +193,6 @@ class GuidedSlots:
                 spans.append(Span(request.slot, request.covered, tokens_C.long().clamp(max=last_row)))
                 request.covered = end
             request.version.engine.cache.reserve(request.slot, seat.length)
-            request.stay.longest = max(request.stay.longest, seat.length)
         return spans
 
     def _guide_rows(
@@ -216,7 +218,7 @@ class GuidedSlots:
         last = LastTokens(
             slots_G,
             positions_G.long(),
-            tokens_G.long().clamp(max=version.manifest.vocab_size - 1),
+            tokens_G.long().clamp(0, version.manifest.vocab_size - 1),
             max(int(context.seq_lens_upper_bound_np.max()), 1),
         )
         guided = guide_step(
