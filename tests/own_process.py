@@ -35,15 +35,16 @@ class OwnProcess:
         self.running: _Running | None = None
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in self._of_folder(items):
+        for item in filter(self._is_mine, items):
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-        mine = self._of_folder(item.session.items)
-        if item not in mine:
+        if not self._is_mine(item):
             return None
-        self.running = self.running or _Running(item.config, self.folder.name, mine)
+        if self.running is None:
+            mine = list(filter(self._is_mine, item.session.items))
+            self.running = _Running(item.config, self.folder.name, mine)
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in self.running.reports(item):
             item.ihook.pytest_runtest_logreport(report=report)
@@ -54,8 +55,8 @@ class OwnProcess:
         if self.running is not None:
             self.running.end()
 
-    def _of_folder(self, items: list[pytest.Item]) -> list[pytest.Item]:
-        return [item for item in items if self.folder in item.path.parents]
+    def _is_mine(self, item: pytest.Item) -> bool:
+        return self.folder in item.path.parents
 
 
 class _Running:
@@ -80,18 +81,12 @@ class _Running:
         self.lines = os.fdopen(reading)
 
     def _command(self, items: list[pytest.Item]) -> list[str]:
-        options = self.config.option
+        config, options = self.config, self.config.option
         return [
-            *(
-                sys.executable,
-                "-m",
-                "pytest",
-                f"--rootdir={self.config.rootpath}",
-                f"--config-file={self.config.inipath}",
-            ),
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+            *(f"--rootdir={config.rootpath}", f"--config-file={config.inipath}"),
             *(f"--tb={options.tbstyle}", f"--maxfail={options.maxfail or 0}", f"--verbosity={options.verbose}"),
-            *("-p", "no:cacheprovider"),
-            *(f"{self.config.rootpath / item.nodeid}" for item in items),
+            *(str(config.rootpath / item.nodeid) for item in items),
         ]
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
@@ -112,10 +107,11 @@ class _Running:
         return [from_data(config=self.config, data=data) for data in self.reported.pop(item.nodeid, [])]
 
     def _ended(self, item: pytest.Item) -> pytest.TestReport:
-        code = self.process.wait()
-        self.log.seek(0)
-        said = self.log.read()[-8000:]
-        message = f"{said}\nthe process of this folder's tests ended (exit code {code}) before this test did"
+        message = f"the process of these tests ended before this one did, with exit code {self.process.wait()}"
+        if not self.log.closed:  # what it said is shown once
+            self.log.seek(0)
+            message += f". Its last words:\n{self.log.read()[-8000:]}"
+            self.log.close()
         return pytest.TestReport(item.nodeid, item.location, {}, "failed", message, "call")
 
     def end(self) -> None:
