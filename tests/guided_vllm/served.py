@@ -33,6 +33,11 @@ class Served:
     penalties_first: bool = False
     scorable: int = TOKENS
 
+    @property
+    def speculates(self) -> bool:
+        """Whether vLLM drafts tokens. It then refuses ``min_p`` and ``logit_bias``."""
+        return self.engine.vllm_config.speculative_config is not None
+
     def rpc(self, method: str, *args: Any) -> Any:
         """One worker's answer, as the server asks it."""
         (result,) = self.engine.collective_rpc(method, args=args)

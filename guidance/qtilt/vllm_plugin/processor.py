@@ -157,8 +157,8 @@ class GuidanceProcessor(v1.LogitsProcessor, v2.LogitsProcessor):
         self, sampling_params: SamplingParams, prompt_token_ids: Sequence[int] | None, output_token_ids: list[int]
     ) -> GuidedRow | None:
         """V1's state of an added request."""
-        has_tokens = prompt_token_ids is not None
-        if prompt_token_ids is None or (guidance := self._guidance(sampling_params)) is None:
+        guidance = self._guidance(sampling_params, has_tokens=prompt_token_ids is not None)
+        if guidance is None or prompt_token_ids is None:
             return None
         params, version = guidance
         record = None
