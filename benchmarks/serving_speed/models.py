@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from serving_speed.shapes import DecoderShape, Pair
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -13,6 +12,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTok
 from qtilt.checkpoint import save_value_model
 from qtilt.distributions import Bernoulli
 from qtilt.value_model import ValueModel, ValueType
+from serving_speed.shapes import DecoderShape, Pair
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from serving_speed.systems import System
-from serving_speed.workload import Outcome, Workload
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from qtilt.params import EXTRA_ARGS_KEY, GuidanceParams
 from qtilt.vllm_plugin.config import ADDITIONAL_CONFIG_KEY, PROCESSOR, WORKER_EXTENSION, PluginConfig
+from serving_speed.systems import System
+from serving_speed.workload import Outcome, Workload
 from vllm import SamplingParams
 
 ETA = 0.2
@@ -82,7 +82,7 @@ class VllmSystem:
 
     def run(self, system: System, workload: Workload) -> Outcome:
         """Requests are handed over when they arrive, while fewer than the concurrency are in flight."""
-        engine, new_tokens = self.engine, workload.new_tokens
+        engine = self.engine
         waiting = list(enumerate(workload.requests))[::-1]
         running: dict[str, int] = {}
         token_times: list[list[float]] = [[] for _ in workload.requests]
@@ -92,9 +92,7 @@ class VllmSystem:
             now = time.perf_counter() - started
             while waiting and waiting[-1][1].arrives <= now and len(running) < workload.concurrency:
                 index, request = waiting.pop()
-                name = f"request-{next(self._numbers)}"
-                engine.add_request(name, {"prompt_token_ids": request.prompt}, self._sampling(system, name, new_tokens))
-                running[name] = index
+                running[self.add(system, request.prompt, workload.new_tokens)] = index
             if not running:
                 time.sleep(max(0.0, waiting[-1][1].arrives - now))
                 continue
@@ -111,6 +109,12 @@ class VllmSystem:
         cpu_seconds = time.process_time() - cpu_started
         engine.step()  # lets the worker know what has finished
         return Outcome([request.arrives for request in workload.requests], token_times, cpu_seconds)
+
+    def add(self, system: System, prompt: list[int], new_tokens: int) -> str:
+        """Hand a request to vLLM; returns its name."""
+        name = f"request-{next(self._numbers)}"
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, self._sampling(system, name, new_tokens))
+        return name
 
     def _sampling(self, system: System, name: str, new_tokens: int) -> SamplingParams:
         extra_args = None

@@ -1,7 +1,8 @@
 """What every system is asked in one round, and what it did. Imports no torch: both cross the pipe between processes."""
 
+import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class Outcome:
 
     arrived: list[float]
     token_times: list[list[float]]
-    cpu_seconds: float = 0.0
-    extra: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: float
 
     @property
     def seconds(self) -> float:
@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def inter_token_seconds(self) -> list[float]:
-        return [after - before for times in self.token_times for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for times in self.token_times for before, after in itertools.pairwise(times)]
 
     def check(self, workload: Workload) -> "Outcome":
         """Raises RuntimeError when a request did not get all its tokens."""
