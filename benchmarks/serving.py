@@ -10,7 +10,7 @@ the plugin and requests without guidance, `q` and `v20` guided requests (Q-type 
 `hf-q`, `hf-v20` and `hf-plain` the baselines of serving_speed/hf_system.py.
 
 Each system runs in a process of its own, idle while another runs, with --threads threads for everything. A round runs
-every system once on the same prompts; the first round is not counted. A ratio to plain is taken within a round.
+every system once on the same prompts, after a short one that isn't counted. A ratio to plain is taken within a round.
 Everything is sampled at temperature 1, nothing ends early, vLLM's prefix cache is off unless asked for, and its own
 compilation is on as by default unless --enforce-eager. Guided requests keep KL records and have them read, as the
 server does.
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 PLAIN = system("plain")
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK = 128
+WARM_UP_TOKENS = 8
 
 
 def integers(text: str) -> list[int]:
@@ -133,7 +134,7 @@ def make_products(pair: Pair, dtype: str, device: str) -> Any:
 
 def longest(arguments: argparse.Namespace) -> int:
     """Tokens of a whole sequence."""
-    return max(arguments.prompt) + arguments.new_tokens
+    return max(arguments.prompt) + max(arguments.new_tokens, WARM_UP_TOKENS)
 
 
 def engine_settings(
@@ -211,25 +212,28 @@ def products_seconds(process: SystemProcess, setting: Setting, one: System) -> f
     return float(first + (setting.new_tokens - 1) * later)
 
 
+def warm_up(arguments: argparse.Namespace, setting: Setting, processes: dict[str, SystemProcess]) -> None:
+    short = dataclasses.replace(setting, arrivals="together", requests=setting.concurrency, new_tokens=WARM_UP_TOKENS)
+    for one in arguments.systems:
+        processes[one.name].call("run", one, workload(arguments, short, -2, 0.0))
+
+
 def measure(
     arguments: argparse.Namespace, setting: Setting, processes: dict[str, SystemProcess], products: SystemProcess
 ) -> Cell:
-    """Rounds of every system in turn. The first, uncounted one compiles what is compiled late and fills caches."""
+    """Rounds of every system in turn, after a short one that compiles what is compiled late and isn't counted."""
+    warm_up(arguments, setting, processes)
     step_seconds = (
         plain_step_seconds(arguments, setting, processes["plain"]) if setting.arrivals == "staggered" else 0.0
     )
     outcomes: dict[str, list[Outcome]] = {one.name: [] for one in arguments.systems}
     floors: dict[str, list[float]] = {one.name: [] for one in arguments.systems if one.type}
-    for number in range(arguments.rounds + 1):
+    for number in range(arguments.rounds):
         work = workload(arguments, setting, number, step_seconds)
         for one in arguments.systems:
-            outcome = processes[one.name].call("run", one, work).check(work)
-            if number:
-                outcomes[one.name].append(outcome)
-        if number and setting.arrivals == "together":
-            for one in arguments.systems:
-                if one.type:
-                    floors[one.name].append(products_seconds(products, setting, one))
+            outcomes[one.name].append(processes[one.name].call("run", one, work).check(work))
+            if one.type and setting.arrivals == "together":
+                floors[one.name].append(products_seconds(products, setting, one))
     pair = PAIRS[arguments.shape]
     run = Run(setting.concurrency, setting.prompt, setting.new_tokens, NUMBER_BYTES[arguments.dtype])
     rows = []

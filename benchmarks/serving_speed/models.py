@@ -24,7 +24,7 @@ class ModelFiles:
 
 
 def llama_config(shape: DecoderShape, positions: int) -> LlamaConfig:
-    """The configuration without special tokens: nothing ends a response early."""
+    """For at least ``positions`` tokens, without special tokens: nothing ends a response early."""
     return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -33,7 +33,7 @@ def llama_config(shape: DecoderShape, positions: int) -> LlamaConfig:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_size,
-        max_position_embeddings=positions,
+        max_position_embeddings=max(positions, shape.positions),
         rope_parameters=dict(shape.rope),
         eos_token_id=None,
         bos_token_id=None,
@@ -74,4 +74,7 @@ def write_models(
             backbone = AutoModel.from_config(llama_config(pair.value, positions), dtype=torch_dtype)
             value_model = ValueModel.from_backbone(backbone, type, Bernoulli(), head_std=0.1)
         save_value_model(value_model, values[type], tokenizer)
+    if device != "cpu":
+        del backbone, value_model
+        torch.cuda.empty_cache()  # this process keeps nothing that the systems could use
     return ModelFiles(reference, values)

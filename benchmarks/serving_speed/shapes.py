@@ -6,7 +6,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """A Llama-like decoder: grouped-query attention, gated MLP, no biases."""
+    """A Llama-like decoder: grouped-query attention, gated MLP, no biases.
+
+    positions: that its rotation is made for; a run that needs more gets more.
+    """
 
     layers: int
     hidden: int
@@ -16,6 +19,7 @@ class DecoderShape:
     head_size: int
     vocab: int
     rope: tuple[tuple[str, Any], ...] = (("rope_type", "default"), ("rope_theta", 10_000.0))
+    positions: int = 0
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -71,7 +75,7 @@ PAIRS = {
     ),
     # meta-llama/Llama-3.1-8B and meta-llama/Llama-3.2-1B: the paper's largest pair. Parameters 1:7.2.
     "llama-3.1-8b+1b": Pair(
-        DecoderShape(32, 4096, 14336, 32, 8, 128, 128_256, _llama3_rope(8.0)),
-        DecoderShape(16, 2048, 8192, 32, 8, 64, 128_256, _llama3_rope(32.0)),
+        DecoderShape(32, 4096, 14336, 32, 8, 128, 128_256, _llama3_rope(8.0), 131_072),
+        DecoderShape(16, 2048, 8192, 32, 8, 64, 128_256, _llama3_rope(32.0), 131_072),
     ),
 }
