@@ -137,13 +137,15 @@ def draw(path: Path, cells: Sequence[Cell], title: str) -> None:
     import matplotlib.pyplot as plt
 
     prompts = sorted({cell.setting.prompt for cell in cells})
-    figure, axes = plt.subplots(len(prompts), 2, figsize=(11, 4.2 * len(prompts)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(prompts), 2, figsize=(12, 4.2 * len(prompts)), squeeze=False, layout="constrained")
     for (ratios, speeds), prompt in zip(axes, prompts, strict=True):
         mine = sorted((cell for cell in cells if cell.setting.prompt == prompt), key=lambda c: c.setting.concurrency)
         _draw_ratios(ratios, mine)
         _draw_speeds(speeds, mine)
         for axis in (ratios, speeds):
             axis.set_title(f"prompt of {prompt} tokens", fontsize=10)
+    # Both panels of a row have the same colours; inside a panel a legend would hide points.
+    figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -191,7 +193,6 @@ def _draw_ratios(axis: Any, cells: Sequence[Cell]) -> None:
     axis.set_yticks(ticks, map(str, ticks))
     axis.set_yticks([], minor=True)
     axis.set_ylabel("time / time of plain vLLM\n(bar: the value model's GEMMs alone)")
-    axis.legend(fontsize=8)
 
 
 def _draw_speeds(axis: Any, cells: Sequence[Cell]) -> None:
@@ -201,4 +202,3 @@ def _draw_speeds(axis: Any, cells: Sequence[Cell]) -> None:
         axis.plot(range(len(cells)), speeds, marker="o", label=system, color=f"C{number}")
     axis.set_ylim(bottom=0)
     axis.set_ylabel("tokens per second")
-    axis.legend(fontsize=8)
