@@ -1,5 +1,6 @@
 """The engine under test together with what the oracle needs to know of it."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,3 +96,13 @@ class Served:
         for tokens, kl, summary in zip(returned, kls, summaries, strict=True):
             assert summary["guided_tokens"] == (len(tokens) if limit is None else min(limit, len(tokens)))
             assert summary["kl"] == pytest.approx(kl, abs=1e-4, rel=1e-5)
+
+
+def await_preparation(served: Served, name: str, version: int) -> dict[str, str | None]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        status: dict[str, str | None] = served.rpc("qtilt_prepare_status", name, version)
+        if status["state"] != "loading":
+            return status
+        time.sleep(0.02)
+    raise TimeoutError(f"{name}@{version} is still loading")
