@@ -13,16 +13,22 @@ POLL_S = 0.001
 
 
 class Engine:
-    """Two ranks that answer each call with the next of the answers, the last one over and over; counts the calls."""
+    """Two ranks that answer each call with the next of the answers, the last one over and over."""
 
     errored = False
 
     def __init__(self, *answers: Sequence[Any] | Exception) -> None:
         self._answers = list(answers)
-        self.calls = 0
+        self._called = asyncio.Event()
+
+    async def is_asked(self, times: int) -> None:
+        """Until that many more calls have come."""
+        for _ in range(times):
+            self._called.clear()
+            await asyncio.wait_for(self._called.wait(), 10)
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-        self.calls += 1
+        self._called.set()
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         if isinstance(answer, Exception):
             raise answer
@@ -49,9 +55,7 @@ def test_a_failed_request_is_ended_once_and_the_others_are_watched_on() -> None:
         watch.add("a", ended)
         watch.add("b", other)
         await asyncio.wait_for(ended.happened.wait(), 10)
-        asked = engine.calls
-        while engine.calls < asked + 3:
-            await asyncio.sleep(POLL_S)
+        await engine.is_asked(times=3)
         watch.remove("a")
         watch.remove("b")
         assert ended.failures == [not_numbers()]
@@ -67,9 +71,7 @@ def test_nothing_is_asked_while_nothing_runs() -> None:
         watch = FailureWatch(GuidanceWorker(engine), POLL_S)
         for _ in range(2):
             watch.add("a", Ended())
-            asked = engine.calls
-            while engine.calls == asked:
-                await asyncio.sleep(POLL_S)
+            await engine.is_asked(times=1)
             watch.remove("a")
             others = asyncio.all_tasks() - {asyncio.current_task()}
             await asyncio.gather(*others)  # it ends by itself, and begins again with the next request
