@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qtilt.cpu_linear import float32_linears, onednn_linears
 from qtilt.device_copy import copy_to_device
 from qtilt.exactness import engine_attention, measure_geometry
 from qtilt.kv_cache import CacheGeometry, KVCache
@@ -79,6 +80,7 @@ class ValueEngine:
         self.cache = self._own_or_shared_cache({} if caches is None else caches, slots)
         self._mine: set[int] = set()
         self._prefixes = SharedPrefixes(self.cache.slots, max_length)
+        self._float32_linears = float32_linears(model.backbone)
         # A mask of four dimensions is passed through untouched: no mask is built and, in GPT-2, no ids are compared
         # with the padding token on the device.
         self._any_mask = torch.zeros(1, 1, 1, 1, device=self.cache.geometry.device)
@@ -242,7 +244,7 @@ class ValueEngine:
     def _forward(self, spans: Sequence[Span], last: LastTokens | None, candidates_BK: Tensor | None) -> Tensor:
         """One packed forward: hidden states ``[B·R, H]`` after each row's last token and candidates."""
         step = pack(self.cache, spans, last, candidates_BK)
-        with engine_attention(self.model.backbone):
+        with engine_attention(self.model.backbone), onednn_linears(self._float32_linears):
             outputs = self.model.backbone(
                 input_ids=step.input_ids_T.unsqueeze(0),
                 position_ids=step.position_ids_T.unsqueeze(0),
