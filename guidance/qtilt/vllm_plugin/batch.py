@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ class GuidedBatch:
             if row.failure is not None and row.ending_token is not None
         ]
         if failed:
-            indices_F, tokens_F = torch.tensor(failed, device=logits_BV.device).unbind(1)
+            indices_F, tokens_F = _to_device(failed, torch.int64, logits_BV.device).unbind(1)
             logits_BV[indices_F, tokens_F] = CERTAIN
 
 
@@ -184,13 +185,13 @@ def guide_rows(
     end their requests, in this same step and without the host knowing.
     """
     device = logits_BV.device
-    indices_G = torch.tensor(indices, device=device)
-    top_k_G = torch.tensor([row.params.top_k for row in rows], device=device)
-    inv_eta_G = torch.tensor([row.params.inv_eta for row in rows], dtype=torch.float64, device=device)
-    temperature_G = torch.tensor([row.temperature for row in rows], dtype=torch.float64, device=device)
-    ending_G = torch.tensor([NO_TOKEN if row.ending_token is None else row.ending_token for row in rows], device=device)
+    top_k = [row.params.top_k for row in rows]
+    endings = [NO_TOKEN if row.ending_token is None else row.ending_token for row in rows]
+    indices_G, top_k_G, ending_G = _to_device([indices, top_k, endings], torch.int64, device).unbind()
+    per_row = [[row.params.inv_eta for row in rows], [row.temperature for row in rows]]
+    inv_eta_G, temperature_G = _to_device(per_row, torch.float64, device).unbind()
     logits_GV = logits_BV[indices_G]
-    candidates = top_candidates(logits_GV, max(row.params.top_k for row in rows), version.scorable, top_k_G)
+    candidates = top_candidates(logits_GV, max(top_k), version.scorable, top_k_G)
     slots = [row.ready_slot() for row in rows]
     values_GKA = version.engine.value_logits(slots, [row.history for row in rows], candidates.token_ids_BK)
     offsets_GK = _offsets_by_method(version, rows, values_GKA, inv_eta_G)
@@ -215,6 +216,11 @@ def _end_unless(goes_on_G: Tensor, logits_GV: Tensor, ending_G: Tensor) -> Tenso
     return logits_GV.scatter_(-1, token_G1, logits_GV.gather(-1, token_G1).masked_fill_(ends_G1, CERTAIN))
 
 
+def _to_device(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on the device, without waiting for it."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def _offsets_by_method(
     version: ResidentVersion, rows: Sequence[GuidedRow], values_GKA: Tensor, inv_eta_G: Tensor
 ) -> Tensor:
@@ -226,6 +232,6 @@ def _offsets_by_method(
         return offsets(version.distribution, values_GKA, inv_eta_G, rows[0].params.method)
     offsets_GK = torch.empty(values_GKA.shape[:2], dtype=torch.float64, device=values_GKA.device)
     for method, positions in by_method.items():
-        of_method = torch.tensor(positions, device=values_GKA.device)
+        of_method = _to_device(positions, torch.int64, values_GKA.device)
         offsets_GK[of_method] = offsets(version.distribution, values_GKA[of_method], inv_eta_G[of_method], method)
     return offsets_GK
