@@ -11,9 +11,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from qtilt.device_copy import copy_to_device
 from qtilt.params import GuidanceParams
 from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers, of_exception
 from qtilt.vllm_plugin.finite_check import FiniteCheck
@@ -165,7 +167,8 @@ class GuidedBatch:
             if row.failure is not None and row.ending_token is not None
         ]
         if failed:
-            indices_F, tokens_F = torch.tensor(failed, device=logits_BV.device).unbind(1)
+            (failed_F2,) = copy_to_device(logits_BV.device, np.array(failed))
+            indices_F, tokens_F = failed_F2.unbind(1)
             logits_BV[indices_F, tokens_F] = CERTAIN
 
 
@@ -178,7 +181,7 @@ def guide_rows(
     """
     slots = [row.ready_slot() for row in rows]
     histories = [row.history for row in rows]
-    indices_G = torch.tensor(indices, device=logits_BV.device)
+    (indices_G,) = copy_to_device(logits_BV.device, np.array(indices))
     guided = guide_step(
         version,
         logits_BV[indices_G],
@@ -194,4 +197,5 @@ def guide_rows(
 
 def _settings(rows: Sequence[GuidedRow], device: torch.device) -> StepSettings:
     settings = [RowSettings.of(row.params, row.temperature, row.ending_token) for row in rows]
-    return StepSettings.of(torch.tensor(settings, dtype=torch.float64, device=device), (row.params for row in rows))
+    (rows_GS,) = copy_to_device(device, np.array(settings))
+    return StepSettings.of(rows_GS, (row.params for row in rows))
