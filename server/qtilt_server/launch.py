@@ -26,12 +26,9 @@ OTHER_PLUGIN_GROUPS = (
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
-    """Before vLLM is imported: choose the V1 model runner and let vLLM load our endpoints beside its other plugins."""
-    if environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
-        raise StartupError("guidance runs on vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER")
+    """Before vLLM is imported: let it load our endpoints beside its other plugins."""
     if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise StartupError("guidance needs vLLM's Python API server: unset VLLM_USE_RUST_FRONTEND")
-    environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     environ["VLLM_PLUGINS"] = ",".join(_allowed_plugins(environ.get("VLLM_PLUGINS")))
 
 
@@ -53,16 +50,13 @@ def launch(argv: list[str]) -> None:
         raise StartupError(str(error)) from error
     add_guidance(args, flags)
     _check_against_model(args, flags)
+    _refuse_speculation_on_v1(args)
     command.cmd(args)
 
 
 def refuse_unsupported(args: argparse.Namespace) -> None:
     """Raise StartupError for flags of vLLM that guidance can't work with."""
-    speculative = (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)
     reasons = {
-        "speculative decoding drafts tokens without guidance: remove --speculative-config and --spec-*": any(
-            value is not None for value in speculative
-        ),
         "guidance keeps its state in one API process: remove --api-server-count": (args.api_server_count or 1) != 1,
         "guidance is not available with data parallelism: remove the --data-parallel-* flags": args.data_parallel_size
         != 1
@@ -144,3 +138,20 @@ def _check_against_model(args: argparse.Namespace, flags: GuidanceFlags) -> None
         raise StartupError(f"{args.model}: guidance steers generation and this is a {model_config.runner_type} model")
     check_value_models(flags.value_models, reference)
     try_value_models(flags.value_models, reference.max_model_len)
+
+
+def _refuse_speculation_on_v1(args: argparse.Namespace) -> None:
+    """Only Model Runner V2 tells a processor of drafts; which runner vLLM takes depends on all of its settings."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    if all(given is None for given in (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)):
+        return
+    try:
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    except (OSError, ValueError) as error:
+        raise StartupError(str(error)) from error
+    if not config.use_v2_model_runner:
+        raise StartupError(
+            "guidance needs vLLM's Model Runner V2 for speculative decoding, and vLLM takes V1 on this machine or with "
+            "these settings: remove --speculative-config and --spec-*"
+        )

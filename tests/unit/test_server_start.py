@@ -90,7 +90,6 @@ def test_vllm_keeps_its_other_plugins() -> None:
     prepare_environment(environ)
     plugins = environ["VLLM_PLUGINS"].split(",")
     assert {"lora_filesystem_resolver", "lora_hf_hub_resolver", "qtilt"} <= set(plugins)
-    assert environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
 
 
 @pytest.mark.parametrize(("given", "expected"), [("a,b", "a,b,qtilt"), ("qtilt", "qtilt"), ("", ",qtilt")])
@@ -100,17 +99,12 @@ def test_a_list_of_plugins_is_extended(given: str, expected: str) -> None:
     assert environ["VLLM_PLUGINS"] == expected
 
 
-@pytest.mark.parametrize("variable", ["VLLM_USE_V2_MODEL_RUNNER", "VLLM_USE_RUST_FRONTEND"])
-def test_an_environment_that_excludes_guidance_is_refused(variable: str) -> None:
-    with pytest.raises(StartupError, match=variable):
-        prepare_environment({variable: "1"})
+def test_an_environment_that_excludes_guidance_is_refused() -> None:
+    with pytest.raises(StartupError, match="VLLM_USE_RUST_FRONTEND"):
+        prepare_environment({"VLLM_USE_RUST_FRONTEND": "1"})
 
 
 VLLM_DEFAULTS: dict[str, Any] = {
-    "speculative_config": None,
-    "spec_method": None,
-    "spec_model": None,
-    "spec_tokens": None,
     "api_server_count": None,
     "data_parallel_size": 1,
     "data_parallel_rank": None,
@@ -127,8 +121,6 @@ VLLM_DEFAULTS: dict[str, Any] = {
 @pytest.mark.parametrize(
     "given",
     [
-        {"speculative_config": {"method": "ngram"}},
-        {"spec_model": "draft"},
         {"api_server_count": 2},
         {"data_parallel_size": 2},
         {"data_parallel_rank": 0},
