@@ -52,8 +52,9 @@ class ValueEngine:
 
     All memory that stays is allocated here. ``caches`` are those of other engines by geometry: one for models of this
     geometry (two versions of one model) is used, its slots shared out between both engines; otherwise the new cache is
-    added. ``max_new_tokens`` bounds the new tokens of one forward, and with it the memory a step needs for a long
-    catch-up, which then takes several forwards.
+    added. ``kv_fraction`` is the part of the worst case's memory that a new cache gets: histories that it can't hold
+    together are computed in turn, and what was dropped is computed again. ``max_new_tokens`` bounds the new tokens of
+    one forward, and with it the memory a step needs for a long catch-up, which then takes several forwards.
 
     Raises ValueError for a backbone the engine is not exact on, positions that don't cover ``max_length``, or a shared
     cache that is too small.
@@ -66,6 +67,7 @@ class ValueEngine:
         max_length: int,
         caches: MutableMapping[CacheGeometry, KVCache] | None = None,
         max_new_tokens: int = 8192,
+        kv_fraction: float = 1.0,
     ) -> None:
         if max_length > model.max_positions:
             raise ValueError(
@@ -77,7 +79,7 @@ class ValueEngine:
         self.model = model.eval()
         self.max_length = max_length
         self.max_new_tokens = max_new_tokens
-        self.cache = self._own_or_shared_cache({} if caches is None else caches, slots)
+        self.cache = self._own_or_shared_cache({} if caches is None else caches, slots, kv_fraction)
         self._mine: set[int] = set()
         self._prefixes = SharedPrefixes(self.cache.slots, max_length)
         self._float32_linears = float32_linears(model.backbone)
@@ -85,11 +87,13 @@ class ValueEngine:
         # with the padding token on the device.
         self._any_mask = torch.zeros(1, 1, 1, 1, device=self.cache.geometry.device)
 
-    def _own_or_shared_cache(self, caches: MutableMapping[CacheGeometry, KVCache], slots: int) -> KVCache:
+    def _own_or_shared_cache(
+        self, caches: MutableMapping[CacheGeometry, KVCache], slots: int, fraction: float
+    ) -> KVCache:
         geometry = measure_geometry(self.model.backbone, self.max_length)
         cache = caches.get(geometry)
         if cache is None:
-            cache = caches[geometry] = KVCache(geometry, slots, self.max_length)
+            cache = caches[geometry] = KVCache(geometry, slots, self.max_length, fraction)
         elif cache.slots < slots or cache.max_length < self.max_length:
             raise ValueError(
                 f"the shared cache is {cache.slots} slots × {cache.max_length} tokens, the value model needs {slots} × "
@@ -141,10 +145,28 @@ class ValueEngine:
             )
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots {list(slots)} are not distinct")
-        rows = [self._row(slot, history) for slot, history in zip(slots, histories, strict=True)]
-        if not rows:
+        if not slots:
             shape = (0, candidates_BK.shape[1], self.model.distribution.num_logits)
             return torch.zeros(shape, dtype=torch.float32, device=candidates_BK.device)
+        parts = [
+            self._held_together(slots[part], histories[part], candidates_BK[part])
+            for part in self.parts([len(history) for history in histories])
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def parts(self, lengths: Sequence[int]) -> list[slice]:
+        """Cuts rows with histories of these lengths, in order, into as few parts as the cache holds one at a time."""
+        cuts, first = [], 0
+        for row in range(1, len(lengths)):
+            if not self.cache.fits(lengths[first : row + 1]):
+                cuts.append(slice(first, row))
+                first = row
+        return [*cuts, slice(first, len(lengths))]
+
+    def _held_together(self, slots: Sequence[int], histories: Sequence[Sequence[int]], candidates_BK: Tensor) -> Tensor:
+        """:meth:`value_logits` of histories that the cache can hold together."""
+        rows = [self._row(slot, history) for slot, history in zip(slots, histories, strict=True)]
+        self.cache.make_room({row.slot: row.length for row in rows})
         for row in rows:
             self._prefixes.note(row.slot, row.start, row.new_token_ids)
         self._share_prefixes(rows)

@@ -167,10 +167,11 @@ def _tail_rows(cache: KVCache, last: LastTokens) -> list[TailRows]:
     """How the tails are divided into attention calls.
 
     On CPUs copying keys costs more than attending to them, so rows are taken together only where their slots are
-    neighbours and their lengths similar, and the cache is read in place. Elsewhere one call reads a copy of all rows.
+    neighbours and their lengths similar, and the cache is read in place. Elsewhere, and where slots are in many pages,
+    one call reads a copy of all rows.
     """
     lengths_B = last.positions_B + 1
-    if cache.geometry.device.type != "cpu":
+    if cache.geometry.device.type != "cpu" or not cache.pages.in_one_piece:
         everything = slice(0, len(lengths_B))
         return [TailRows(everything, last.slots_B, last.longest, prefix_mask(lengths_B, last.longest, cache))]
     slots, lengths = last.slots_B.tolist(), lengths_B.tolist()

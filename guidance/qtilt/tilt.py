@@ -58,7 +58,7 @@ def cd_offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: 
 
 # Mass that a float32 softmax can't tell from none. No offset is below the floor, so the guided mass of what isn't a
 # candidate is below it too.
-ROUNDING = 1e-6
+_ROUNDING = 1e-6
 
 OFFSETS = {"qsharp": qsharp_offsets, "cd": cd_offsets}
 
@@ -119,7 +119,7 @@ def kl_divergence(
     log_mass_BK = scaled_BV.log_softmax(-1).gather(-1, candidates.token_ids_BK).double()
     log_mass_BK = log_mass_BK.masked_fill(~candidates.valid_BK, -torch.inf)
     rest_B1 = 1 - log_mass_BK.exp().sum(-1, keepdim=True)
-    log_rest_B1 = rest_B1.masked_fill(rest_B1 < ROUNDING, 0.0).log()
+    log_rest_B1 = rest_B1.masked_fill(rest_B1 < _ROUNDING, 0.0).log()
     offsets_BM = torch.cat([offsets_BK, floor_B1], dim=-1)
     log_weight_BM = torch.cat([log_mass_BK, log_rest_B1], dim=-1) + offsets_BM
     log_z_B1 = log_weight_BM.logsumexp(-1, keepdim=True)

@@ -85,6 +85,7 @@ def add_guidance(args: argparse.Namespace, flags: GuidanceFlags) -> None:
         value_models={name: str(directory) for name, directory in flags.value_models.items()},
         max_top_k=flags.max_top_k,
         value_dtype=flags.value_dtype,
+        kv_fraction=flags.kv_fraction,
     )
     args.logits_processors = [*(args.logits_processors or []), PROCESSOR]
     args.worker_extension_cls = WORKER_EXTENSION

@@ -64,6 +64,17 @@ def test_preemption_and_resumption(served: Served, value_model: str) -> None:
         served.check(answer)
 
 
+def test_histories_that_a_small_value_cache_drops_are_computed_again(served: Served) -> None:
+    before = served.dropped()
+    asks = [
+        Ask(prompt(30 + 6 * index, seed=120 + index), served.guide("v-bernoulli"), max_tokens=20, arrives=index // 2)
+        for index in range(6)
+    ]
+    for answer in drive(served.engine, asks):
+        served.check(answer)
+    assert (served.dropped() > before) == (served.kv_fraction < 1)
+
+
 def test_prefix_cache_hits(served: Served) -> None:
     shared = prompt(48, seed=30)
     first = Ask([*shared, 1, 2, 3], served.guide("v-bernoulli"), max_tokens=4)

@@ -10,14 +10,18 @@ from guided_vllm.tiny_models import VALUE_MODELS, make_reference, make_value_mod
 from qtilt.vllm_plugin.config import PROCESSOR, WORKER_EXTENSION, PluginConfig
 
 
-def start(models: Path, processors: tuple[Any, ...] = (), **more: Any) -> Served:
+def start(models: Path, processors: tuple[Any, ...] = (), kv_fraction: float = 1.0, **more: Any) -> Served:
     """processors: further logits processors, after ours. more: further engine arguments."""
     reference = make_reference(models / "reference")
     directories = {
         (name, 1): make_value_model(models / name, *parts, seed=seed)
         for seed, (name, parts) in enumerate(VALUE_MODELS.items(), start=1)
     }
-    plugin = PluginConfig(value_models={name: str(path) for (name, _), path in directories.items()}, max_top_k=128)
+    plugin = PluginConfig(
+        value_models={name: str(path) for (name, _), path in directories.items()},
+        max_top_k=128,
+        kv_fraction=kv_fraction,
+    )
     engine = tight_engine.start(
         reference,
         logits_processors=[PROCESSOR, *processors],
@@ -25,7 +29,7 @@ def start(models: Path, processors: tuple[Any, ...] = (), **more: Any) -> Served
         additional_config={"qtilt": plugin.to_dict()},
         **more,
     )
-    return Served(engine, reference, directories)
+    return Served(engine, reference, directories, kv_fraction=kv_fraction)
 
 
 def assert_nothing_leaks(served: Served) -> Iterator[None]:

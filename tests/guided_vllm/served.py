@@ -32,12 +32,17 @@ class Served:
     directories: dict[tuple[str, int], Path]
     max_seqs: int = 8
     penalties_first: bool = False
+    kv_fraction: float = 1.0
     scorable: int = TOKENS
 
     @property
     def speculates(self) -> bool:
         """Whether vLLM drafts tokens. It then refuses ``min_p`` and ``logit_bias``."""
         return self.engine.vllm_config.speculative_config is not None
+
+    def dropped(self) -> int:
+        """How many histories value caches have dropped to make room."""
+        return sum(version["dropped"] for version in self.rpc("qtilt_describe")["value_models"])
 
     def rpc(self, method: str, *args: Any) -> Any:
         """One worker's answer, as the server asks it."""

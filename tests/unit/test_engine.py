@@ -1,5 +1,7 @@
 """The value engine against plain Hugging Face forwards, whatever the histories do between steps."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -94,8 +96,8 @@ def test_what_a_broken_history_leaves_in_a_slot_reaches_nobody(type: str):
     run = Histories(make_value_model("llama-gqa", type))
     long, short = run.start(20, 3)
     run.check(long, short)
-    run.engine.cache.keys_LSGPD[:, short, :, 2] = torch.nan
-    run.engine.cache.values_LSGPD[:, short, :, 2] = torch.nan
+    run.engine.cache.keys_LNGPD[:, short, :, 2] = torch.nan
+    run.engine.cache.values_LNGPD[:, short, :, 2] = torch.nan
     run.stop(short)
     run.start(1)
     run.check(long, *(slot for slot in run.tokens if slot != long))
@@ -140,6 +142,53 @@ def test_two_models_share_one_cache_and_a_swap_recomputes_nothing(type: str):
 def test_random_histories_stay_exact(family: str, type: str):
     run = Histories(make_value_model(family, type, "categorical"), max_new_tokens=24, seed=5)
     run.wander(steps=40)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.6])
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+def test_random_histories_stay_exact_with_less_memory_than_they_need(family: str, type: str, fraction: float):
+    summed_in_other_parts = {"atol": 5e-5, "rtol": 1e-5}
+    run = Histories(
+        make_value_model(family, type, "categorical"),
+        max_new_tokens=24,
+        seed=5,
+        exact=summed_in_other_parts,
+        kv_fraction=fraction,
+    )
+    run.wander(steps=40)
+    for slot in list(run.tokens):
+        run.stop(slot)
+    pages = run.engine.cache.pages
+    assert pages.free == pages.total == max(pages.per_slot, math.ceil(fraction * 6 * pages.per_slot))
+    assert not run.engine.cache.keys_LNGPD[:, :-1].any()
+
+
+def test_what_was_used_least_recently_is_dropped_and_computed_again(histories: Histories):
+    run = Histories(histories.model, slots=3, kv_fraction=2 / 3)
+    assert run.engine.cache.pages.total == 6
+    first, second, third = slots = run.start(50, 60, 40)
+    for slot in slots:
+        run.check(slot)
+    assert run.engine.cache.pages.free == 0
+    run.grow(third, 30)  # a third page
+    run.check(third)
+    assert [run.engine.covered(slot) for slot in slots] == [0, 60, 70]
+    run.check(second)
+    run.check(first)
+    assert [run.engine.covered(slot) for slot in slots] == [50, 60, 0]
+    run.check(*slots)
+
+
+def test_two_models_that_share_a_small_cache_drop_each_others_histories(type: str):
+    old = Histories(make_value_model("qwen3", type, seed=0), kv_fraction=0.3)
+    new = Histories(make_value_model("qwen3", type, seed=1), seed=1)
+    new.engine = ValueEngine(new.model, 6, POSITIONS - 1, caches={old.engine.cache.geometry: old.engine.cache})
+    ours, theirs = old.start(60, 60), new.start(50, 40)
+    for _ in range(3):
+        old.check(*ours)
+        new.check(*theirs)
+        for slot in ours:
+            old.grow(slot, 1)
 
 
 def test_the_attention_of_devices_without_a_kernel_is_exact_too(type: str, monkeypatch: pytest.MonkeyPatch):
@@ -220,9 +269,9 @@ def test_candidates_are_never_cached():
     run = Histories(make_value_model("gpt2", "v"))
     first, second = run.start(6, 9)
     run.check(first, second, columns=20)
-    assert run.engine.cache.keys_LSGPD[:, first, :, 5].all()
-    assert not run.engine.cache.keys_LSGPD[:, first, :, 6:].any()
-    assert not run.engine.cache.keys_LSGPD[:, second, :, 9:].any()
+    assert run.engine.cache.keys_LNGPD[:, first, :, 5].all()
+    assert not run.engine.cache.keys_LNGPD[:, first, :, 6:].any()
+    assert not run.engine.cache.keys_LNGPD[:, second, :, 9:].any()
 
 
 def test_an_empty_history_is_refused(histories: Histories):

@@ -120,7 +120,7 @@ def test_the_cache_has_the_shape_the_backbone_asks_for(family: str):
     attention = model.backbone.config
     kv_heads = getattr(attention, "num_key_value_heads", attention.num_attention_heads)
     head_size = getattr(attention, "head_dim", attention.hidden_size // attention.num_attention_heads)
-    assert engine.cache.keys_LSGPD.shape == engine.cache.values_LSGPD.shape == (3, 3, kv_heads, 40, head_size)
+    assert engine.cache.keys_LNGPD.shape == engine.cache.values_LNGPD.shape == (3, 3 + 1, kv_heads, 40, head_size)
 
 
 def test_positions_must_cover_the_longest_history():
@@ -149,7 +149,7 @@ def test_an_empty_cache_is_refused(size: dict[str, int]):
 
 def test_a_cache_beyond_all_memory_says_what_to_change():
     geometry = measure_geometry(make_backbone(CONFIGS["llama"]), 4)
-    with pytest.raises(ValueError, match=r"1048576 sequences × 1048576 tokens needs 786,432\.0 GiB.*--max-num-seqs"):
+    with pytest.raises(ValueError, match=r"1048576 sequences × 1048576 tokens needs 786,432.8 GiB.*--max-num-seqs"):
         KVCache(geometry, 2**20, 2**20)
 
 

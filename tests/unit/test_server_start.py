@@ -148,7 +148,12 @@ def test_the_users_own_settings_are_kept(directory: Path) -> None:
     assert args.worker_extension_cls == WORKER_EXTENSION
     assert args.additional_config == {
         "mine": 1,
-        "qtilt": {"value_models": {"value": str(directory)}, "max_top_k": 32, "value_dtype": "auto"},
+        "qtilt": {
+            "value_models": {"value": str(directory)},
+            "max_top_k": 32,
+            "value_dtype": "auto",
+            "kv_fraction": 1.0,
+        },
     }
 
 

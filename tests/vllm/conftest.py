@@ -1,7 +1,7 @@
 """One engine at a time for all tests of this folder: everything vLLM does to a batch happens in it.
 
 All run twice: with steps one after the other, as on CPUs, and with async scheduling, as on GPUs by default, where a
-step is scheduled before the tokens of the one before are known.
+step is scheduled before the tokens of the one before are known; then with little memory for the value caches, too.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def served(models: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "async":
             allow_async_scheduling(patch)
-        served = guided_engine.start(models / request.param)
+        served = guided_engine.start(models / request.param, kv_fraction=0.3 if request.param == "async" else 1.0)
     assert tight_engine.schedules_asynchronously(served.engine) == (request.param == "async")
     yield served
     served.engine.engine_core.shutdown()

@@ -1,6 +1,6 @@
 """One engine at a time with Model Runner V2, in which everything vLLM does to a batch happens.
 
-All tests that take it run twice: plain, and with n-gram speculative decoding. Both with async scheduling, as on GPUs
+All tests that take it run twice: plain, and with n-gram speculative decoding and little memory for the value caches. Both with async scheduling, as on GPUs
 by default. This folder's tests run in a process of their own: see own_process and vllm_on_cpu.
 """
 
@@ -31,7 +31,12 @@ ENGINES: dict[str, dict[str, Any]] = {
 def served(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
         allow_async_scheduling(patch)
-        served = guided_engine.start(tmp_path_factory.mktemp("models"), (Watcher,), **ENGINES[request.param])
+        served = guided_engine.start(
+            tmp_path_factory.mktemp("models"),
+            (Watcher,),
+            kv_fraction=0.3 if request.param == "ngram" else 1.0,
+            **ENGINES[request.param],
+        )
     assert tight_engine.schedules_asynchronously(served.engine)
     assert served.engine.vllm_config.use_v2_model_runner
     served.penalties_first = True

@@ -73,13 +73,22 @@ class GuidanceProcessor(v1.LogitsProcessor, v2.LogitsProcessor):
             device = device_or_requests.device
             self._requests = device_or_requests
             self.batch, self.records = GuidedSlots(device_or_requests), StayLog()
-            slots = device_or_requests.max_num_reqs + 1
+            slots = device_or_requests.max_num_reqs
         _refuse_what_is_not_exact(vllm_config, speculates=isinstance(self.batch, GuidedSlots))
         settings = _engine_settings(vllm_config, self.config, device, slots)
         self.residents = Residents(_reference(vllm_config), settings)
         for name, path in self.config.value_models.items():
-            for warning in self.residents.load_at_start(name, path).warnings:
+            version = self.residents.load_at_start(name, path)
+            for warning in version.warnings:
                 logger.warning(warning)
+            logger.info(
+                "value cache of %s: %.2f GiB, %s of what %d sequences of %d tokens need (--guidance-kv-fraction)",
+                version.label,
+                version.engine.cache.gib,
+                format(self.config.kv_fraction, ".4g"),
+                slots,
+                settings.max_length,
+            )
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -234,4 +243,5 @@ def _engine_settings(vllm_config: VllmConfig, config: PluginConfig, device: torc
         max_length=vllm_config.model_config.max_model_len,
         dtype=dtype,
         device=device,
+        kv_fraction=config.kv_fraction,
     )

@@ -24,12 +24,16 @@ VersionKey = tuple[str, int]
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """slots: most requests in one batch. max_length: longest sequence, in tokens. dtype: of weights and caches."""
+    """slots: most requests in one batch. max_length: longest sequence, in tokens. dtype: of weights and caches.
+
+    kv_fraction: memory of a cache, as a fraction of what ``slots`` sequences of ``max_length`` need.
+    """
 
     slots: int
     max_length: int
     dtype: torch.dtype
     device: torch.device
+    kv_fraction: float = 1.0
 
 
 @dataclass(eq=False)
@@ -67,6 +71,8 @@ class ResidentVersion:
             "warnings": self.warnings,
             "rows": self.rows,
             "free_slots": self.engine.cache.free_slots,
+            "cache_gib": self.engine.cache.gib,
+            "dropped": self.engine.cache.dropped,
         }
 
 
@@ -150,7 +156,8 @@ class Residents:
         manifest = read_manifest(path)
         warnings = check_fits_reference(manifest, path, self._reference)
         model = load_value_model(path, self._settings.dtype, self._settings.device)
-        engine = ValueEngine(model, self._settings.slots, self._settings.max_length, self._caches)
+        settings = self._settings
+        engine = ValueEngine(model, settings.slots, settings.max_length, self._caches, kv_fraction=settings.kv_fraction)
         if self._settings.device.type == "cuda":
             # Steps run on another stream than this thread: for them too, all must be in place.
             torch.cuda.synchronize(self._settings.device)

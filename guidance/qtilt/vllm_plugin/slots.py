@@ -44,9 +44,8 @@ logger = logging.getLogger("vllm.qtilt.slots")  # vLLM configures the loggers be
 class SlotRequest:
     """The guided request in a slot.
 
-    prefill_len: tokens fed before the first is drawn, the earlier output of a resumed request included. covered: how
-    many of them the value cache holds. steps: how many have drawn a token for it in this stay; each has drawn one at
-    least. failure: why this request isn't guided any more.
+    prefill_len: tokens fed before the first is drawn, the earlier output of a resumed request included. steps: how many
+    have drawn a token for it in this stay; each has drawn one at least. failure: why it isn't guided any more.
     """
 
     slot: int
@@ -55,7 +54,6 @@ class SlotRequest:
     stay: Stay
     prompt_len: int
     prefill_len: int
-    covered: int = 0
     steps: int = 0
     failure: GuidanceFailure | None = None
 
@@ -101,7 +99,6 @@ class GuidedSlots:
 
     def __init__(self, requests: "LogitsProcRequestState") -> None:
         self._requests = requests
-        self._nobodys = requests.max_num_reqs
         self._in_slot: dict[int, SlotRequest] = {}
         self._staged_SC = np.zeros((requests.max_num_reqs + 1, len(RowSettings._fields) + 1))
         self._settings_SC, self._is_staged = torch.empty(0), True
@@ -169,31 +166,47 @@ class GuidedSlots:
     ) -> None:
         """One version's rows. This is the edge that no error of value code crosses; it leaves the logits untouched."""
         try:
-            spans = self._catch_up(seats)
-            drawing = [seat for seat in seats if not seat.is_prefilling]
-            if sum(len(span.token_ids_C) for span in spans) > version.engine.max_new_tokens or not drawing:
-                version.engine.extend(spans)
-                spans = []
-            if drawing:
-                self._guide_rows(version, drawing, spans, logits_RV, context)
+            for part in version.engine.parts([seat.length for seat in seats]):
+                self._guide_held_together(version, seats[part], logits_RV, context)
         except Exception as error:
             logger.exception("guidance failed in value model %s: %d request(s) end", version.label, len(seats))
             for seat in seats:
                 seat.request.fail(of_exception(error))
 
-    def _catch_up(self, seats: Sequence[Seat]) -> list[Span]:
-        """What the value caches lack of the prefills, without the last token of a finished one: that is a row."""
-        spans = []
-        for seat in seats:
-            request = seat.request
-            end = seat.length if seat.is_prefilling else request.prefill_len - 1
-            if request.covered < end:
-                tokens_C = self._requests.all_token_ids.gpu[request.slot, request.covered : end]
-                last_row = request.version.manifest.vocab_size - 1
-                spans.append(Span(request.slot, request.covered, tokens_C.long().clamp(max=last_row)))
-                request.covered = end
-            request.version.engine.cache.reserve(request.slot, seat.length)
-        return spans
+    def _guide_held_together(
+        self, version: ResidentVersion, seats: Sequence[Seat], logits_RV: Tensor, context: "LogitsContext"
+    ) -> None:
+        """Rows whose histories the value cache can hold together."""
+        version.engine.cache.make_room({seat.request.slot: seat.length for seat in seats})
+        is_exact = len(logits_RV) == len(context.idx_mapping_np)
+        spans = [span for seat in seats if (span := self._catch_up(seat, is_exact)) is not None]
+        drawing = [seat for seat in seats if not seat.is_prefilling]
+        if sum(len(span.token_ids_C) for span in spans) > version.engine.max_new_tokens or not drawing:
+            version.engine.extend(spans)
+            spans = []
+        if drawing:
+            self._guide_rows(version, drawing, spans, logits_RV, context)
+
+    def _catch_up(self, seat: Seat, is_exact: bool) -> Span | None:
+        """What the value cache lacks of the history, without the last token of one that draws: that is a row.
+
+        During the prefill that is vLLM's chunk, and all of it when vLLM took the beginning from its own cache. Later it
+        is nothing, or everything if the cache had to drop it. is_exact: whether ``seat.length`` is.
+        """
+        request, cache = seat.request, seat.request.version.engine.cache
+        cache.rewind(request.slot, min(cache.covered(request.slot), seat.length))
+        covered = cache.covered(request.slot)
+        end = seat.length if seat.is_prefilling else seat.length - 1
+        if request.steps and covered == 0 and not is_exact:
+            end = int(self._requests.total_len.gpu[request.slot]) - 1  # waits for the device, at a drop only
+        cache.reserve(request.slot, seat.length)
+        cache.advance(request.slot, seat.length)
+        # Once it draws, a slot that holds anything holds all: with speculation, up to a length known to the device.
+        if covered >= end or (request.steps and covered):
+            return None
+        last_row = request.version.manifest.vocab_size - 1
+        tokens_C = self._requests.all_token_ids.gpu[request.slot, covered:end].long().clamp(max=last_row)
+        return Span(request.slot, covered, tokens_C)
 
     def _guide_rows(
         self,
@@ -213,7 +226,7 @@ class GuidedSlots:
         else:
             positions_G, tokens_G, logits_GV = context.pos, context.input_ids, logits_RV
             mine_G = torch.isin(context.expanded_idx_mapping, slots_G)
-            slots_G = context.expanded_idx_mapping.long().where(mine_G, self._nobodys)
+            slots_G = context.expanded_idx_mapping.long().where(mine_G, version.engine.cache.nobodys)
         settings_GC = self._settings_SC[slots_G]
         last = LastTokens(
             slots_G,
