@@ -34,8 +34,8 @@ class Pages:
     """Which pages hold which slot's positions.
 
     With memory for the longest history in every slot (``fraction`` 1) each slot has one page of its own, and its
-    positions lie in one piece. With less, pages of ``PAGE_TOKENS`` go to slots as their histories grow. The last slot
-    has a single page, whatever the position.
+    positions lie in one piece. With less, pages of ``PAGE_TOKENS`` go to slots as their histories grow; where a slot
+    has none, it reads from one that is never written. The last slot has a single page, whatever the position.
     """
 
     def __init__(self, slots: int, max_length: int, fraction: float, device: torch.device) -> None:
@@ -46,10 +46,10 @@ class Pages:
         self.total = slots if self.in_one_piece else max(math.ceil(fraction * slots * self.per_slot), self.per_slot)
         self._of_slot: list[list[int]] = [[slot] if self.in_one_piece else [] for slot in range(slots)]
         self._free = [] if self.in_one_piece else list(range(self.total))
-        self.table_SM = torch.zeros(slots + 1, self.per_slot, dtype=torch.int64, device=device)
-        self.table_SM[slots] = self.total
-        if self.in_one_piece:
-            self.table_SM[:, 0] = torch.arange(slots + 1, device=device)
+        nobodys, self._empty = self.total, self.total + 1
+        self.allocated = self.total + (1 if self.in_one_piece else 2)
+        self.table_SM = torch.full((slots + 1, self.per_slot), self._empty, device=device)
+        self.table_SM[slots] = nobodys
 
     @property
     def free(self) -> int:
@@ -84,6 +84,7 @@ class Pages:
         if not self.in_one_piece:
             self._free += self._of_slot[slot][kept:]
             del self._of_slot[slot][kept:]
+            self.table_SM[slot, kept:] = self._empty
 
 
 class KVCache:
@@ -105,7 +106,7 @@ class KVCache:
         self.slots = self.nobodys = slots
         self.max_length = max_length
         self.pages = Pages(slots, max_length, fraction, geometry.device)
-        shape = (geometry.layers, self.pages.total + 1, geometry.kv_heads, self.pages.size, geometry.head_size)
+        shape = (geometry.layers, self.pages.allocated, geometry.kv_heads, self.pages.size, geometry.head_size)
         self.gib = 2 * math.prod(shape) * geometry.dtype.itemsize / 2**30
         try:
             self.keys_LNGPD = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)

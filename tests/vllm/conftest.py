@@ -24,7 +24,7 @@ def served(models: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "async":
             allow_async_scheduling(patch)
-        served = guided_engine.start(models / request.param, kv_fraction=0.3 if request.param == "async" else 1.0)
+        served = guided_engine.start(models / request.param, kv_fraction=0.2 if request.param == "async" else 1.0)
     assert tight_engine.schedules_asynchronously(served.engine) == (request.param == "async")
     yield served
     served.engine.engine_core.shutdown()

@@ -1,7 +1,8 @@
 """One engine at a time with Model Runner V2, in which everything vLLM does to a batch happens.
 
-All tests that take it run twice: plain, and with n-gram speculative decoding and little memory for the value caches. Both with async scheduling, as on GPUs
-by default. This folder's tests run in a process of their own: see own_process and vllm_on_cpu.
+All tests that take it run twice: plain, and with n-gram speculative decoding and little memory for the value caches.
+Both with async scheduling, as on GPUs by default. This folder's tests run in a process of their own: see own_process
+and vllm_on_cpu.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         served = guided_engine.start(
             tmp_path_factory.mktemp("models"),
             (Watcher,),
-            kv_fraction=0.3 if request.param == "ngram" else 1.0,
+            kv_fraction=0.2 if request.param == "ngram" else 1.0,
             **ENGINES[request.param],
         )
     assert tight_engine.schedules_asynchronously(served.engine)
