@@ -263,7 +263,9 @@ def test_masks_come_first(served: Served, watcher: Watcher) -> None:
     drive(served.engine, asks)
     for name, start, later in (("grammar", {1, 2, 3, 4}, {1, 2, 3, 4}), ("words", {1, 2}, {1, 2, 7, 8})):
         (stay,) = watcher.of(name)
-        for row in (row for visit in stay.visits for row in visit.rows if row.draft == 0):
+        # A step after the last token may have been scheduled already, and has no grammar any more.
+        drawing = (row for visit in stay.visits for row in visit.rows if row.position < 9 - 1 + 6)
+        for row in (row for row in drawing if row.draft == 0):
             finite = torch.isfinite(row.logits).nonzero().flatten().tolist()
             assert set(finite) == (start if row.position < 9 - 1 + 4 else later)
 
