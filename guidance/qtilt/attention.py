@@ -106,10 +106,10 @@ def attend_span(
     )
 
 
-def merge_own(
+def merge_own_(
     out_HD: Tensor, lse_H: Tensor, query_HD: Tensor, key_GD: Tensor, value_GD: Tensor, scaling: float
-) -> Tensor:
-    """Add each token's own key and value to its attention over a prefix: ``out + (v_self − out)·σ(s_self − lse)``.
+) -> None:
+    """Add each token's own key and value, in place, to its attention over a prefix: ``(v_self − out)·σ(s_self − lse)``.
 
     Shapes are those of one token, any others may come before them. Exact: the softmax over prefix and self gives self
     the weight e^s / (e^lse + e^s). Computed in float32.
@@ -119,4 +119,7 @@ def merge_own(
         key_GD, value_GD = key_GD.repeat_interleave(groups, -2), value_GD.repeat_interleave(groups, -2)
     own_H = (query_HD.float() * key_GD.float()).sum(-1) * scaling
     weight_H1 = (own_H - lse_H).sigmoid().unsqueeze(-1)
-    return torch.lerp(out_HD.float(), value_GD.float(), weight_H1).to(out_HD.dtype)
+    if out_HD.dtype == torch.float32:
+        out_HD.lerp_(value_GD, weight_H1)
+    else:
+        out_HD.copy_(torch.lerp(out_HD.float(), value_GD.float(), weight_H1))

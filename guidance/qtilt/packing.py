@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtilt.attention import attend_prefix, attend_span, merge_own
+from qtilt.attention import attend_prefix, attend_span, merge_own_
 from qtilt.kv_cache import KVCache
 
 # Idle key/value elements of a layer that are read as fast as one more attention call is made.
@@ -109,21 +109,19 @@ class PackedStep:
         """Write the tails' attention into ``out_BRHD``."""
         assert self.last is not None
         self.cache.write_last(layer, self.last.slots_B, self.last.positions_B, key_BRGD[:, 0], value_BRGD[:, 0])
-        kv_heads, tail = key_BRGD.shape[2], key_BRGD.shape[1]
+        kv_heads, tail = key_BRGD.shape[2:0:-1]
+        lse_BRH = torch.empty(out_BRHD.shape[:-1], device=out_BRHD.device)
         for tails in self.tail_rows:
             key_WGPD, value_WGPD = self.cache.read(layer, tails.slots, tails.length)
             # A key/value head's queries are one matrix: its keys are read once for all of them.
             query_WGRSD = query_BRHD[tails.rows].unflatten(2, (kv_heads, -1)).transpose(1, 2)
             query_WGQD = query_WGRSD.flatten(2, 3)
             out_WGQD, lse_WGQ = attend_prefix(query_WGQD, key_WGPD, value_WGPD, tails.mask_W11P, scaling)
-            out_WRHD = out_WGQD.unflatten(2, (tail, -1)).transpose(1, 2).flatten(2, 3)
-            out_BRHD[tails.rows, :1] = out_WRHD[:, :1]
-            if tail > 1:
-                lse_WRH = lse_WGQ.unflatten(2, (tail, -1)).transpose(1, 2).flatten(2, 3)
-                own = (tails.rows, slice(1, None))
-                out_BRHD[own] = merge_own(
-                    out_WRHD[:, 1:], lse_WRH[:, 1:], query_BRHD[own], key_BRGD[own], value_BRGD[own], scaling
-                )
+            out_BRHD[tails.rows] = out_WGQD.unflatten(2, (tail, -1)).transpose(1, 2).flatten(2, 3)
+            lse_BRH[tails.rows] = lse_WGQ.unflatten(2, (tail, -1)).transpose(1, 2).flatten(2, 3)
+        if tail > 1:
+            own = (slice(None), slice(1, None))
+            merge_own_(out_BRHD[own], lse_BRH[own], query_BRHD[own], key_BRGD[own], value_BRGD[own], scaling)
 
 
 def pack(

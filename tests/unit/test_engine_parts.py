@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_oracle import CONFIGS, POSITIONS, SIZES, VOCABULARY, make_backbone, make_value_model
-from qtilt.attention import attend_prefix, attend_prefix_plainly, merge_own
+from qtilt.attention import attend_prefix, attend_prefix_plainly, merge_own_
 from qtilt.distributions import Bernoulli
 from qtilt.engine import ValueEngine
 from qtilt.exactness import measure_geometry
@@ -54,7 +54,8 @@ def test_merging_the_own_key_is_the_softmax_over_prefix_and_self(own_size: float
     query, keys, values = (torch.randn(tokens, n, SIZE) for n in (heads, PREFIX, PREFIX))
     own_key, own_value = own_size * torch.randn(tokens, KV_HEADS, SIZE), torch.randn(tokens, KV_HEADS, SIZE)
     scores = query @ keys.mT * SCALING
-    merged = merge_own(scores.softmax(-1) @ values, scores.logsumexp(-1), query, own_key, own_value, SCALING)
+    merged = scores.softmax(-1) @ values
+    merge_own_(merged, scores.logsumexp(-1), query, own_key, own_value, SCALING)
     for head in range(heads):
         group = head // (heads // KV_HEADS)
         own = (query[:, head] * own_key[:, group]).sum(-1, keepdim=True) * SCALING
