@@ -69,14 +69,21 @@ def engine_settings(task: Path, concurrency: int) -> dict[str, Any]:
 
 
 def prompts_of(config: dict[str, Any], reference: Path, count: int) -> list[list[int]]:
-    """Token ids."""
+    """Token ids, as vLLM makes them of a text or of chat messages."""
     from transformers import AutoTokenizer
 
     from qtilt_trainer.tasks import make_task
 
     tokenizer = AutoTokenizer.from_pretrained(reference)
-    prompts = [problem.prompt for problem in make_task(config["task"]).problems("test", count)]
-    return [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    texts = []
+    for problem in make_task(config["task"]).problems("test", count):
+        is_text = isinstance(problem.prompt, str)
+        texts.append(
+            problem.prompt
+            if is_text
+            else tokenizer.apply_chat_template(problem.prompt, tokenize=False, add_generation_prompt=True)
+        )
+    return [list(ids) for ids in tokenizer(texts)["input_ids"]]
 
 
 def measure(task: Path, arguments: argparse.Namespace) -> str:

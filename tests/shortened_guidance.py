@@ -3,8 +3,8 @@
 from collections.abc import Collection, Sequence
 from decimal import Decimal, localcontext
 
-STAGES = (2, 8)
-"""As documented: how many candidates are scored first, and then."""
+STAGES = (2,)
+"""As documented: how many candidates are scored before all that are left."""
 DIGITS = 60
 
 Weights = dict[int, Decimal]
@@ -73,14 +73,17 @@ def scored_in_stages(
     tolerance: float,
     *,
     greedy: bool,
+    stages: Sequence[int] = STAGES,
 ) -> list[int]:
     """Which of the ``ranked`` candidates are scored, the likeliest first."""
-    for count in STAGES:
-        scored = ranked[:count]
-        if greedy and greedy_is_certain(reference, offsets, scored, highest):
-            return list(scored)
-        if not greedy and bound(reference, offsets, scored, lowest, highest) <= Decimal(tolerance):
-            return list(scored)
+    for count in stages:
+        scored = list(ranked[:count])
+        if greedy:
+            is_enough = greedy_is_certain(reference, offsets, scored, highest)
+        else:
+            is_enough = bound(reference, offsets, scored, lowest, highest) <= Decimal(tolerance)
+        if is_enough:
+            return scored
     return list(ranked)
 
 

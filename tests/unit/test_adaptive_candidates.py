@@ -26,11 +26,13 @@ from qtilt.tilt import (
     top_candidates,
     total_variation_bound,
 )
+from qtilt.vllm_plugin import step
 from qtilt.vllm_plugin.batch import GuidedBatch, GuidedRow
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import RecordStore
 from qtilt.vllm_plugin.residents import EngineSettings, Residents, ResidentVersion
+from shortened_guidance import STAGES
 
 RANGES = [(0.0, 10.0), (-3.0, 0.5), (2.0, 2.001), (0.0, 1e-9), (0.0, 800.0), (-2000.0, -1000.0), (0.0, 1e5)]
 
@@ -223,7 +225,9 @@ def logits(rows: int, seed: int, spread: float = 9.0) -> Tensor:
     return spread * torch.randn(rows, REFERENCE_VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
-def expected_scored(serving: Serving, index: int, logits_V: Tensor) -> tuple[list[float], dict[int, float], list[int]]:
+def expected_scored(
+    serving: Serving, index: int, logits_V: Tensor, stages: tuple[int, ...]
+) -> tuple[list[float], dict[int, float], list[int]]:
     """Reference, all offsets, and the scored candidates of the next step, by forwards of Hugging Face."""
     row, params = serving.rows[index], serving.rows[index].params
     ranked = logits_V[:TOKENS].argsort(descending=True).tolist()[: params.top_k]
@@ -233,24 +237,31 @@ def expected_scored(serving: Serving, index: int, logits_V: Tensor) -> tuple[lis
     reference = (scaled_V - scaled_V.max()).exp().tolist()
     highest = serving.version.distribution.v_max / params.eta
     scored = shortened_guidance.scored_in_stages(
-        reference, ranked, offsets, lowest, highest, params.tolerance, greedy=row.temperature == 0
+        reference, ranked, offsets, lowest, highest, params.tolerance, greedy=row.temperature == 0, stages=stages
     )
     return reference, offsets, scored
 
 
 @pytest.mark.parametrize("distribution", [Bernoulli(), Categorical(0.2, 1.2, 11)], ids=["bernoulli", "categorical"])
 @pytest.mark.parametrize("method", ["qsharp", "cd"])
+@pytest.mark.parametrize("stages", [STAGES, (2, 8), (7, 20, 30)], ids=str)
 def test_stages_score_what_the_bound_asks_for_and_sampling_is_within_the_tolerance(
-    tmp_path: Path, method: str, distribution: ReturnDistribution
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stages: tuple[int, ...],
+    method: str,
+    distribution: ReturnDistribution,
 ) -> None:
+    monkeypatch.setattr(step, "STAGES", stages)
     serving = Serving(tmp_path / "value", distribution=distribution)
     settings = [(0.6, 1e-3, 20), (1.0, 0.05, 20), (0.0, 0.5, 20), (1.0, 1e-9, 20), (0.8, 1e-3, 5), (1.0, 0.02, 1)]
     for index, (temperature, tolerance, top_k) in enumerate(settings):
         serving.put(index, temperature=temperature, tolerance=tolerance, top_k=top_k, method=method)
     counts: dict[int, list[int]] = {index: [] for index in range(len(settings))}
-    for step in range(12):
-        logits_BV = logits(len(settings), seed=step)
-        expected = {index: expected_scored(serving, index, logits_BV[index]) for index in counts}
+    ends = [count for count in (*stages, 20) if count <= 20]
+    for number in range(12):
+        logits_BV = logits(len(settings), seed=number)
+        expected = {index: expected_scored(serving, index, logits_BV[index], stages) for index in counts}
         guided_BV = serving.step(logits_BV)
         for index, (reference, true_offsets, scored) in expected.items():
             temperature, tolerance, _ = settings[index]
@@ -265,13 +276,13 @@ def test_stages_score_what_the_bound_asks_for_and_sampling_is_within_the_toleran
                 assert distance <= tolerance + 1e-5
             else:
                 assert int(got_V.argmax()) == full.index(max(full))
-        widths = [columns for _, columns in serving.forwards]
-        assert widths == [2, 6, 12][: len(widths)]
-        assert [rows for rows, _ in serving.forwards] == [
-            sum(each[-1] > before for each in counts.values()) for before in (0, 2, 8)
-        ][: len(widths)]
-    assert {2, 8, 20} == {count for index in (0, 1, 2, 3) for count in counts[index]}
-    assert set(counts[4]) == {2, 5}
+        going_on = [sum(each[-1] > before for each in counts.values()) for before in (0, *ends)]
+        widths = [end - start for start, end in itertools.pairwise([0, *ends])]
+        assert serving.forwards == [
+            (rows, width) for rows, width in zip(going_on, widths, strict=False) if rows and width
+        ]
+    assert set(ends) == {count for index in (0, 1, 2, 3) for count in counts[index]}
+    assert set(counts[4]) == ({2, 5} if stages[0] == 2 else {5})
     assert set(counts[5]) == {1}
     for index, of_steps in counts.items():
         assert serving.candidates(index) == pytest.approx(sum(of_steps) / len(of_steps))
@@ -284,15 +295,15 @@ def test_rows_without_a_tolerance_are_bit_identical_beside_rows_with_one(serving
         alone.put(index)
     for index in (0, 2, 4):
         serving.put(index, **WITH)
-    for step in range(5):
-        logits_BV = logits(6, seed=step)
+    for number in range(8):
+        logits_BV = logits(6, seed=number)
         guided_BV, expected_BV = serving.step(logits_BV), alone.step(logits_BV)
         assert alone.forwards == [(2, TOP_K)]
         assert (2, TOP_K) in serving.forwards
         assert torch.equal(guided_BV[[1, 3, 5]], expected_BV[[1, 3, 5]])
         assert torch.equal(expected_BV[5], logits_BV[5])
     assert serving.candidates(1) == serving.candidates(3) == alone.candidates(1) == TOP_K
-    assert max(serving.candidates(index) for index in (0, 2, 4)) < TOP_K
+    assert min(serving.candidates(index) for index in (0, 2, 4)) < TOP_K
 
 
 def test_a_row_is_scored_as_it_would_be_alone(serving: Serving, tmp_path: Path) -> None:
@@ -301,8 +312,8 @@ def test_a_row_is_scored_as_it_would_be_alone(serving: Serving, tmp_path: Path) 
     alone.put(2, **WITH)
     for index, more in enumerate([{"tolerance": 1e-9, "top_k": 40}, {}, WITH, {"tolerance": 0.5, "top_k": 3}]):
         serving.put(index, **more)
-    for step in range(8):
-        logits_BV = logits(4, seed=step)
+    for number in range(8):
+        logits_BV = logits(4, seed=number)
         guided_BV, expected_BV = serving.step(logits_BV), alone.step(logits_BV)
         torch.testing.assert_close(guided_BV[2], expected_BV[2], rtol=1e-5, atol=1e-5)
     assert serving.candidates(2) == alone.candidates(2)
@@ -314,8 +325,8 @@ def test_a_q_type_value_model_scores_all_candidates_at_once(tmp_path: Path) -> N
     for index in range(3):
         serving.put(index, tolerance=0.9 if index else 0.0)
         without.put(index)
-    for step in range(3):
-        assert torch.equal(serving.step(logits(3, seed=step)), without.step(logits(3, seed=step)))
+    for number in range(3):
+        assert torch.equal(serving.step(logits(3, seed=number)), without.step(logits(3, seed=number)))
         assert serving.forwards == [(3, TOP_K)]
     assert serving.candidates(1) == TOP_K
 
@@ -348,7 +359,7 @@ def test_a_nan_ends_its_row_in_whatever_stage_and_no_other(tmp_path: Path) -> No
     logits_BV[3, 0] = 30.0
     guided_BV = serving.step(logits_BV)
     assert [bool(row.softmax(-1)[17] == 1) for row in guided_BV] == [True, True, True, False]
-    assert serving.forwards == [(4, 2), (2, 6), (1, 12)]
+    assert serving.forwards == [(4, 2), (2, 18)]
     failures = [bool(serving.store.take(str(index), [[17]], more_to_come=True)[0].get("kind")) for index in range(4)]
     assert failures == [False] * 4  # the host doesn't know yet
     serving.batch.settle(wait=True)
@@ -362,8 +373,8 @@ def test_an_exception_fails_only_the_rows_that_are_scored_the_same_way(serving: 
     score = serving.version.engine.score
 
     def broken(last: object, candidates_BK: Tensor, spans: object = ()) -> Tensor:
-        if candidates_BK.shape[1] == 6:
-            raise MemoryError("amid the stages")
+        if candidates_BK.shape[1] == TOP_K - 2:
+            raise MemoryError("in the second stage")
         return score(last, candidates_BK, spans)
 
     serving.version.engine.score = broken  # type: ignore[method-assign, assignment]
@@ -372,4 +383,4 @@ def test_an_exception_fails_only_the_rows_that_are_scored_the_same_way(serving: 
     assert guided_BV[1].softmax(-1)[17] == 1
     assert guided_BV[0].softmax(-1)[17] < 1
     assert serving.rows[0].failure is None
-    assert serving.rows[1].failure == {"kind": "exception", "reason": "MemoryError: amid the stages"}
+    assert serving.rows[1].failure == {"kind": "exception", "reason": "MemoryError: in the second stage"}
