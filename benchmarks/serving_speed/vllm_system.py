@@ -104,22 +104,27 @@ class VllmSystem:
                 token_ids[index] += output.outputs[0].token_ids
                 if output.finished:
                     del running[output.request_id]
-                    if system.type is not None:  # as the server does for every guided response
-                        engine.collective_rpc("qtilt_take_records", args=(output.request_id, [token_ids[index]]))
+                    if system.type is not None:
+                        self.take_record(output.request_id, token_ids[index])
         cpu_seconds = time.process_time() - cpu_started
         engine.step()  # lets the worker know what has finished
         return Outcome([request.arrives for request in workload.requests], token_times, cpu_seconds)
 
+    def take_record(self, name: str, token_ids: list[int]) -> dict[str, Any]:
+        """What was done to a finished request, asked for as the server does for every guided response."""
+        ((record,),) = self.engine.collective_rpc("qtilt_take_records", args=(name, [token_ids]))
+        return dict(record)
+
     def add(self, system: System, prompt: list[int], new_tokens: int) -> str:
         """Hand a request to vLLM; returns its name."""
         name = f"request-{next(self._numbers)}"
-        self.engine.add_request(name, {"prompt_token_ids": prompt}, self._sampling(system, name, new_tokens))
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, self.sampling(system, name, new_tokens))
         return name
 
-    def _sampling(self, system: System, name: str, new_tokens: int) -> SamplingParams:
+    def sampling(self, system: System, name: str, new_tokens: int) -> SamplingParams:
         extra_args = None
         if system.type is not None:
-            guidance = GuidanceParams(system.type, 1, ETA, system.top_k, trace_id=name)
+            guidance = GuidanceParams(system.type, 1, ETA, system.top_k, trace_id=name, tolerance=system.tolerance)
             extra_args = {EXTRA_ARGS_KEY: guidance.to_extra_args()}
         return SamplingParams(
             temperature=1.0,

@@ -18,6 +18,11 @@ class GuidanceMetrics:
         self._kl = Counter(
             "qtilt_guided_kl_nats", "Sum of KL(guided || reference) over returned tokens.", ["value_model", "version"]
         )
+        self._candidates = Counter(
+            "qtilt_scored_candidates",
+            "Tokens scored by the value model for returned tokens.",
+            ["value_model", "version"],
+        )
         self._failures = Counter(
             "qtilt_guidance_failures",
             "Guided requests answered with an error because value code raised an exception (kind exception) or gave "
@@ -33,6 +38,7 @@ class GuidanceMetrics:
     def choice(self, value_model: str, version: int, choice: ChoiceGuidance) -> None:
         self._tokens.labels(value_model, version).inc(choice.guided_tokens)
         self._kl.labels(value_model, version).inc(max(choice.kl, 0.0))
+        self._candidates.labels(value_model, version).inc(round(choice.candidates * choice.guided_tokens))
 
     def failure(self, value_model: str, version: int, kind: str) -> None:
         """kind: ``exception`` or ``nan``."""

@@ -107,4 +107,4 @@ def _one_of(of_ranks: Sequence[dict[str, Any]]) -> ChoiceGuidance | GuidanceFail
     for record in of_ranks:
         if "reason" in record:
             return {"kind": record["kind"], "reason": record["reason"]}
-    return ChoiceGuidance(guided_tokens=of_ranks[0]["guided_tokens"], kl=float(of_ranks[0]["kl"]))
+    return ChoiceGuidance.model_validate(of_ranks[0])

@@ -1,9 +1,12 @@
 """The probabilities vLLM reports for guided requests equal those of plain forwards, whatever vLLM does to the batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from guided_vllm.driving import Ask, drive
+from guided_vllm.oracle import expected_steps
 from guided_vllm.served import Served
 from guided_vllm.tiny_models import REFERENCE_VOCAB, VALUE_MODELS, prompt
 
@@ -198,6 +201,55 @@ def test_a_crowd_that_queues_is_preempted_amid_prefills_and_partly_aborted_leave
     for ask in asks:
         if ask.guidance is not None:
             served.rpc("qtilt_take_records", ask.guidance.trace_id, [])
+
+
+def test_a_tolerance_bounds_the_distance_to_full_guidance_and_saves_candidates(served: Served) -> None:
+    """Beside requests without; the records, checked too, are of the policy that was sampled from."""
+    settings = [(1.0, 0.3), (0.5, 0.02), (0.5, 1e-3), (0.0, 1e-3), (1.7, 0.1), (0.7, 1e-12)]
+    asks = [
+        Ask(
+            prompt(5 + index, seed=600 + index),
+            served.guide(name, eta=0.5, top_k=20, tolerance=tolerance, method=("qsharp", "cd")[index % 2]),
+            temperature,
+            arrives=index // 2,
+        )
+        for index, (temperature, tolerance) in enumerate(settings)
+        for name in ("v-bernoulli", "v-categorical")
+    ]
+    asks += [Ask(prompt(5, seed=620), served.guide("v-bernoulli", top_k=20)), Ask(prompt(5, seed=621), None)]
+    asks.append(Ask(prompt(5, seed=622), served.guide("q-bernoulli", top_k=20, tolerance=0.5)))
+    scored = []
+    for answer in drive(served.engine, asks):
+        served.check(answer)
+        (choice,) = answer.choices
+        guided = served.for_oracle(answer.ask.guidance)
+        if guided is None:
+            continue
+        steps = expected_steps(
+            served.reference,
+            answer.ask.prompt,
+            choice.token_ids,
+            replace(guided, tolerance=0.0),
+            answer.ask.temperature,
+            served.scorable,
+        )
+        for token, reported, full in zip(choice.token_ids, choice.logprobs, steps, strict=True):
+            reported_V = torch.tensor([reported[index] for index in range(REFERENCE_VOCAB)]).exp()
+            if answer.ask.temperature == 0:
+                assert token == int(full.logprobs_V.argmax())
+            else:
+                distance = float((reported_V - full.logprobs_V.exp()).abs().sum()) / 2
+                assert distance <= guided.tolerance + 5e-5
+        shortened = expected_steps(
+            served.reference,
+            answer.ask.prompt,
+            choice.token_ids,
+            guided,
+            answer.ask.temperature,
+            served.scorable,
+        )
+        scored += [step.candidates for step in shortened]
+    assert set(scored) == ({20} if served.speculates else {2, 20})
 
 
 def test_requests_as_long_as_the_model_allows(served: Served) -> None:

@@ -8,13 +8,15 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
+
+from shortened_guidance import scored_in_stages
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,15 @@ class Guided:
     top_k: int
     method: str
     guided_tokens: int | None
+    tolerance: float = 0.0
+
+
+class Step(NamedTuple):
+    """Log-probabilities ``[V]``, KL(guided ‖ reference), and how many candidates are scored."""
+
+    logprobs_V: Tensor
+    kl: float
+    candidates: int
 
 
 class ReferenceOracle:
@@ -71,6 +82,10 @@ class ValueOracle:
         weights_KA = torch.exp(logits_KA)
         return returns, weights_KA / weights_KA.sum(1, keepdim=True)
 
+    @property
+    def highest_return(self) -> float:
+        return 1.0 if self.distribution["name"] == "bernoulli" else float(self.distribution["high"])
+
     def offsets(self, history: list[int], candidates: list[int], eta: float, method: str) -> tuple[Tensor, float]:
         """Q/η per candidate ``[K]``, and v_min/η."""
         returns, pmf_KZ = self.pmf(self.logits(history, candidates))
@@ -97,22 +112,29 @@ def log_softmax(logits_V: Tensor) -> Tensor:
 
 def step_distribution(
     reference_V: Tensor, history: list[int], guided: Guided | None, temperature: float, scorable: int
-) -> tuple[Tensor, float]:
-    """Log-probabilities ``[V]`` of one step, and KL(guided ‖ reference); ``reference_V`` holds −inf where masked."""
+) -> Step:
+    """Of one step; ``reference_V`` holds −inf where masked."""
     scale = temperature if temperature > 0 else 1.0
     reference = log_softmax(reference_V / scale)
     if guided is None:
-        return reference, 0.0
+        return Step(reference, 0.0, 0)
     allowed = [token for token in range(scorable) if torch.isfinite(reference_V[token])]
     allowed.sort(key=lambda token: -float(reference_V[token]))
     candidates = allowed[: guided.top_k]
-    offsets_K, floor = value_oracle(guided.directory).offsets(history, candidates, guided.eta, guided.method)
+    oracle = value_oracle(guided.directory)
+    offsets_K, floor = oracle.offsets(history, candidates, guided.eta, guided.method)
+    if guided.tolerance > 0 and oracle.type == "v":
+        offsets = dict(zip(candidates, offsets_K.tolist(), strict=True))
+        ends = floor, oracle.highest_return / guided.eta
+        masses = reference.exp().tolist()
+        candidates = scored_in_stages(masses, candidates, offsets, *ends, guided.tolerance, greedy=temperature == 0)
+        offsets_K = offsets_K[: len(candidates)]
     tilted_V = reference_V / scale + floor
     tilted_V[candidates] += offsets_K - floor
     tilted = log_softmax(tilted_V)
     present = torch.isfinite(tilted)
     kl = (tilted[present].exp() * (tilted[present] - reference[present])).sum()
-    return tilted, float(kl)
+    return Step(tilted, float(kl), len(candidates))
 
 
 def expected_steps(
@@ -123,8 +145,8 @@ def expected_steps(
     temperature: float,
     scorable: int,
     adjust: Any = None,
-) -> list[tuple[Tensor, float]]:
-    """The distribution and KL of every generated token. ``adjust`` changes the raw logits first (a mask, a bias),
+) -> list[Step]:
+    """One for every generated token. ``adjust`` changes the raw logits first (a mask, a bias),
     given the tokens generated before."""
     logits_LV = reference_oracle(reference).logits([*prompt, *generated])
     steps = []

@@ -64,31 +64,32 @@ class Served:
         adjust: Adjust | None = None,
         penalise: Penalise | None = None,
     ) -> None:
-        """Every reported probability, and the KL on record, equal the oracle's.
+        """Every reported probability, and the KL and the scored candidates on record, equal the oracle's.
 
         adjust: what happens to raw logits before guidance. penalise: what penalties do to logits, given the tokens
         generated before.
         """
         ask, guidance = answer.ask, answer.ask.guidance
-        kls = []
+        measured = []
         for choice in answer.choices:
             steps = expected_steps(
                 self.reference,
                 ask.prompt,
                 choice.token_ids,
-                self._for_oracle(guidance),
+                self.for_oracle(guidance),
                 ask.temperature,
                 self.scorable,
                 self._adjustment(adjust, penalise),
             )
-            for count, (token, (expected_V, _)) in enumerate(zip(choice.token_ids, steps, strict=True)):
+            for count, (token, (expected_V, _, _)) in enumerate(zip(choice.token_ids, steps, strict=True)):
                 if penalise is not None and not self.penalties_first:
                     scale = ask.temperature or 1.0
                     expected_V = log_softmax(penalise(expected_V * scale, choice.token_ids[:count]) / scale)
                 self._check_step(token, choice.logprobs[count], expected_V, greedy=ask.temperature == 0)
-            kls.append(sum(kl for _, kl in steps))
+            guided = [step.candidates for step in steps if step.candidates]
+            measured.append((sum(step.kl for step in steps), sum(guided) / len(guided) if guided else 0.0))
         if guidance is not None:
-            self._check_records(answer, guidance, kls)
+            self._check_records(answer, guidance, measured)
 
     def _adjustment(self, adjust: Adjust | None, penalise: Penalise | None) -> Penalise | None:
         """What happens to the reference's logits before guidance."""
@@ -96,11 +97,12 @@ class Served:
             return lambda logits_V, generated: adjust(logits_V)
         return penalise if self.penalties_first else None
 
-    def _for_oracle(self, guidance: GuidanceParams | None) -> Guided | None:
+    def for_oracle(self, guidance: GuidanceParams | None) -> Guided | None:
         if guidance is None:
             return None
         directory = self.directories[guidance.value_model, guidance.version]
-        return Guided(directory, guidance.eta, guidance.top_k, guidance.method, guidance.guided_tokens)
+        tolerance = 0.0 if self.speculates else guidance.tolerance
+        return Guided(directory, guidance.eta, guidance.top_k, guidance.method, guidance.guided_tokens, tolerance)
 
     def _check_step(self, token: int, reported: dict[int, float], expected_V: torch.Tensor, greedy: bool) -> None:
         reported_V = torch.tensor([reported[index] for index in range(len(expected_V))], dtype=torch.float64)
@@ -113,13 +115,15 @@ class Served:
         if greedy:
             assert float(expected_V[token]) > float(expected_V.max()) - 1e-4
 
-    def _check_records(self, answer: Answer, guidance: GuidanceParams, kls: list[float]) -> None:
+    def _check_records(self, answer: Answer, guidance: GuidanceParams, measured: list[tuple[float, float]]) -> None:
+        """measured: summed KL and mean candidates of each choice."""
         returned = [choice.token_ids for choice in answer.choices]
         summaries = self.rpc("qtilt_take_records", guidance.trace_id, returned)
         limit = guidance.guided_tokens
-        for tokens, kl, summary in zip(returned, kls, summaries, strict=True):
+        for tokens, (kl, candidates), summary in zip(returned, measured, summaries, strict=True):
             assert summary["guided_tokens"] == (len(tokens) if limit is None else min(limit, len(tokens)))
             assert summary["kl"] == pytest.approx(kl, abs=1e-4, rel=1e-5)
+            assert summary["candidates"] == pytest.approx(candidates)
 
 
 def await_preparation(served: Served, name: str, version: int) -> dict[str, str | None]:

@@ -94,11 +94,11 @@ def test_a_question_that_fails_is_asked_again() -> None:
 
 def test_a_failure_on_any_rank_is_a_failure() -> None:
     """A rank that ran out of memory alone has sampled otherwise than the first."""
-    done, failure = {"guided_tokens": 2, "kl": 0.5}, of_exception(MemoryError("one\ntwo"))
+    done, failure = {"guided_tokens": 2, "kl": 0.5, "candidates": 3.5}, of_exception(MemoryError("one\ntwo"))
     assert failure == {"kind": "exception", "reason": "MemoryError: one"}
     engine = Engine([[done, done], [done, failure]])
     records = asyncio.run(GuidanceWorker(engine).read_records("a", [[1, 2], [3, 4]], more_to_come=False))
-    assert records == [ChoiceGuidance(guided_tokens=2, kl=0.5), failure]
+    assert records == [ChoiceGuidance(guided_tokens=2, kl=0.5, candidates=3.5), failure]
 
 
 def test_the_error_names_the_value_model_and_the_reason_in_one_line() -> None:

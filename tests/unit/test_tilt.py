@@ -7,9 +7,15 @@ import torch
 
 from qtilt.distributions import Bernoulli, Categorical
 from qtilt.params import GuidanceParams
-from qtilt.tilt import Candidates, kl_divergence, offsets, tilt, top_candidates
+from qtilt.tilt import Candidates, offsets, reference_mass, tilt, top_candidates
+from qtilt.tilt import kl_divergence as kl_divergence_of_mass
 
 INF = float("inf")
+
+
+def kl_divergence(logits_BV, candidates, offsets_BK, floor_B, temperature_B):
+    mass = reference_mass(logits_BV, candidates, temperature_B)
+    return kl_divergence_of_mass(mass, candidates, offsets_BK, floor_B)
 
 
 def softmax(logits: list[float]) -> list[float]:

@@ -22,7 +22,7 @@ from qtilt.vllm_plugin.finite_check import FiniteCheck
 from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import Record
 from qtilt.vllm_plugin.residents import ResidentVersion
-from qtilt.vllm_plugin.step import CERTAIN, RowSettings, StepSettings, guide_step
+from qtilt.vllm_plugin.step import CERTAIN, RowSettings, StepSettings, guide_step, scores_in_stages
 
 logger = logging.getLogger("vllm.qtilt.batch")  # vLLM configures the loggers below its own name only
 
@@ -50,6 +50,11 @@ class GuidedRow:
     def is_guided_now(self) -> bool:
         """Whether the next token is one of those to guide."""
         return self.params.guides(len(self.output_token_ids))
+
+    @property
+    def in_stages(self) -> bool:
+        """How its candidates are scored."""
+        return scores_in_stages(self.version, self.params)
 
     def leave(self) -> None:
         """The request leaves the batch."""
@@ -125,13 +130,13 @@ class GuidedBatch:
         Where guidance fails, or has failed before, the row gets logits that end its request.
         """
         self.settle()
-        by_version: dict[ResidentVersion, list[int]] = {}
+        together: dict[tuple[ResidentVersion, bool], list[int]] = {}
         for index, row in sorted(self._rows.items()):
             if row.failure is None and row.is_guided_now():
-                by_version.setdefault(row.version, []).append(index)
+                together.setdefault((row.version, row.in_stages), []).append(index)
             else:
                 row.release()
-        for version, indices in by_version.items():
+        for (version, _), indices in together.items():
             self._guide_version(version, indices, logits_BV)
         self._end_failed(logits_BV)
         return logits_BV
@@ -144,7 +149,7 @@ class GuidedBatch:
                 row.fail(not_numbers(), step)
 
     def _guide_version(self, version: ResidentVersion, indices: Sequence[int], logits_BV: Tensor) -> None:
-        """One version's rows. This is the edge that no error of value code crosses.
+        """Rows of one version that are scored in one way. This is the edge that no error of value code crosses.
 
         An exception leaves the logits untouched. What a forward that broke off has left in the cache goes with the
         slots: they are given back, and emptied by that.
@@ -175,23 +180,28 @@ class GuidedBatch:
 def guide_rows(
     version: ResidentVersion, rows: Sequence[GuidedRow], indices: Sequence[int], logits_BV: Tensor
 ) -> Tensor:
-    """History → value → offset → tilted logits for the rows of one version, in place, and their KL on record.
+    """History → value → offset → tilted logits for rows of one version, in place, and what was done on record.
 
-    Returns which rows' guidance was finite, bool ``[G]`` on the device: the others get logits that end their requests.
+    They are all scored in stages, or none is. Returns which rows' guidance was finite, bool ``[G]`` on the device: the
+    others get logits that end their requests.
     """
     slots = [row.ready_slot() for row in rows]
     histories = [row.history for row in rows]
+
+    def score(candidates_RK: Tensor, rows_R: Tensor | None = None) -> Tensor:
+        if rows_R is None:
+            return version.engine.value_logits(slots, histories, candidates_RK)
+        positions = rows_R.tolist()
+        some = [slots[position] for position in positions], [histories[position] for position in positions]
+        return version.engine.value_logits(*some, candidates_RK)
+
     (indices_G,) = copy_to_device(logits_BV.device, np.array(indices))
-    guided = guide_step(
-        version,
-        logits_BV[indices_G],
-        _settings(rows, logits_BV.device),
-        lambda candidates_GK: version.engine.value_logits(slots, histories, candidates_GK),
-    )
+    settings = _settings(rows, logits_BV.device)
+    guided = guide_step(version, logits_BV[indices_G], settings, score, in_stages=rows[0].in_stages)
     logits_BV[indices_G] = guided.logits_GV
     for position, row in enumerate(rows):
         if row.record is not None:
-            row.record.write(len(row.output_token_ids), guided.kl_G, position)
+            row.record.write(len(row.output_token_ids), guided.kl_G, guided.candidates_G, position)
     return guided.finite_G
 
 

@@ -72,7 +72,8 @@ class GuidanceProcessor(v1.LogitsProcessor, v2.LogitsProcessor):
         else:
             device = device_or_requests.device
             self._requests = device_or_requests
-            self.batch, self.records = GuidedSlots(device_or_requests), StayLog()
+            speculates = vllm_config.speculative_config is not None
+            self.batch, self.records = GuidedSlots(device_or_requests, speculates=speculates), StayLog()
             slots = device_or_requests.max_num_reqs
         _refuse_what_is_not_exact(vllm_config, speculates=isinstance(self.batch, GuidedSlots))
         settings = _engine_settings(vllm_config, self.config, device, slots)

@@ -1,4 +1,4 @@
-"""KL(guided ‖ reference) per generated token, kept until the server asks for it.
+"""What guidance did per generated token, the KL(guided ‖ reference) above all, kept until the server asks for it.
 
 A processor sees no request id, and the children of n > 1 share one trace id. So a record is found by what was
 generated: the KL of the step that follows n tokens depends on those n tokens only, and equal tokens have equal KL.
@@ -20,30 +20,33 @@ from qtilt.vllm_plugin.failure import GuidanceFailure
 
 
 class GuidanceSummary(TypedDict):
-    """What was done to one returned choice: how many of its tokens were guided, and their summed KL in nats."""
+    """What was done to one returned choice: how many of its tokens were guided, their summed KL in nats, and how many
+    candidates were scored for one of them in the mean.
+    """
 
     guided_tokens: int
     kl: float
+    candidates: float
 
 
 class Record:
     """The guided steps of one running request.
 
     output_token_ids: the model runner's live list. guided_tokens: how many tokens are guided at most, None for all.
-    A KL stays a reference into its step's tensor until it is read, so a step never waits for the device.
+    Its numbers stay references into their step's tensors until they are read, so a step never waits for the device.
     """
 
     def __init__(self, output_token_ids: list[int], guided_tokens: int | None) -> None:
         self.output_token_ids = output_token_ids
         self._guided_tokens = guided_tokens
-        self._kl_by_step: dict[int, tuple[Tensor, int]] = {}
+        self._rows_by_step: dict[int, tuple[Tensor, Tensor, int]] = {}
         self._failed_step = 0
         self._closed_at: int | None = None
         self.failure: GuidanceFailure | None = None
 
-    def write(self, step: int, kl_B: Tensor, row: int) -> None:
-        """The KL of the token drawn after ``step`` generated ones is ``kl_B[row]``."""
-        self._kl_by_step[step] = (kl_B, row)
+    def write(self, step: int, kl_B: Tensor, candidates_B: Tensor, row: int) -> None:
+        """The KL and the number of scored candidates, by row, of the step after ``step`` generated tokens."""
+        self._rows_by_step[step] = (kl_B, candidates_B, row)
 
     def fail(self, failure: GuidanceFailure, step: int) -> None:
         """Guidance of the token drawn after ``step`` generated ones has failed, and there is none after it.
@@ -63,16 +66,16 @@ class Record:
     def close(self) -> None:
         """The request leaves the batch, to come back or not: what has no token yet never will, in this record."""
         self._closed_at = len(self.output_token_ids)
-        for step in [step for step in self._kl_by_step if step >= self._closed_at]:
-            del self._kl_by_step[step]
+        for step in [step for step in self._rows_by_step if step >= self._closed_at]:
+            del self._rows_by_step[step]
         if self._failed_step >= self._closed_at:
             self.failure = None
 
     def copy_steps(self, other: "Record", count: int) -> None:
         """Take over the first ``count`` steps of a record of the same tokens."""
         for step in range(count):
-            if step in other._kl_by_step:
-                self._kl_by_step[step] = other._kl_by_step[step]
+            if step in other._rows_by_step:
+                self._rows_by_step[step] = other._rows_by_step[step]
 
     def generated(self, tokens: Sequence[int]) -> bool:
         """Whether these were the first tokens of this request, as far as they decided any KL: all but the last."""
@@ -81,15 +84,18 @@ class Record:
         return self.output_token_ids[:decided] == list(tokens[:decided]) and self._covers(len(tokens))
 
     def summary(self, tokens_returned: int) -> GuidanceSummary:
-        """The sum over the guided steps of the first ``tokens_returned`` tokens."""
+        """Over the guided steps of the first ``tokens_returned`` tokens."""
         guided = self._guided_steps(tokens_returned)
-        kls = [kl_B[row] for kl_B, row in (self._kl_by_step[step] for step in range(guided))]
-        kl = float(torch.stack(kls).double().sum()) if kls else 0.0
-        return {"guided_tokens": guided, "kl": kl}
+        if guided == 0:
+            return {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0}
+        rows = [self._rows_by_step[step] for step in range(guided)]
+        kl = torch.stack([kl_B[row] for kl_B, _, row in rows]).double().sum()
+        candidates = torch.stack([candidates_B[row] for _, candidates_B, row in rows]).double().mean()
+        return {"guided_tokens": guided, "kl": float(kl), "candidates": float(candidates)}
 
     def _covers(self, tokens_returned: int) -> bool:
         steps = self._guided_steps(tokens_returned)
-        return steps <= len(self.output_token_ids) and all(step in self._kl_by_step for step in range(steps))
+        return steps <= len(self.output_token_ids) and all(step in self._rows_by_step for step in range(steps))
 
     def _guided_steps(self, tokens_returned: int) -> int:
         return tokens_returned if self._guided_tokens is None else min(tokens_returned, self._guided_tokens)

@@ -14,7 +14,9 @@ What this file rests on (vLLM 0.32, ``vllm/v1/worker/gpu``; tests/vllm_v2 holds 
   lengths on the host: the value cache advances chunk by chunk as vLLM's does.
 - Without speculative decoding, row i is that of request i, and lengths on the host are exact. With it, the host knows
   neither which rows are whose nor how many tokens came true: all rows are computed, each version's are picked on the
-  device, and what the others write goes to a slot that is nobody's.
+  device, and what the others write goes to a slot that is nobody's. Candidates are then all scored, whatever the
+  tolerance: most rows are other versions' or follow drafts that won't come true, and a request's tokens mustn't depend
+  on what is drafted for the others.
 """
 
 import logging
@@ -31,8 +33,8 @@ from qtilt.packing import LastTokens, Span
 from qtilt.params import GuidanceParams
 from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
 from qtilt.vllm_plugin.residents import ResidentVersion
-from qtilt.vllm_plugin.stays import Stay, StepKL
-from qtilt.vllm_plugin.step import RowSettings, StepSettings, end_unless, guide_step
+from qtilt.vllm_plugin.stays import Stay, StepRows
+from qtilt.vllm_plugin.step import RowSettings, StepSettings, end_unless, guide_step, scores_in_stages
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
@@ -95,10 +97,14 @@ class Seat:
 
 
 class GuidedSlots:
-    """Guided requests by slot. Requests without guidance have none, and their logits aren't touched."""
+    """Guided requests by slot. Requests without guidance have none, and their logits aren't touched.
 
-    def __init__(self, requests: "LogitsProcRequestState") -> None:
+    speculates: whether vLLM drafts tokens.
+    """
+
+    def __init__(self, requests: "LogitsProcRequestState", *, speculates: bool) -> None:
         self._requests = requests
+        self._speculates = speculates
         self._in_slot: dict[int, SlotRequest] = {}
         self._staged_SC = np.zeros((requests.max_num_reqs + 1, len(RowSettings._fields) + 1))
         self._settings_SC, self._is_staged = torch.empty(0), True
@@ -147,7 +153,7 @@ class GuidedSlots:
 
         Where guidance fails, or has failed before, the row gets logits that end its request.
         """
-        by_version: dict[ResidentVersion, list[Seat]] = {}
+        together: dict[tuple[ResidentVersion, bool], list[Seat]] = {}
         lengths = context.seq_lens_upper_bound_np.tolist()
         for row, slot in enumerate(context.idx_mapping_np.tolist()):
             request = self._in_slot.get(slot)
@@ -155,26 +161,42 @@ class GuidedSlots:
                 continue
             request.stay.longest = max(request.stay.longest, lengths[row])
             if request.failure is None and request.params.guides(request.generated):
-                by_version.setdefault(request.version, []).append(Seat(request, row, lengths[row]))
-        for version, seats in by_version.items():
-            self._guide_version(version, seats, logits_RV, context)
+                in_stages = not self._speculates and scores_in_stages(request.version, request.params)
+                together.setdefault((request.version, in_stages), []).append(Seat(request, row, lengths[row]))
+        for (version, in_stages), seats in together.items():
+            self._guide_version(version, seats, logits_RV, context, in_stages=in_stages)
         self._end_failed(logits_RV, context)
         return logits_RV
 
     def _guide_version(
-        self, version: ResidentVersion, seats: Sequence[Seat], logits_RV: Tensor, context: "LogitsContext"
+        self,
+        version: ResidentVersion,
+        seats: Sequence[Seat],
+        logits_RV: Tensor,
+        context: "LogitsContext",
+        *,
+        in_stages: bool,
     ) -> None:
-        """One version's rows. This is the edge that no error of value code crosses; it leaves the logits untouched."""
+        """Rows of one version that are scored in one way.
+
+        This is the edge that no error of value code crosses; it leaves the logits untouched.
+        """
         try:
             for part in version.engine.parts([seat.length for seat in seats]):
-                self._guide_held_together(version, seats[part], logits_RV, context)
+                self._guide_held_together(version, seats[part], logits_RV, context, in_stages=in_stages)
         except Exception as error:
             logger.exception("guidance failed in value model %s: %d request(s) end", version.label, len(seats))
             for seat in seats:
                 seat.request.fail(of_exception(error))
 
     def _guide_held_together(
-        self, version: ResidentVersion, seats: Sequence[Seat], logits_RV: Tensor, context: "LogitsContext"
+        self,
+        version: ResidentVersion,
+        seats: Sequence[Seat],
+        logits_RV: Tensor,
+        context: "LogitsContext",
+        *,
+        in_stages: bool,
     ) -> None:
         """Rows whose histories the value cache can hold together."""
         version.engine.cache.make_room({seat.request.slot: seat.length for seat in seats})
@@ -185,7 +207,7 @@ class GuidedSlots:
             version.engine.extend(spans)
             spans = []
         if drawing:
-            self._guide_rows(version, drawing, spans, logits_RV, context)
+            self._guide_rows(version, drawing, spans, logits_RV, context, in_stages=in_stages)
 
     def _catch_up(self, seat: Seat, is_exact: bool) -> Span | None:
         """What the value cache lacks of the history, without the last token of one that draws: that is a row.
@@ -215,8 +237,13 @@ class GuidedSlots:
         spans: Sequence[Span],
         logits_RV: Tensor,
         context: "LogitsContext",
+        *,
+        in_stages: bool,
     ) -> None:
-        """History → value → offset → tilted logits for the rows that draw tokens, in place, and their KL on record."""
+        """History → value → offset → tilted logits for the rows that draw tokens, in place, and a record of it.
+
+        in_stages: not with speculative decoding.
+        """
         device = logits_RV.device
         rows = np.array([[seat.row for seat in seats], [seat.request.slot for seat in seats]])
         ((rows_G, slots_G),) = copy_to_device(device, rows)
@@ -234,12 +261,15 @@ class GuidedSlots:
             tokens_G.long().clamp(0, version.manifest.vocab_size - 1),
             max(int(context.seq_lens_upper_bound_np.max()), 1),
         )
-        guided = guide_step(
-            version,
-            logits_GV,
-            StepSettings.of(settings_GC[:, :-1], [seat.request.params for seat in seats]),
-            lambda candidates_GK: version.engine.score(last, candidates_GK, spans),
-        )
+
+        def score(candidates_RK: Tensor, rows_R: Tensor | None = None) -> Tensor:
+            if rows_R is None:
+                return version.engine.score(last, candidates_RK, spans)
+            some = LastTokens(last.slots_B[rows_R], last.positions_B[rows_R], last.token_ids_B[rows_R], last.longest)
+            return version.engine.score(some, candidates_RK)
+
+        settings = StepSettings.of(settings_GC[:, :-1], [seat.request.params for seat in seats])
+        guided = guide_step(version, logits_GV, settings, score, in_stages=in_stages)
         kl_G = guided.kl_G.masked_fill(~guided.finite_G, torch.nan)
         if mine_G is None:
             logits_RV[rows_G] = guided.logits_GV
@@ -248,7 +278,7 @@ class GuidedSlots:
             logits_RV.copy_(guided.logits_GV.where(mine_G.unsqueeze(-1), logits_RV))
             kl_G = kl_G.masked_fill(~mine_G, 0.0)
         self._failures_S.index_add_(0, slots_G, kl_G.isnan().int())
-        step = StepKL(slots_G, last.positions_B, kl_G)
+        step = StepRows(slots_G, last.positions_B, kl_G, guided.candidates_G)
         for seat in seats:
             seat.request.stay.write(step)
             seat.request.steps += 1

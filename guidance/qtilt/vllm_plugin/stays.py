@@ -1,10 +1,10 @@
-"""KL(guided ‖ reference) per generated token under Model Runner V2, where tokens are on the device only.
+"""What guidance did per generated token under Model Runner V2, where tokens are on the device only.
 
 Shapes: ``R`` rows of a step, ``P`` positions.
 
 A request's *stay* lasts from its arrival in the batch, or its return after a preemption, until its slot is given to
 another one; nobody says when it leaves. A stay keeps references into the tensors of its steps and, from its end on, a
-copy of its tokens; what was generated, and at which step which KL was measured, is read when the server asks for it.
+copy of its tokens; what was generated, and at which step what was measured, is read when the server asks for it.
 What then happens is the same as for the other model runner: see records.py.
 """
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcRequestState
 
 
-class StepKL(NamedTuple):
-    """The rows of one step: slot and position of the token before the one that is drawn, and the KL, NaN if it failed.
+class StepRows(NamedTuple):
+    """The rows of one step: slot and position of the token before the one that is drawn, the KL, NaN if guidance
+    failed, and how many candidates were scored.
 
     A position may come again: what follows a rejected draft is drawn anew. The last time counts.
     """
@@ -32,6 +33,7 @@ class StepKL(NamedTuple):
     slots_R: Tensor
     positions_R: Tensor
     kl_R: Tensor
+    candidates_R: Tensor
 
 
 class Stay:
@@ -44,11 +46,11 @@ class Stay:
         self._prompt_len = int(requests.prompt_len.np[slot])
         self._prefill_len = int(requests.prefill_len.np[slot])
         self.longest = self._prefill_len
-        self._steps: list[StepKL] = []
+        self._steps: list[StepRows] = []
         self._ended: tuple[Tensor, Tensor] | None = None
         self._failed: tuple[GuidanceFailure, int] | None = None
 
-    def write(self, step: StepKL) -> None:
+    def write(self, step: StepRows) -> None:
         """The stay has had rows in this step."""
         self._steps.append(step)
 
@@ -69,21 +71,22 @@ class Stay:
 
     def look_for_failure(self) -> None:
         """Have a NaN among the KLs of generated tokens become the failure. Waits for the device."""
-        tokens, kl_by_step = self._read()
-        failed = [step for step, kl in kl_by_step.items() if math.isnan(kl) and self._counts(step, tokens)]
+        tokens, measured = self._read()
+        failed = [step for step, (kl, _) in measured.items() if math.isnan(kl) and self._counts(step, tokens)]
         if failed and self._failed is None:
             self.fail(not_numbers(), min(failed))
 
     def replay(self, store: RecordStore, trace_id: str) -> None:
         """Write this stay into a store as the other model runner does while it happens. Waits for the device."""
         self.look_for_failure()
-        tokens, kl_by_step = self._read()
+        tokens, measured = self._read()
         known = self._prefill_len - self._prompt_len
         record = store.open(trace_id, tokens[:known], self._guided_tokens)
         record.output_token_ids.extend(tokens[known:])
-        kls = torch.tensor(list(kl_by_step.values()))
-        for row, step in enumerate(kl_by_step):
-            record.write(step, kls, row)
+        if measured:
+            kl_R, candidates_R = torch.tensor(list(measured.values()), dtype=torch.float64).unbind(1)
+            for row, step in enumerate(measured):
+                record.write(step, kl_R, candidates_R, row)
         if self._failed is not None:
             record.fail(*self._failed)
         record.close()
@@ -97,17 +100,17 @@ class Stay:
             return self._ended
         return self._requests.all_token_ids.gpu[self._slot], self._requests.total_len.gpu[self._slot]
 
-    def _read(self) -> tuple[list[int], dict[int, float]]:
-        """The generated tokens, and the KL by the number of tokens generated before the step."""
+    def _read(self) -> tuple[list[int], dict[int, tuple[float, int]]]:
+        """The generated tokens, and KL and scored candidates by the number of tokens generated before the step."""
         tokens_P, length = self._on_device()
         tokens = tokens_P[self._prompt_len : int(length)].tolist()
         if not self._steps:
             return tokens, {}
-        slots, positions, kls = (torch.cat(parts).tolist() for parts in zip(*self._steps, strict=True))
+        columns = (torch.cat(parts).tolist() for parts in zip(*self._steps, strict=True))
         first = self._prompt_len - 1
         return tokens, {
-            position - first: kl
-            for slot, position, kl in zip(slots, positions, kls, strict=True)
+            position - first: (kl, candidates)
+            for slot, position, kl, candidates in zip(*columns, strict=True)
             if slot == self._slot and position >= first
         }
 
