@@ -201,5 +201,4 @@ def total_variation_bound(mass: ReferenceMass, scored_BK: Tensor, offsets_BK: Te
     log_known_B = torch.cat([log_weight_BK, mass.rest_B1 + lowest_B1], dim=-1).logsumexp(-1)
     log_unscored_B = mass.candidates_BK.masked_fill(scored_BK, -torch.inf).logsumexp(-1)
     log_missing_B = log_unscored_B + (-torch.expm1(lowest_B1.squeeze(-1))).log()
-    bound_B = (log_missing_B - torch.logaddexp(log_known_B, log_unscored_B)).exp()
-    return bound_B.masked_fill(log_unscored_B == -torch.inf, 0.0)
+    return (log_missing_B - torch.logaddexp(log_known_B, log_unscored_B)).exp()

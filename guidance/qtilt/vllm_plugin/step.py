@@ -189,7 +189,7 @@ def _score_in_stages(
         offsets_RK = _offsets(
             version, values_RKA, settings.inv_eta_G[rows_R], settings.method_G[rows_R], settings.methods
         )
-        finite_G[rows_R] &= finite_rows(values_RKA, offsets_RK, valid_RK)
+        finite_G[rows_R] = finite_rows(values_RKA, offsets_RK, valid_RK)
         offsets_GK[rows_R, stage] = offsets_RK
         is_scored_GK[rows_R, stage] = valid_RK
         if stage.stop == token_ids_GK.shape[1]:
