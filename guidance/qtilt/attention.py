@@ -76,7 +76,8 @@ def attend_prefix_plainly(
     query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """:func:`attend_prefix` written out, for devices without a kernel that gives the log-sum-exp under a mask."""
-    scores_WGQP = (query_WGQD @ key_WGPD.transpose(-1, -2)).float() * scaling
+    # Scaled before it is multiplied: the product would overflow float16.
+    scores_WGQP = ((query_WGQD * scaling) @ key_WGPD.transpose(-1, -2)).float()
     if mask_W11P is not None:
         scores_WGQP = scores_WGQP + mask_W11P
     lse_WGQ = scores_WGQP.logsumexp(-1)

@@ -61,4 +61,12 @@ class FailureWatch:
                 continue
             for trace_id, failure in failures.items():
                 if (end := self._watched.pop(trace_id, None)) is not None:
-                    await end(failure)
+                    await _end(end, failure)
+
+
+async def _end(end: EndRequest, failure: GuidanceFailure) -> None:
+    """The edge of one request: what goes wrong in ending it is no reason not to watch the others."""
+    try:
+        await end(failure)
+    except Exception:
+        logger.exception("could not end a request whose guidance failed")

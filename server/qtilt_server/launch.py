@@ -5,6 +5,7 @@ subcommand works, and brings every flag along.
 """
 
 import argparse
+import copy
 from collections.abc import MutableMapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -148,7 +149,8 @@ def _refuse_speculation_on_v1(args: argparse.Namespace) -> None:
     if all(given is None for given in (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)):
         return
     try:
-        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        # A copy: vLLM completes the speculative configuration in place.
+        config = AsyncEngineArgs.from_cli_args(copy.deepcopy(args)).create_engine_config()
     except (OSError, ValueError) as error:
         raise StartupError(str(error)) from error
     if not config.use_v2_model_runner:

@@ -221,6 +221,10 @@ def _refuse_what_is_not_exact(vllm_config: VllmConfig, *, speculates: bool) -> N
             "guidance excludes speculative decoding on model runner V1: drop --speculative-config, or set "
             "VLLM_USE_V2_MODEL_RUNNER=1"
         )
+    if vllm_config.parallel_config.enable_batch_sharded_sampling:
+        raise ValueError("guidance needs every request on every rank: drop --enable-batch-sharded-sampling")
+    if vllm_config.speculative_config is not None and vllm_config.speculative_config.enable_adaptive_verification:
+        raise ValueError("guidance excludes adaptive verification of drafts: drop it from --speculative-config")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError("guidance supports no pipeline parallelism yet: set --pipeline-parallel-size 1")
     if vllm_config.model_config.skip_tokenizer_init:

@@ -12,9 +12,10 @@ What this file rests on (vLLM 0.32, ``vllm/v1/worker/gpu``; tests/vllm_v2 holds 
   is overwritten before. The host needs to know no length, and no step waits for the device.
 - Of the prefill, the rows show the last token of each chunk. Its tokens are on the device from the start, and its
   lengths on the host: the value cache advances chunk by chunk as vLLM's does.
-- Without speculative decoding, row i is that of request i, and lengths on the host are exact. With it, the host knows
-  neither which rows are whose nor how many tokens came true: all rows are computed, each version's are picked on the
-  device, and what the others write goes to a slot that is nobody's. Candidates are then all scored, whatever the
+- Without drafts in a step, row i is that of request i. With drafts, the host doesn't know which rows are whose: all are
+  computed, each version's are picked on the device, and what the others write goes to a slot that is nobody's. With
+  speculative decoding lengths on the host are upper bounds, and how many tokens came true is known on the device only.
+  Candidates are then all scored, whatever the
   tolerance: most rows are other versions' or follow drafts that won't come true, and a request's tokens mustn't depend
   on what is drafted for the others.
 """
@@ -177,17 +178,18 @@ class GuidedSlots:
         *,
         in_stages: bool,
     ) -> None:
-        """Rows of one version that are scored in one way.
+        """Rows of one version that are scored in one way, as many at a time as the value cache can hold.
 
-        This is the edge that no error of value code crosses; it leaves the logits untouched.
+        This is the edge that no error of value code crosses; the logits of what it concerns are left untouched.
         """
-        try:
-            for part in version.engine.parts([seat.length for seat in seats]):
-                self._guide_held_together(version, seats[part], logits_RV, context, in_stages=in_stages)
-        except Exception as error:
-            logger.exception("guidance failed in value model %s: %d request(s) end", version.label, len(seats))
-            for seat in seats:
-                seat.request.fail(of_exception(error))
+        for cut in version.engine.parts([seat.length for seat in seats]):
+            part = seats[cut]
+            try:
+                self._guide_held_together(version, part, logits_RV, context, in_stages=in_stages)
+            except Exception as error:
+                logger.exception("guidance failed in value model %s: %d request(s) end", version.label, len(part))
+                for seat in part:
+                    seat.request.fail(of_exception(error))
 
     def _guide_held_together(
         self,
@@ -199,9 +201,12 @@ class GuidedSlots:
         in_stages: bool,
     ) -> None:
         """Rows whose histories the value cache can hold together."""
-        version.engine.cache.make_room({seat.request.slot: seat.length for seat in seats})
-        is_exact = len(logits_RV) == len(context.idx_mapping_np)
-        spans = [span for seat in seats if (span := self._catch_up(seat, is_exact)) is not None]
+        cache = version.engine.cache
+        for seat in seats:
+            # Drafts that didn't come true, or tokens that vLLM took back.
+            cache.rewind(seat.request.slot, min(cache.covered(seat.request.slot), seat.length))
+        cache.make_room({seat.request.slot: seat.length for seat in seats})
+        spans = [span for seat in seats if (span := self._catch_up(seat)) is not None]
         drawing = [seat for seat in seats if not seat.is_prefilling]
         if sum(len(span.token_ids_C) for span in spans) > version.engine.max_new_tokens or not drawing:
             version.engine.extend(spans)
@@ -209,25 +214,23 @@ class GuidedSlots:
         if drawing:
             self._guide_rows(version, drawing, spans, logits_RV, context, in_stages=in_stages)
 
-    def _catch_up(self, seat: Seat, is_exact: bool) -> Span | None:
+    def _catch_up(self, seat: Seat) -> Span | None:
         """What the value cache lacks of the history, without the last token of one that draws: that is a row.
 
         During the prefill that is vLLM's chunk, and all of it when vLLM took the beginning from its own cache. Later it
-        is nothing, or everything if the cache had to drop it. is_exact: whether ``seat.length`` is.
+        is nothing, or everything if the cache had to drop it. Where ``seat.length`` is too high, what is cached beyond
+        the history is out of sight until it is overwritten.
         """
         request, cache = seat.request, seat.request.version.engine.cache
-        cache.rewind(request.slot, min(cache.covered(request.slot), seat.length))
         covered = cache.covered(request.slot)
         end = seat.length if seat.is_prefilling else seat.length - 1
-        if request.steps and covered == 0 and not is_exact:
-            end = int(self._requests.total_len.gpu[request.slot]) - 1  # waits for the device, at a drop only
         cache.reserve(request.slot, seat.length)
         cache.advance(request.slot, seat.length)
         # Once it draws, a slot that holds anything holds all: with speculation, up to a length known to the device.
         if covered >= end or (request.steps and covered):
             return None
         last_row = request.version.manifest.vocab_size - 1
-        tokens_C = self._requests.all_token_ids.gpu[request.slot, covered:end].long().clamp(max=last_row)
+        tokens_C = self._requests.all_token_ids.gpu[request.slot, covered:end].long().clamp(0, last_row)
         return Span(request.slot, covered, tokens_C)
 
     def _guide_rows(
@@ -248,18 +251,21 @@ class GuidedSlots:
         rows = np.array([[seat.row for seat in seats], [seat.request.slot for seat in seats]])
         ((rows_G, slots_G),) = copy_to_device(device, rows)
         if len(logits_RV) == len(context.idx_mapping_np):
-            mine_G = None
             positions_G, tokens_G, logits_GV = context.pos[rows_G], context.input_ids[rows_G], logits_RV[rows_G]
+            is_mine_G = torch.ones_like(slots_G, dtype=torch.bool)
         else:
             positions_G, tokens_G, logits_GV = context.pos, context.input_ids, logits_RV
-            mine_G = torch.isin(context.expanded_idx_mapping, slots_G)
-            slots_G = context.expanded_idx_mapping.long().where(mine_G, version.engine.cache.nobodys)
+            rows_G = torch.arange(len(logits_RV), device=device)
+            is_mine_G = self._is_of(slots_G, context)
+            slots_G = context.expanded_idx_mapping.long().where(is_mine_G, version.engine.cache.nobodys)
         settings_GC = self._settings_SC[slots_G]
+        # With speculative decoding the host knows only how many tokens there are at least.
+        is_mine_G = is_mine_G & (positions_G < settings_GC[:, -1])
         last = LastTokens(
             slots_G,
             positions_G.long(),
             tokens_G.long().clamp(0, version.manifest.vocab_size - 1),
-            max(int(context.seq_lens_upper_bound_np.max()), 1),
+            max(seat.length for seat in seats),
         )
 
         def score(candidates_RK: Tensor, rows_R: Tensor | None = None) -> Tensor:
@@ -271,12 +277,8 @@ class GuidedSlots:
         settings = StepSettings.of(settings_GC[:, :-1], [seat.request.params for seat in seats])
         guided = guide_step(version, logits_GV, settings, score, in_stages=in_stages)
         kl_G = guided.kl_G.masked_fill(~guided.finite_G, torch.nan)
-        if mine_G is None:
-            logits_RV[rows_G] = guided.logits_GV
-        else:
-            mine_G = mine_G & (positions_G < settings_GC[:, -1])
-            logits_RV.copy_(guided.logits_GV.where(mine_G.unsqueeze(-1), logits_RV))
-            kl_G = kl_G.masked_fill(~mine_G, 0.0)
+        logits_RV[rows_G] = guided.logits_GV.where(is_mine_G.unsqueeze(-1), logits_GV)
+        kl_G = kl_G.masked_fill(~is_mine_G, 0.0)
         self._failures_S.index_add_(0, slots_G, kl_G.isnan().int())
         step = StepRows(slots_G, last.positions_B, kl_G, guided.candidates_G)
         for seat in seats:
@@ -289,4 +291,9 @@ class GuidedSlots:
             (slots_F,) = copy_to_device(logits_RV.device, np.array(failed))
             slots_R = context.expanded_idx_mapping.long()
             ending_R = self._settings_SC[slots_R, RowSettings._fields.index("ending_token")].long()
-            end_unless(~torch.isin(slots_R, slots_F), logits_RV, ending_R)
+            end_unless(~self._is_of(slots_F, context), logits_RV, ending_R)
+
+    def _is_of(self, slots_F: Tensor, context: "LogitsContext") -> Tensor:
+        """Which rows ``[R]`` are of these slots. (``torch.isin`` waits for the device when there are many.)"""
+        is_in_S = torch.zeros_like(self._failures_S, dtype=torch.bool).index_fill_(0, slots_F, True)
+        return is_in_S[context.expanded_idx_mapping.long()]
