@@ -40,8 +40,8 @@ STAGES = (2,)
 
 A further stage is a further forward, for which the device waits for the host, and a row's last token is run again in
 it. A schedule is thus a compromise between tokens and forwards. On the demo's arithmetic and star graph models, at
-concurrency 32, (2,) runs 3.8 and 9.3 tokens a row and step, (2, 8) about 3.4 and 8.0, (4,) 5.4 and 8.9; where,
-as there, forwards are so small that their number counts, processor time a token was 304 and 412, 319 and 426, 277 and 390 µs.
+concurrency 32, (2,) runs 3.8 and 9.3 tokens a row and step, (2, 8) about 3.4 and 8.0, (4,) 5.4 and 8.9. Those forwards
+are so small that their number counts: processor time a token was 304 and 412 µs, 319 and 426 µs, 277 and 390 µs.
 """
 
 
