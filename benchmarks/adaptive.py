@@ -6,9 +6,13 @@
 Three systems answer the same test prompts, at most --concurrency at a time, sampled with the demo's temperature and
 ended by the demo's end token: vLLM without the plugin; Q♯ with 20 candidates; the same with a tolerance. Each engine
 has a process of its own with one thread, idle while the other runs; a round runs every system once, after one that
-isn't counted. Printed are the candidates a guided step scores in the mean, and seconds a token next to plain vLLM and
-to tolerance 0: answers differ in length, as they are sampled from different distributions. Ratios are taken within a
-round; medians, and the lowest and highest round.
+isn't counted. Printed are the candidates a guided step scores in the mean, and processor time a token next to plain
+vLLM and to tolerance 0. With one thread that is the elapsed time of an idle machine, and hardly depends on what else
+runs; it is of a token because answers sampled from different distributions differ in length. Ratios are taken within a
+round: medians, and the lowest and highest round.
+
+The demo's models are so small that what a forward costs hardly depends on its tokens. --shape mid pads them with zeros
+to the sizes of serving.py's pair: they sample the same, and cost as much as models of that size.
 """
 
 import argparse
@@ -17,24 +21,27 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from serving_speed.process import SystemProcess
+from serving_speed.shapes import PAIRS
 from serving_speed.systems import DEFAULT_TOP_K, System, system
 from serving_speed.workload import Outcome, Request, Workload
 
 REFERENCES = Path(__file__).resolve().parents[1] / "examples" / "demo" / "references"
 MAX_LENGTH = 256
 """Tokens of a prompt and its answer; the demo's are shorter."""
-KV_CACHE_BYTES = 2**28
+KV_CACHE_BYTES = 2**30
 PLAIN = system("plain")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="of the demo, default: %(default)s")
+    parser.add_argument("--shape", choices=PAIRS, help="pad the models to these sizes")
     parser.add_argument("--tolerance", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--eta", type=float, default=0.1)
     parser.add_argument("--concurrency", type=int, default=32)
@@ -51,11 +58,24 @@ def make_answering(settings: dict[str, Any], plugin: bool, temperature: float, e
     return Answering(EngineSettings(**settings), plugin, temperature, eta)
 
 
-def engine_settings(task: Path, concurrency: int) -> dict[str, Any]:
-    """For :class:`serving_speed.vllm_system.EngineSettings`. The value model is the run's latest."""
+def model_files(task: Path, shape: str | None, folder: Path) -> tuple[Path, Path]:
+    """Reference and value model, the run's latest; padded ones are written to ``folder``."""
+    reference = REFERENCES / task.name
+    value = max(path.parent for path in task.glob("value_models/*/value_model.json"))
+    if shape is None:
+        return reference, value
+    from serving_speed.widening import widen_reference, widen_value_model
+
+    widen_reference(reference, folder / "reference", PAIRS[shape].reference)
+    widen_value_model(value, folder / "value", reference, PAIRS[shape].value)
+    return folder / "reference", folder / "value"
+
+
+def engine_settings(reference: Path, value: Path, concurrency: int) -> dict[str, Any]:
+    """For :class:`serving_speed.vllm_system.EngineSettings`."""
     return {
-        "reference": REFERENCES / task.name,
-        "values": {"v": max(path.parent for path in task.glob("value_models/*/value_model.json"))},
+        "reference": reference,
+        "values": {"v": value},
         "dtype": "float32",
         "max_model_len": MAX_LENGTH,
         "max_num_seqs": concurrency,
@@ -86,10 +106,10 @@ def prompts_of(config: dict[str, Any], reference: Path, count: int) -> list[list
     return [list(ids) for ids in tokenizer(texts)["input_ids"]]
 
 
-def measure(task: Path, arguments: argparse.Namespace) -> str:
+def measure(task: Path, arguments: argparse.Namespace, folder: Path) -> str:
     """A table of one task."""
     config = json.loads((task / "config.json").read_text())
-    settings = engine_settings(task, arguments.concurrency)
+    settings = engine_settings(*model_files(task, arguments.shape, folder), arguments.concurrency)
     prompts = prompts_of(config, settings["reference"], arguments.prompts)
     work = Workload([Request(ids) for ids in prompts], config["sampling"]["max_tokens"], arguments.concurrency)
     guided = [System(f"tolerance {one:g}", "guided", "v", DEFAULT_TOP_K, one) for one in (0.0, *arguments.tolerance)]
@@ -114,7 +134,7 @@ def measure(task: Path, arguments: argparse.Namespace) -> str:
 
 def table(task: str, outcomes: dict[str, list[Outcome]], candidates: dict[str, float], full: str) -> str:
     """One line a system."""
-    cost = {name: [one.seconds / one.tokens for one in rounds] for name, rounds in outcomes.items()}
+    cost = {name: [one.cpu_seconds / one.tokens for one in rounds] for name, rounds in outcomes.items()}
     lines = [f"{task:<18}{'candidates':>12}{'µs/token':>10}{'time / plain':>22}{'time / tolerance 0':>22}"]
     for name, costs in cost.items():
         count = f"{candidates[name]:.2f}" if name in candidates else ""
@@ -144,7 +164,8 @@ def main() -> None:
     if not tasks:
         sys.exit(f"{arguments.run} has no finished task of the demo: run examples/demo/run.py first")
     for task in tasks:
-        print(measure(task, arguments), end="\n\n", flush=True)
+        with tempfile.TemporaryDirectory(prefix="qtilt-adaptive-") as folder:
+            print(measure(task, arguments, Path(folder)), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -243,20 +243,22 @@ def expected_scored(
 
 
 @pytest.mark.parametrize("distribution", [Bernoulli(), Categorical(0.2, 1.2, 11)], ids=["bernoulli", "categorical"])
-@pytest.mark.parametrize("method", ["qsharp", "cd"])
+@pytest.mark.parametrize("methods", [("qsharp", "cd"), ("cd", "qsharp")], ids=lambda methods: methods[0])
 @pytest.mark.parametrize("stages", [STAGES, (2, 8), (7, 20, 30)], ids=str)
 def test_stages_score_what_the_bound_asks_for_and_sampling_is_within_the_tolerance(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     stages: tuple[int, ...],
-    method: str,
+    methods: tuple[str, str],
     distribution: ReturnDistribution,
 ) -> None:
+    """Rows of both methods and two etas share each forward."""
     monkeypatch.setattr(step, "STAGES", stages)
     serving = Serving(tmp_path / "value", distribution=distribution)
     settings = [(0.6, 1e-3, 20), (1.0, 0.05, 20), (0.0, 0.5, 20), (1.0, 1e-9, 20), (0.8, 1e-3, 5), (1.0, 0.02, 1)]
     for index, (temperature, tolerance, top_k) in enumerate(settings):
-        serving.put(index, temperature=temperature, tolerance=tolerance, top_k=top_k, method=method)
+        more = {"method": methods[index % 2], "eta": (ETA, 0.5)[index % 2]}
+        serving.put(index, temperature=temperature, tolerance=tolerance, top_k=top_k, **more)
     counts: dict[int, list[int]] = {index: [] for index in range(len(settings))}
     ends = [count for count in (*stages, 20) if count <= 20]
     for number in range(12):
@@ -266,7 +268,7 @@ def test_stages_score_what_the_bound_asks_for_and_sampling_is_within_the_toleran
         for index, (reference, true_offsets, scored) in expected.items():
             temperature, tolerance, _ = settings[index]
             counts[index].append(len(scored))
-            lowest = distribution.v_min / ETA
+            lowest = distribution.v_min / serving.rows[index].params.eta
             exact = shortened_guidance.guided(reference, {token: true_offsets[token] for token in scored}, lowest)
             got_V = (guided_BV[index].double() / (temperature or 1.0)).softmax(-1)
             torch.testing.assert_close(got_V, torch.tensor(exact, dtype=torch.float64), rtol=1e-4, atol=1e-5)

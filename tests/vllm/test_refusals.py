@@ -95,8 +95,9 @@ def test_a_choice_cut_short_counts_only_its_own_steps(served: Served) -> None:
     assert longer.choices[0].token_ids[:4] == shorter.choices[0].token_ids
     (cut,) = served.rpc("qtilt_take_records", guidances[0].trace_id, [longer.choices[0].token_ids[:4]])
     served.check(shorter)
-    (nothing, none_kl) = served.rpc("qtilt_take_records", "no such trace", [[]])[0].values()
-    assert (cut["guided_tokens"], nothing, none_kl) == (4, 0, 0.0)
+    assert (cut["guided_tokens"], cut["candidates"]) == (4, guidances[0].top_k)
+    (nothing,) = served.rpc("qtilt_take_records", "no such trace", [[]])
+    assert nothing == {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0}
 
 
 def _worker(served: Served) -> GuidanceWorkerExtension:
