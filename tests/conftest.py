@@ -9,6 +9,7 @@ import pytest
 
 pytest.register_assert_rewrite("guided_vllm")  # tests that several folders run
 
+from guided_vllm import matrix
 from guided_vllm.vllm_on_cpu import run_model_runner_v2
 from own_process import OwnProcess, ReportsBack, is_of
 
@@ -34,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if matrix.is_meant_to_run(item)]
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder not in FOLDER_MARKERS:

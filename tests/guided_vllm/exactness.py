@@ -1,13 +1,14 @@
 """The probabilities vLLM reports for guided requests equal those of plain forwards, whatever vLLM does to the batch."""
 
 import pytest
-import torch
 
 from guided_vllm.driving import Ask, drive
+from guided_vllm.matrix import covers
 from guided_vllm.served import Served
-from guided_vllm.tiny_models import REFERENCE_VOCAB, VALUE_MODELS, prompt
+from guided_vllm.tiny_models import VALUE_MODELS, prompt
 
 
+@covers("Q-type", "V-type", "Bernoulli", "Categorical", "temperature 0", "temperature above 1")
 @pytest.mark.parametrize("method", ["qsharp", "cd"])
 @pytest.mark.parametrize("value_model", VALUE_MODELS)
 def test_every_kind_of_value_model_is_exact_at_several_temperatures_and_eta(
@@ -22,6 +23,7 @@ def test_every_kind_of_value_model_is_exact_at_several_temperatures_and_eta(
         served.check(answer)
 
 
+@covers("staggered arrivals", "guided beside unguided", "two value models at once")
 def test_mixed_batches_of_guided_unguided_and_several_value_models_with_staggered_arrivals(served: Served) -> None:
     guided = [served.guide(name, method=method) for name in VALUE_MODELS for method in ("qsharp", "cd")]
     asks = [
@@ -32,12 +34,7 @@ def test_mixed_batches_of_guided_unguided_and_several_value_models_with_staggere
         served.check(answer)
 
 
-def test_unguided_requests_on_a_guided_server_are_the_reference(served: Served) -> None:
-    asks = [Ask(prompt(9, seed=index), None, temperature=temperature) for index, temperature in enumerate((0.0, 0.8))]
-    for answer in drive(served.engine, asks):
-        served.check(answer)
-
-
+@covers("chunked prefill")
 @pytest.mark.parametrize(("value_model", "seed"), [("q-bernoulli", 100), ("v-categorical", 110)])
 def test_chunked_prefill(served: Served, value_model: str, seed: int) -> None:
     asks = [
@@ -51,6 +48,7 @@ def test_chunked_prefill(served: Served, value_model: str, seed: int) -> None:
         served.check(answer)
 
 
+@covers("preemption and resumption")
 @pytest.mark.parametrize("value_model", ["q-categorical", "v-bernoulli"])
 def test_preemption_and_resumption(served: Served, value_model: str) -> None:
     before = served.preemptions()
@@ -64,6 +62,7 @@ def test_preemption_and_resumption(served: Served, value_model: str) -> None:
         served.check(answer)
 
 
+@covers("prefix caching")
 def test_prefix_cache_hits(served: Served) -> None:
     shared = prompt(48, seed=30)
     first = Ask([*shared, 1, 2, 3], served.guide("v-bernoulli"), max_tokens=4)
@@ -76,6 +75,7 @@ def test_prefix_cache_hits(served: Served) -> None:
         served.check(answer)
 
 
+@covers("n > 1", "`guided_tokens`")
 @pytest.mark.parametrize("temperature", [0.4, 1.0])
 def test_every_choice_of_n_is_exact(served: Served, temperature: float) -> None:
     asks = [
@@ -87,6 +87,7 @@ def test_every_choice_of_n_is_exact(served: Served, temperature: float) -> None:
         served.check(answer)
 
 
+@covers("n > 1", "preemption and resumption")
 def test_preempted_choices_of_n_keep_their_own_records(served: Served) -> None:
     before = served.preemptions()
     asks = [Ask(prompt(30, seed=50 + index), served.guide("v-bernoulli"), max_tokens=50, n=4) for index in range(2)]
@@ -96,6 +97,7 @@ def test_preempted_choices_of_n_keep_their_own_records(served: Served) -> None:
         served.check(answer)
 
 
+@covers("`guided_tokens`")
 @pytest.mark.parametrize("guided_tokens", [0, 1, 5, 12, 40])
 def test_only_the_first_guided_tokens_are_guided(served: Served, guided_tokens: int) -> None:
     asks = [
@@ -117,54 +119,7 @@ def test_candidates_from_one_to_more_than_the_vocabulary(served: Served) -> None
         served.check(answer)
 
 
-def test_masked_tokens_stay_masked_and_biases_count_as_the_reference(served: Served) -> None:
-    allowed, bias = [3, 5, 8, 13, 21, 34, 55, 89, 97], {} if served.speculates else {5: 4.0, 8: -3.0}
-
-    def adjust(logits_V: torch.Tensor) -> torch.Tensor:
-        masked_V = torch.full((REFERENCE_VOCAB,), -torch.inf).double()
-        masked_V[allowed] = logits_V[allowed]
-        for token, amount in bias.items():
-            masked_V[token] += amount
-        return masked_V
-
-    sampling = {"allowed_token_ids": allowed, "logit_bias": bias}
-    asks = [
-        Ask(prompt(6, seed=80), served.guide("v-categorical", top_k=20), sampling=sampling),
-        Ask(prompt(6, seed=81), served.guide("q-bernoulli", top_k=3), temperature=0.6, sampling=sampling),
-        Ask(prompt(6, seed=82), None, sampling=sampling),
-    ]
-    for answer in drive(served.engine, asks):
-        assert all(token in allowed for token in answer.choices[0].token_ids)
-        served.check(answer, adjust)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.6])
-def test_penalties_act_after_guidance_on_v1_and_before_it_on_v2(served: Served, temperature: float) -> None:
-    def penalise(logits_V: torch.Tensor, generated: list[int]) -> torch.Tensor:
-        counts_V = torch.bincount(torch.tensor(generated, dtype=torch.long), minlength=REFERENCE_VOCAB)
-        return logits_V - 1.5 * (counts_V > 0) - 0.25 * counts_V
-
-    sampling = {"presence_penalty": 1.5, "frequency_penalty": 0.25}
-    asks = [
-        Ask(prompt(6, seed=85 + index), guidance, temperature, max_tokens=24, sampling=sampling)
-        for index, guidance in enumerate([served.guide("v-bernoulli"), served.guide("q-categorical"), None])
-    ]
-    for answer in drive(served.engine, asks):
-        served.check(answer, penalise=penalise)
-
-
-def test_a_seed_gives_the_same_tokens_in_whatever_chunks_its_prompt_comes(served: Served) -> None:
-    def seeded() -> Ask:
-        return Ask(prompt(25, seed=94), served.guide("v-bernoulli"), arrives=1, sampling={"seed": 7})
-
-    (alone,) = drive(served.engine, [seeded()])
-    answers = drive(served.engine, [Ask(prompt(42, seed=95), served.guide("q-bernoulli")), seeded()])
-    assert answers[1].steps_to_first_token > alone.steps_to_first_token
-    assert answers[1].choices[0].token_ids == alone.choices[0].token_ids
-    for answer in (alone, *answers):
-        served.check(answer)
-
-
+@covers("preemption and resumption", "chunked prefill", "aborted requests", "guided beside unguided")
 def test_a_crowd_that_queues_is_preempted_amid_prefills_and_partly_aborted_leaves_the_others_exact(
     served: Served,
 ) -> None:
@@ -200,6 +155,7 @@ def test_requests_as_long_as_the_model_allows(served: Served) -> None:
         served.check(answer)
 
 
+@covers("aborted requests")
 def test_aborted_requests_leave_the_others_exact(served: Served) -> None:
     doomed = [served.guide("v-bernoulli"), served.guide("q-bernoulli")]
     asks = [

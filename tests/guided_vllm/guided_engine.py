@@ -4,15 +4,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from guided_vllm import tight_engine
+from guided_vllm import plain_vllm, tight_engine
 from guided_vllm.served import Served
 from guided_vllm.tiny_models import VALUE_MODELS, make_reference, make_value_model
 from qtilt.vllm_plugin.config import PROCESSOR, WORKER_EXTENSION, PluginConfig
+from qtilt.vllm_plugin.seeded_prefill import keep_seeds_through_chunked_prefill
 
 
 def start(models: Path, processors: tuple[Any, ...] = (), **more: Any) -> Served:
-    """processors: further logits processors, after ours. more: further engine arguments."""
+    """processors: further logits processors, after ours. more: further engine arguments.
+
+    The same engine without the plugin is started, asked and shut down before.
+    """
+    keep_seeds_through_chunked_prefill()  # otherwise vLLM's own engine ends with some of the requests
     reference = make_reference(models / "reference")
+    without_plugin = tight_engine.start(reference, **more)
+    plain = plain_vllm.answers(without_plugin)
+    without_plugin.engine_core.shutdown()
     directories = {
         (name, 1): make_value_model(models / name, *parts, seed=seed)
         for seed, (name, parts) in enumerate(VALUE_MODELS.items(), start=1)
@@ -25,7 +33,7 @@ def start(models: Path, processors: tuple[Any, ...] = (), **more: Any) -> Served
         additional_config={"qtilt": plugin.to_dict()},
         **more,
     )
-    return Served(engine, reference, directories)
+    return Served(engine, reference, directories, plain)
 
 
 def assert_nothing_leaks(served: Served) -> Iterator[None]:

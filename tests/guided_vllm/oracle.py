@@ -5,16 +5,20 @@ of qtilt is imported; a value-model directory is read as its documented format s
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
+
+Adjust = Callable[[Tensor, list[int]], Tensor]
+"""What happens to raw logits ``[V]`` before guidance, given the tokens generated before: masks, biases, penalties."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +99,36 @@ def log_softmax(logits_V: Tensor) -> Tensor:
     return logits_V - torch.logsumexp(logits_V, 0)
 
 
+class Step(NamedTuple):
+    """log_probs_V: what the step samples from. kl: KL(guided ‖ reference) in nats.
+
+    guided_logits_V: raw logits with T·Q/η, each token's Q/η less the largest of the row: as the HTTP API's page says,
+    the most valuable candidate keeps its logit.
+    """
+
+    log_probs_V: Tensor
+    kl: float
+    guided_logits_V: Tensor
+
+
 def step_distribution(
     reference_V: Tensor, history: list[int], guided: Guided | None, temperature: float, scorable: int
-) -> tuple[Tensor, float]:
-    """Log-probabilities ``[V]`` of one step, and KL(guided ‖ reference); ``reference_V`` holds −inf where masked."""
+) -> Step:
+    """One step; ``reference_V`` holds −inf where masked."""
     scale = temperature if temperature > 0 else 1.0
     reference = log_softmax(reference_V / scale)
     if guided is None:
-        return reference, 0.0
+        return Step(reference, 0.0, reference_V)
     allowed = [token for token in range(scorable) if torch.isfinite(reference_V[token])]
     allowed.sort(key=lambda token: -float(reference_V[token]))
     candidates = allowed[: guided.top_k]
     offsets_K, floor = value_oracle(guided.directory).offsets(history, candidates, guided.eta, guided.method)
-    tilted_V = reference_V / scale + floor
-    tilted_V[candidates] += offsets_K - floor
-    tilted = log_softmax(tilted_V)
+    offsets_V = torch.full_like(reference_V, floor)
+    offsets_V[candidates] = offsets_K
+    tilted = log_softmax(reference_V / scale + offsets_V)
     present = torch.isfinite(tilted)
     kl = (tilted[present].exp() * (tilted[present] - reference[present])).sum()
-    return tilted, float(kl)
+    return Step(tilted, float(kl), reference_V + scale * (offsets_V - offsets_K.max()))
 
 
 def expected_steps(
@@ -122,10 +138,9 @@ def expected_steps(
     guided: Guided | None,
     temperature: float,
     scorable: int,
-    adjust: Any = None,
-) -> list[tuple[Tensor, float]]:
-    """The distribution and KL of every generated token. ``adjust`` changes the raw logits first (a mask, a bias),
-    given the tokens generated before."""
+    adjust: Adjust | None = None,
+) -> list[Step]:
+    """Of every generated token. ``adjust`` changes the raw logits first."""
     logits_LV = reference_oracle(reference).logits([*prompt, *generated])
     steps = []
     for count in range(len(generated)):

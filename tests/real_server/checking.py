@@ -61,10 +61,10 @@ class Oracle:
         guided = None if applied is None else self._guided(applied, guided_tokens)
         steps = expected_steps(self.reference, choice.prompt, choice.token_ids, guided, temperature, TOKENS)
         differences = [
-            abs(reported - float(logprobs_V[token]))
-            for token, reported, (logprobs_V, _) in zip(choice.token_ids, choice.logprobs, steps, strict=True)
+            abs(reported - float(step.log_probs_V[token]))
+            for token, reported, step in zip(choice.token_ids, choice.logprobs, steps, strict=True)
         ]
-        return differences, sum(kl for _, kl in steps)
+        return differences, sum(step.kl for step in steps)
 
     def _guided(self, applied: Mapping[str, Any], guided_tokens: int | None) -> Guided:
         directory = self.directories[applied["value_model"]]
