@@ -53,7 +53,8 @@ def test_chunked_prefill(served: Served, value_model: str, seed: int) -> None:
 def test_preemption_and_resumption(served: Served, value_model: str) -> None:
     before = served.preemptions()
     asks = [
-        Ask(prompt(20 + 4 * index, seed=20 + index), served.guide(value_model), max_tokens=50) for index in range(8)
+        Ask(prompt(56 + index, seed=20 + index), served.guide(value_model), max_tokens=12 + 2 * index)
+        for index in range(5)
     ]
     asks[3].guidance = None
     answers = drive(served.engine, asks)
@@ -90,7 +91,7 @@ def test_every_choice_of_n_is_exact(served: Served, temperature: float) -> None:
 @covers("n > 1", "preemption and resumption")
 def test_preempted_choices_of_n_keep_their_own_records(served: Served) -> None:
     before = served.preemptions()
-    asks = [Ask(prompt(30, seed=50 + index), served.guide("v-bernoulli"), max_tokens=50, n=4) for index in range(2)]
+    asks = [Ask(prompt(60, seed=50 + index), served.guide("v-bernoulli"), max_tokens=12, n=3) for index in range(2)]
     answers = drive(served.engine, asks)
     assert served.preemptions() > before
     for answer in answers:

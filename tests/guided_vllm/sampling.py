@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
-from guided_vllm.driving import Ask, drive, sampling_params
+from guided_vllm.driving import Answer, Ask, drive, sampling_params
 from guided_vllm.matrix import WITHOUT_SPECULATION, covers
 from guided_vllm.oracle import Adjust
 from guided_vllm.served import Served
@@ -198,18 +198,20 @@ def test_a_request_ends_with_its_stop_token(served: Served) -> None:
 @covers("stop strings")
 def test_a_request_ends_at_its_stop_string(served: Served) -> None:
     """Only the API process sees it; the steps the worker has done by then aren't on record."""
-    tokenizer = AutoTokenizer.from_pretrained(served.reference)
+    tokenizer, ordinary = AutoTokenizer.from_pretrained(served.reference), list(range(END))
 
     def asks(stops: list[list[str]]) -> list[Ask]:
         guidances = [served.guide("v-bernoulli"), served.guide("q-categorical", guided_tokens=9), None]
+        sampling = {"detokenize": True, "allowed_token_ids": ordinary}
         return [
-            Ask(prompt(6, seed=96 + index), guidance, sampling={"seed": 96 + index, "detokenize": True, "stop": stop})
+            Ask(prompt(6, seed=96 + index), guidance, sampling=sampling | {"seed": 96 + index, "stop": stop})
             for index, (guidance, stop) in enumerate(zip(guidances, stops, strict=True))
         ]
 
+    def check(answer: Answer) -> None:
+        served.check(answer, lambda logits_V, generated: only(ordinary, logits_V))
+
     unstopped = drive(served.engine, asks([[], [], []]))
-    for answer in unstopped:
-        served.check(answer)
     tokens = [answer.choices[0].token_ids for answer in unstopped]
     stops = [tokenizer.decode(token_ids[4:6]) for token_ids in tokens]
     stopped = drive(served.engine, asks([[stop] for stop in stops]))
@@ -219,7 +221,8 @@ def test_a_request_ends_at_its_stop_string(served: Served) -> None:
         assert len(returned) < len(token_ids)
         assert returned == token_ids[: len(returned)]
         assert stop in tokenizer.decode(returned)
-        served.check(answer)
+    for answer in (*unstopped, *stopped):
+        check(answer)
 
 
 SCHEMA = {
