@@ -5,22 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from guided_vllm import plain_vllm, tight_engine
+from guided_vllm.driving import Answer
 from guided_vllm.served import Served
 from guided_vllm.tiny_models import VALUE_MODELS, make_reference, make_value_model
 from qtilt.vllm_plugin.config import PROCESSOR, WORKER_EXTENSION, PluginConfig
-from qtilt.vllm_plugin.seeded_prefill import keep_seeds_through_chunked_prefill
 
 
-def start(models: Path, processors: tuple[Any, ...] = (), **more: Any) -> Served:
+def start(models: Path, processors: tuple[Any, ...] = (), *, ask_plain: bool = True, **more: Any) -> Served:
     """processors: further logits processors, after ours. more: further engine arguments.
 
-    The same engine without the plugin is started, asked and shut down before.
+    ask_plain: the same engine without the plugin is started, asked and shut down before.
     """
-    keep_seeds_through_chunked_prefill()  # otherwise vLLM's own engine ends with some of the requests
     reference = make_reference(models / "reference")
-    without_plugin = tight_engine.start(reference, **more)
-    plain = plain_vllm.answers(without_plugin)
-    without_plugin.engine_core.shutdown()
+    plain = _answers_of_plain_vllm(reference, **more) if ask_plain else {}
     directories = {
         (name, 1): make_value_model(models / name, *parts, seed=seed)
         for seed, (name, parts) in enumerate(VALUE_MODELS.items(), start=1)
@@ -34,6 +31,13 @@ def start(models: Path, processors: tuple[Any, ...] = (), **more: Any) -> Served
         **more,
     )
     return Served(engine, reference, directories, plain)
+
+
+def _answers_of_plain_vllm(reference: Path, **more: Any) -> dict[str, list[Answer]]:
+    engine = tight_engine.start(reference, **more)
+    answers = plain_vllm.answers(engine)
+    engine.engine_core.shutdown()
+    return answers
 
 
 def assert_nothing_leaks(served: Served) -> Iterator[None]:
