@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -28,6 +29,17 @@ V2_FOLDER = TESTS / "vllm_v2"
 
 if is_of(V2_FOLDER):
     run_model_runner_v2()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix-to", metavar="FILE", help="write what the collected tests cover (see guided_vllm.matrix)"
+    )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if (path := session.config.getoption("--matrix-to")) is not None:
+        Path(path).write_text(json.dumps(matrix.report(session.items)))
 
 
 def pytest_configure(config: pytest.Config) -> None:

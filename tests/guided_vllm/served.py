@@ -35,11 +35,6 @@ class Served:
     penalties_first: bool = False
     scorable: int = TOKENS
 
-    @property
-    def speculates(self) -> bool:
-        """Whether vLLM drafts tokens. It then refuses ``min_p`` and ``logit_bias``."""
-        return self.engine.vllm_config.speculative_config is not None
-
     def rpc(self, method: str, *args: Any) -> Any:
         """The workers' answer, which all must agree on."""
         result, *others = self.engine.collective_rpc(method, args=args)
@@ -135,8 +130,12 @@ class Served:
 def await_preparation(served: Served, name: str, version: int) -> dict[str, str | None]:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        status: dict[str, str | None] = served.rpc("qtilt_prepare_status", name, version)
-        if status["state"] != "loading":
-            return status
+        # Each worker reads for itself, and one may be done before another.
+        statuses: list[dict[str, str | None]] = served.engine.collective_rpc(
+            "qtilt_prepare_status", args=(name, version)
+        )
+        if all(status["state"] != "loading" for status in statuses):
+            (state,) = {(status["state"], status["error"]) for status in statuses}
+            return dict(zip(("state", "error"), state, strict=True))
         time.sleep(0.02)
     raise TimeoutError(f"{name}@{version} is still loading")
