@@ -5,9 +5,10 @@ of qtilt is imported; a value-model directory is read as its documented format s
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,10 @@ class Guided:
     top_k: int
     method: str
     guided_tokens: int | None
+
+
+TIE = 3e-5
+"""Logits that differ by less may change places in float32: 6e-6 has, with the reference split between two workers."""
 
 
 class ReferenceOracle:
@@ -111,17 +116,26 @@ class Step(NamedTuple):
     guided_logits_V: Tensor
 
 
-def step_distribution(
+def step_distributions(
     reference_V: Tensor, history: list[int], guided: Guided | None, temperature: float, scorable: int
-) -> Step:
-    """One step; ``reference_V`` holds −inf where masked."""
-    scale = temperature if temperature > 0 else 1.0
-    reference = log_softmax(reference_V / scale)
+) -> list[Step]:
+    """One step; ``reference_V`` holds −inf where masked. Two where rounding decides which token is scored last."""
     if guided is None:
-        return Step(reference, 0.0, reference_V)
+        return [Step(log_softmax(reference_V / (temperature or 1.0)), 0.0, reference_V)]
     allowed = [token for token in range(scorable) if torch.isfinite(reference_V[token])]
     allowed.sort(key=lambda token: -float(reference_V[token]))
-    candidates = allowed[: guided.top_k]
+    candidates = [allowed[: guided.top_k]]
+    for last, following in pairwise(allowed[guided.top_k - 1 : guided.top_k + 1]):
+        if float(reference_V[last] - reference_V[following]) < TIE:
+            candidates.append([*allowed[: guided.top_k - 1], following])
+    return [_guided_step(reference_V, history, guided, temperature, each) for each in candidates]
+
+
+def _guided_step(
+    reference_V: Tensor, history: list[int], guided: Guided, temperature: float, candidates: list[int]
+) -> Step:
+    scale = temperature if temperature > 0 else 1.0
+    reference = log_softmax(reference_V / scale)
     offsets_K, floor = value_oracle(guided.directory).offsets(history, candidates, guided.eta, guided.method)
     offsets_V = torch.full_like(reference_V, floor)
     offsets_V[candidates] = offsets_K
@@ -139,8 +153,12 @@ def expected_steps(
     temperature: float,
     scorable: int,
     adjust: Adjust | None = None,
+    reported: Sequence[Tensor] | None = None,
 ) -> list[Step]:
-    """Of every generated token. ``adjust`` changes the raw logits first."""
+    """Of every generated token. ``adjust`` changes the raw logits first.
+
+    reported: log-probabilities ``[V]`` of every step, which decide where rounding may.
+    """
     logits_LV = reference_oracle(reference).logits([*prompt, *generated])
     steps = []
     for count in range(len(generated)):
@@ -149,5 +167,9 @@ def expected_steps(
             reference_V = adjust(reference_V, generated[:count])
         limit = guided.guided_tokens if guided is not None else 0
         applies = guided if limit is None or count < limit else None
-        steps.append(step_distribution(reference_V, [*prompt, *generated[:count]], applies, temperature, scorable))
+        either = step_distributions(reference_V, [*prompt, *generated[:count]], applies, temperature, scorable)
+        if reported is not None:
+            probs_V = reported[count].exp()
+            either.sort(key=lambda step, probs_V=probs_V: float((step.log_probs_V.exp() - probs_V).abs().sum()))
+        steps.append(either[0])
     return steps

@@ -17,6 +17,7 @@ from guided_vllm.oracle import Adjust, Guided, expected_steps, log_softmax
 from guided_vllm.tiny_models import TOKENS
 from guided_vllm.truncation import truncate_as_reported
 from qtilt.params import GuidanceParams
+from qtilt.vllm_plugin.answers import raise_errors
 
 
 @dataclass
@@ -36,10 +37,10 @@ class Served:
     scorable: int = TOKENS
 
     def rpc(self, method: str, *args: Any) -> Any:
-        """The workers' answer, which all must agree on."""
-        result, *others = self.engine.collective_rpc(method, args=args)
-        assert all(other == result for other in others)
-        return result
+        """The workers' answer, which all must agree on. Raises ValueError with their error."""
+        answers = self.engine.collective_rpc(method, args=args)
+        assert answers == answers[:1] * len(answers), "workers disagree"
+        return raise_errors(answers)[0]
 
     @contextmanager
     def also(self, value_model: str, version: int, directory: Path) -> Iterator[None]:
@@ -73,6 +74,7 @@ class Served:
         ask, guidance = answer.ask, answer.ask.guidance
         kls = []
         for choice in answer.choices:
+            reported = [_vector(logprobs) for logprobs in choice.logprobs]
             steps = expected_steps(
                 self.reference,
                 ask.prompt,
@@ -81,14 +83,13 @@ class Served:
                 ask.temperature,
                 self.scorable,
                 self._adjustment(adjust, penalise),
+                reported,
             )
-            for count, (token, step) in enumerate(zip(choice.token_ids, steps, strict=True)):
+            for count, (token, step, reported_V) in enumerate(zip(choice.token_ids, steps, reported, strict=True)):
                 expected_V = step.log_probs_V
                 if penalise is not None and not self.penalties_first:
                     penalised_V = penalise(step.guided_logits_V.clone(), choice.token_ids[:count])
                     expected_V = log_softmax(penalised_V / (ask.temperature or 1.0))
-                reported = choice.logprobs[count]
-                reported_V = torch.tensor([reported[index] for index in range(len(expected_V))], dtype=torch.float64)
                 if ask.temperature > 0:
                     expected_V = truncate_as_reported(expected_V, reported_V, ask.sampling)
                 self._check_step(token, reported_V, expected_V, greedy=ask.temperature == 0)
@@ -127,12 +128,16 @@ class Served:
             assert summary["kl"] == pytest.approx(kl, abs=1e-4, rel=1e-5)
 
 
+def _vector(logprobs: dict[int, float]) -> torch.Tensor:
+    return torch.tensor([logprobs[token] for token in range(len(logprobs))], dtype=torch.float64)
+
+
 def await_preparation(served: Served, name: str, version: int) -> dict[str, str | None]:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         # Each worker reads for itself, and one may be done before another.
-        statuses: list[dict[str, str | None]] = served.engine.collective_rpc(
-            "qtilt_prepare_status", args=(name, version)
+        statuses: list[dict[str, str | None]] = raise_errors(
+            served.engine.collective_rpc("qtilt_prepare_status", args=(name, version))
         )
         if all(status["state"] != "loading" for status in statuses):
             (state,) = {(status["state"], status["error"]) for status in statuses}
