@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 pytest.register_assert_rewrite("guided_vllm")  # tests that several folders run
 
+from guided_vllm import matrix
 from guided_vllm.vllm_on_cpu import run_model_runner_v2
 from own_process import OwnProcess, ReportsBack, is_of
 
@@ -29,11 +31,23 @@ if is_of(V2_FOLDER):
     run_model_runner_v2()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix-to", metavar="FILE", help="write what the collected tests cover (see guided_vllm.matrix)"
+    )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if (path := session.config.getoption("--matrix-to")) is not None:
+        Path(path).write_text(json.dumps(matrix.report(session.items)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(ReportsBack(config) if is_of(V2_FOLDER) else OwnProcess(V2_FOLDER))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if matrix.is_meant_to_run(item)]
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder not in FOLDER_MARKERS:

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from qtilt.vllm_plugin.answers import raise_errors
 from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt_server.schema import ChoiceGuidance
 
@@ -95,8 +96,8 @@ class GuidanceWorker:
             while call not in (await asyncio.wait([call], timeout=ENGINE_POLL_S))[0]:
                 if self._engine.errored:  # vLLM never answers a call that its engine stopped on
                     raise RuntimeError(f"the engine stopped before it answered {method}")
-            return call.result()
-        except Exception as error:  # vLLM hands a worker's error over as a bare Exception
+            return raise_errors(call.result())
+        except Exception as error:  # vLLM hands errors of the engine over as bare Exceptions
             raise WorkerError(str(error)) from error
         finally:
             call.cancel()

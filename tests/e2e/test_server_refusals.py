@@ -9,6 +9,7 @@ import openai
 import pytest
 from openai import OpenAI
 
+from guided_vllm.matrix import covers
 from real_server.process import RunningServer
 
 BAD_BLOCKS: dict[str, Any] = {
@@ -91,12 +92,14 @@ def test_the_official_client_raises_bad_request(client: OpenAI, idle: RunningSer
             )
 
 
+@covers("beam search", engines=["sync"], refused="it drops what guidance travels in: HTTP 400")
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_beam_search_is_refused(post: Callable[..., httpx.Response], route: str, stream: bool) -> None:
     assert_refused(post(route, {**ROUTES[route], "stream": stream, "use_beam_search": True, "guidance": {}}))
 
 
+@covers("prompt embeddings", engines=["sync"], refused="a value model needs tokens: HTTP 400")
 @pytest.mark.parametrize("prompt", [None, "abc"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_prompt_embeddings_are_refused(post: Callable[..., httpx.Response], prompt: str | None, stream: bool) -> None:

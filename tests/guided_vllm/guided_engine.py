@@ -4,15 +4,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from guided_vllm import tight_engine
+from guided_vllm import plain_vllm, tight_engine
+from guided_vllm.driving import Answer
 from guided_vllm.served import Served
 from guided_vllm.tiny_models import VALUE_MODELS, make_reference, make_value_model
 from qtilt.vllm_plugin.config import PROCESSOR, WORKER_EXTENSION, PluginConfig
 
 
-def start(models: Path, processors: tuple[Any, ...] = (), kv_fraction: float = 1.0, **more: Any) -> Served:
-    """processors: further logits processors, after ours. more: further engine arguments."""
+def start(
+    models: Path,
+    processors: tuple[Any, ...] = (),
+    *,
+    ask_plain: bool = True,
+    kv_fraction: float = 1.0,
+    **more: Any,
+) -> Served:
+    """processors: further logits processors, after ours. more: further engine arguments.
+
+    ask_plain: the same engine without the plugin is started, asked and shut down before.
+    """
     reference = make_reference(models / "reference")
+    plain = _answers_of_plain_vllm(reference, **more) if ask_plain else {}
     directories = {
         (name, 1): make_value_model(models / name, *parts, seed=seed)
         for seed, (name, parts) in enumerate(VALUE_MODELS.items(), start=1)
@@ -29,7 +41,14 @@ def start(models: Path, processors: tuple[Any, ...] = (), kv_fraction: float = 1
         additional_config={"qtilt": plugin.to_dict()},
         **more,
     )
-    return Served(engine, reference, directories, kv_fraction=kv_fraction)
+    return Served(engine, reference, directories, plain, kv_fraction=kv_fraction)
+
+
+def _answers_of_plain_vllm(reference: Path, **more: Any) -> dict[str, list[Answer]]:
+    engine = tight_engine.start(reference, **more)
+    answers = plain_vllm.answers(engine)
+    engine.engine_core.shutdown()
+    return answers
 
 
 def assert_nothing_leaks(served: Served) -> Iterator[None]:

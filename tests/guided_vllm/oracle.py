@@ -5,10 +5,12 @@ of qtilt is imported; a value-model directory is read as its documented format s
 """
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from shortened_guidance import scored_in_stages
+
+Adjust = Callable[[Tensor, list[int]], Tensor]
+"""What happens to raw logits ``[V]`` before guidance, given the tokens generated before: masks, biases, penalties."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,8 @@ class Guided:
     tolerance: float = 0.0
 
 
-class Step(NamedTuple):
-    """Log-probabilities ``[V]``, KL(guided ‖ reference), and how many candidates are scored."""
-
-    logprobs_V: Tensor
-    kl: float
-    candidates: int
+TIE = 3e-5
+"""Logits that differ by less may change places in float32: 6e-6 has, with the reference split between two workers."""
 
 
 class ReferenceOracle:
@@ -110,17 +111,39 @@ def log_softmax(logits_V: Tensor) -> Tensor:
     return logits_V - torch.logsumexp(logits_V, 0)
 
 
-def step_distribution(
+class Step(NamedTuple):
+    """log_probs_V: what the step samples from. kl: KL(guided ‖ reference) in nats.
+
+    guided_logits_V: raw logits with T·Q/η, each token's Q/η less the largest of the row: as the HTTP API's page says,
+    the most valuable candidate keeps its logit. candidates: how many are scored.
+    """
+
+    log_probs_V: Tensor
+    kl: float
+    guided_logits_V: Tensor
+    candidates: int
+
+
+def step_distributions(
     reference_V: Tensor, history: list[int], guided: Guided | None, temperature: float, scorable: int
-) -> Step:
-    """Of one step; ``reference_V`` holds −inf where masked."""
-    scale = temperature if temperature > 0 else 1.0
-    reference = log_softmax(reference_V / scale)
+) -> list[Step]:
+    """One step; ``reference_V`` holds −inf where masked. Two where rounding decides which token is scored last."""
     if guided is None:
-        return Step(reference, 0.0, 0)
+        return [Step(log_softmax(reference_V / (temperature or 1.0)), 0.0, reference_V, 0)]
     allowed = [token for token in range(scorable) if torch.isfinite(reference_V[token])]
     allowed.sort(key=lambda token: -float(reference_V[token]))
-    candidates = allowed[: guided.top_k]
+    candidates = [allowed[: guided.top_k]]
+    for last, following in pairwise(allowed[guided.top_k - 1 : guided.top_k + 1]):
+        if float(reference_V[last] - reference_V[following]) < TIE:
+            candidates.append([*allowed[: guided.top_k - 1], following])
+    return [_guided_step(reference_V, history, guided, temperature, each) for each in candidates]
+
+
+def _guided_step(
+    reference_V: Tensor, history: list[int], guided: Guided, temperature: float, candidates: list[int]
+) -> Step:
+    scale = temperature if temperature > 0 else 1.0
+    reference = log_softmax(reference_V / scale)
     oracle = value_oracle(guided.directory)
     offsets_K, floor = oracle.offsets(history, candidates, guided.eta, guided.method)
     if guided.tolerance > 0 and oracle.type == "v":
@@ -129,12 +152,12 @@ def step_distribution(
         masses = reference.exp().tolist()
         candidates = scored_in_stages(masses, candidates, offsets, *ends, guided.tolerance, greedy=temperature == 0)
         offsets_K = offsets_K[: len(candidates)]
-    tilted_V = reference_V / scale + floor
-    tilted_V[candidates] += offsets_K - floor
-    tilted = log_softmax(tilted_V)
+    offsets_V = torch.full_like(reference_V, floor)
+    offsets_V[candidates] = offsets_K
+    tilted = log_softmax(reference_V / scale + offsets_V)
     present = torch.isfinite(tilted)
     kl = (tilted[present].exp() * (tilted[present] - reference[present])).sum()
-    return Step(tilted, float(kl), len(candidates))
+    return Step(tilted, float(kl), reference_V + scale * (offsets_V - offsets_K.max()), len(candidates))
 
 
 def expected_steps(
@@ -144,10 +167,13 @@ def expected_steps(
     guided: Guided | None,
     temperature: float,
     scorable: int,
-    adjust: Any = None,
+    adjust: Adjust | None = None,
+    reported: Sequence[Tensor] | None = None,
 ) -> list[Step]:
-    """One for every generated token. ``adjust`` changes the raw logits first (a mask, a bias),
-    given the tokens generated before."""
+    """Of every generated token. ``adjust`` changes the raw logits first.
+
+    reported: log-probabilities ``[V]`` of every step, which decide where rounding may.
+    """
     logits_LV = reference_oracle(reference).logits([*prompt, *generated])
     steps = []
     for count in range(len(generated)):
@@ -156,5 +182,9 @@ def expected_steps(
             reference_V = adjust(reference_V, generated[:count])
         limit = guided.guided_tokens if guided is not None else 0
         applies = guided if limit is None or count < limit else None
-        steps.append(step_distribution(reference_V, [*prompt, *generated[:count]], applies, temperature, scorable))
+        either = step_distributions(reference_V, [*prompt, *generated[:count]], applies, temperature, scorable)
+        if reported is not None:
+            probs_V = reported[count].exp()
+            either.sort(key=lambda step, probs_V=probs_V: float((step.log_probs_V.exp() - probs_V).abs().sum()))
+        steps.append(either[0])
     return steps

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 
 from guided_vllm.driving import Ask, drive
+from guided_vllm.matrix import covers
 from guided_vllm.served import Served, await_preparation
 from guided_vllm.tiny_models import VALUE_MODELS, make_tokenizer, make_value_model, prompt
 from qtilt.distributions import Bernoulli
 
 
+@covers("two versions at once, during a swap")
 @pytest.mark.parametrize(("value_model", "family"), [("v-bernoulli", "llama"), ("q-bernoulli", "llama")])
 def test_requests_keep_their_version_through_a_swap(
     served: Served, tmp_path: Path, value_model: str, family: str

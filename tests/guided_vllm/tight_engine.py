@@ -18,27 +18,25 @@ MAX_SEQS = 8
 
 def start(reference: Path, **more: Any) -> LLMEngine:
     """more: further engine arguments."""
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=str(reference),
-            dtype="float32",
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=MAX_SEQS,
-            max_num_batched_tokens=32,
-            block_size=32,
-            num_gpu_blocks_override=11,
-            kv_cache_memory_bytes=1 << 24,
-            enable_prefix_caching=True,
-            enable_chunked_prefill=True,
-            enforce_eager=True,
-            distributed_executor_backend="uni",
-            logprobs_mode="processed_logprobs",
-            max_logprobs=-1,
-            disable_log_stats=False,
-            seed=0,
-            **more,
-        )
-    )
+    arguments: dict[str, Any] = {
+        "model": str(reference),
+        "dtype": "float32",
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": MAX_SEQS,
+        "max_num_batched_tokens": 32,
+        "block_size": 32,
+        "num_gpu_blocks_override": 11,
+        "kv_cache_memory_bytes": 1 << 24,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    return LLMEngine.from_engine_args(EngineArgs(**(arguments | more)))
 
 
 def schedules_asynchronously(engine: LLMEngine) -> bool:

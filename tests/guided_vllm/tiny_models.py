@@ -29,9 +29,18 @@ VALUE_VOCAB = 96
 MAX_MODEL_LEN = 128
 
 
+JSON_WORDS = ["{", "}", ":", ",", '"', '{"', '":', ',"', '"}', "a", "b", "c", "ab", "true", "false", "null"]
+JSON_WORDS += ["1", "2", "31"]
+
+
+def words(ordinary: int = TOKENS - 2) -> list[str]:
+    """The tokenizer's, by id: w0, w1, … and at the end what JSON consists of."""
+    return [f"w{index}" for index in range(ordinary - len(JSON_WORDS))] + JSON_WORDS
+
+
 def make_tokenizer(ordinary: int = TOKENS - 2) -> PreTrainedTokenizerFast:
-    words = {f"w{index}": index for index in range(ordinary)}
-    model = Tokenizer(WordLevel(words, unk_token="w0"))
+    vocabulary = {word: index for index, word in enumerate(words(ordinary))}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
     model.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", pad_token="<pad>")
     assert len(tokenizer) == ordinary + 2
@@ -91,6 +100,22 @@ def make_value_model(
     model = ValueModel.from_backbone(backbone, type, distribution, head_std=0.4)
     torch.nn.init.normal_(model.head.bias, std=0.5)
     save_value_model(model, directory, tokenizer or make_tokenizer())
+    return directory
+
+
+def make_constant(
+    directory: Path, type: ValueType, distribution: ReturnDistribution, family: str, lowest: bool
+) -> Path:
+    """A value model that predicts the same whatever it sees: surely the lowest return, or all with equal chances."""
+    model = ValueModel.from_backbone(AutoModel.from_config(backbone_config(family, MAX_MODEL_LEN)), type, distribution)
+    torch.nn.init.zeros_(model.head.weight)
+    logits_A = torch.zeros(distribution.num_logits)
+    if lowest:
+        # The exponential of −1e4 is 0 exactly. A Bernoulli's logit is that of the return 1.
+        logits_A[1 if distribution.num_logits > 1 else 0 :] = -1e4
+    with torch.no_grad():
+        model.head.bias.copy_(logits_A.repeat(len(model.head.bias) // distribution.num_logits))
+    save_value_model(model, directory, make_tokenizer())
     return directory
 
 

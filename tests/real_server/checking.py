@@ -66,7 +66,7 @@ class Oracle:
         guided = None if applied is None else self._guided(applied, guided_tokens)
         steps = expected_steps(self.reference, choice.prompt, choice.token_ids, guided, temperature, TOKENS)
         differences = [
-            abs(reported - float(step.logprobs_V[token]))
+            abs(reported - float(step.log_probs_V[token]))
             for token, reported, step in zip(choice.token_ids, choice.logprobs, steps, strict=True)
         ]
         scored = [step.candidates for step in steps if step.candidates]

@@ -1,4 +1,7 @@
-"""Guided distributions under the V1 model runner: tests/guided_vllm/exactness.py, swapping.py."""
+"""Guided distributions under the V1 model runner: the tests of tests/guided_vllm."""
 
+from guided_vllm.equality import *
 from guided_vllm.exactness import *
+from guided_vllm.sampling import *
+from guided_vllm.seeds import *
 from guided_vllm.swapping import *

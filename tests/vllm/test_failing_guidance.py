@@ -35,7 +35,7 @@ def poisoned_prompt(length: int, seed: int) -> list[int]:
     return [*prompt(length - 3, seed), POISON, 4, 5]
 
 
-def without_poison(logits_V: torch.Tensor) -> torch.Tensor:
+def without_poison(logits_V: torch.Tensor, generated: list[int]) -> torch.Tensor:
     logits_V[POISON] -= 100
     return logits_V
 
