@@ -64,9 +64,13 @@ def test_the_engine_is_not_built_with_speculative_decoding(served: Served) -> No
         ({"additional_config": {}}, "additional_config"),
         ({"speculative_config": object()}, "speculative"),
         pytest.param(
-            {"parallel_config": SimpleNamespace(pipeline_parallel_size=2)},
+            {"parallel_config": SimpleNamespace(pipeline_parallel_size=2, enable_batch_sharded_sampling=None)},
             "pipeline",
             marks=covers("pipeline parallelism", refused="not supported yet: refused at start"),
+        ),
+        (
+            {"parallel_config": SimpleNamespace(pipeline_parallel_size=1, enable_batch_sharded_sampling=True)},
+            "batch-sharded",
         ),
         ({"model_config": SimpleNamespace(skip_tokenizer_init=True)}, "skip-tokenizer-init"),
     ],
