@@ -91,10 +91,11 @@ class Load:
         )
 
     async def _ask_and_check(self, ask: Ask, rng: random.Random) -> None:
+        answer = Answer(ask, time.monotonic())
         try:
-            answer = await self._ask(ask)
+            await self._ask(answer)
         except httpx.HTTPError as error:
-            self.findings.problem(f"no answer: {error!r}: {said(ask)}")
+            self.findings.problem(_broken_off(answer, error))
             return
         if names_a_version_that_left(answer, self.published):
             self.findings.counts["refused: the version asked for was unloaded (400)"] += 1
@@ -107,8 +108,8 @@ class Load:
         if not wrong and rng.random() < self.checked_share:
             await self._check_exactness(answer)
 
-    async def _ask(self, ask: Ask) -> Answer:
-        answer = Answer(ask, time.monotonic())
+    async def _ask(self, answer: Answer) -> None:
+        ask = answer.ask
         if ask.body["stream"]:
             async with self.http.stream("POST", ask.path, json=ask.body) as response:
                 await self._read_stream(answer, response)
@@ -118,7 +119,6 @@ class Load:
             answer.add(response.json())
             answer.is_complete = True
         answer.ended = time.monotonic()
-        return answer
 
     async def _read_stream(self, answer: Answer, response: httpx.Response, chunks: int | None = None) -> None:
         """All of it, or so many chunks."""
@@ -143,7 +143,7 @@ class Load:
         try:
             async with asyncio.timeout(leaves.after_s):
                 if leaves.after_chunks is None:
-                    answer = await self._ask(ask)
+                    await self._ask(answer)
                 else:
                     async with self.http.stream("POST", ask.path, json=ask.body) as response:
                         await self._read_stream(answer, response, leaves.after_chunks)
@@ -151,7 +151,7 @@ class Load:
             self.findings.counts["left before the answer"] += 1
             return
         except httpx.HTTPError as error:
-            self.findings.problem(f"no answer: {error!r}: {said(ask)}")
+            self.findings.problem(_broken_off(answer, error))
             return
         answer.ended = time.monotonic()
         if answer.is_complete:
@@ -232,3 +232,9 @@ def said(ask: Ask) -> str:
     """The request, for a problem's text."""
     fields: dict[str, Any] = {key: value for key, value in ask.body.items() if key != "model"}
     return f"{ask.path} {json.dumps(fields)}"
+
+
+def _broken_off(answer: Answer, error: httpx.HTTPError) -> str:
+    seconds, choices = time.monotonic() - answer.sent, list(answer.choices.values())
+    got = f"status {answer.status} and {sum(len(choice.token_ids) for choice in choices)} tokens"
+    return f"{error!r} after {seconds:.1f} s, {got}: {said(answer.ask)}"

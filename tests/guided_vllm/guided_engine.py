@@ -33,7 +33,7 @@ def start(models: Path, processors: tuple[Any, ...] = (), kv_fraction: float = 1
 
 
 def assert_nothing_leaks(served: Served) -> Iterator[None]:
-    """Around a test that uses the engine: no row, no record, no slot is left after it."""
+    """Around a test that uses the engine: no row, no record, no slot and no page is left after it."""
     before = served.rpc("qtilt_describe")
     yield
     assert not served.engine.has_unfinished_requests()
@@ -42,4 +42,5 @@ def assert_nothing_leaks(served: Served) -> Iterator[None]:
     assert state["traces"] == before["traces"]
     free = {version["name"]: version["free_slots"] for version in before["value_models"]}
     assert {version["name"]: version["free_slots"] for version in state["value_models"]} == free
+    assert {version["held_pages"] for version in state["value_models"]} == {0}
     assert {version["rows"] for version in state["value_models"]} == {0}
