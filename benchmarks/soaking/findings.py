@@ -1,6 +1,7 @@
 """What a soak found: counts of what happened, and problems, of which there should be none."""
 
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,9 @@ class Findings:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def problem(self, text: str) -> None:
+        """Say it at once: a run may be broken off."""
         self.problems.append(text)
+        print(f"PROBLEM {text[:1000]}", file=sys.stderr, flush=True)
 
     def expect(self, holds: bool, otherwise: str) -> None:
         if not holds:

@@ -186,7 +186,7 @@ class Load:
                 malformed.path, content=malformed.content, headers={"content-type": "application/json"}
             )
         except httpx.HTTPError as error:
-            self.findings.problem(f"no answer: {error!r}: {said_so}")
+            self.findings.problem(f"{_with_causes(error)}: {said_so}")
             return
         self.findings.counts["malformed, refused"] += 1
         self.findings.expect(
@@ -237,4 +237,13 @@ def said(ask: Ask) -> str:
 def _broken_off(answer: Answer, error: httpx.HTTPError) -> str:
     seconds, choices = time.monotonic() - answer.sent, list(answer.choices.values())
     got = f"status {answer.status} and {sum(len(choice.token_ids) for choice in choices)} tokens"
-    return f"{error!r} after {seconds:.1f} s, {got}: {said(answer.ask)}"
+    return f"{_with_causes(error)} after {seconds:.1f} s, {got}: {said(answer.ask)}"
+
+
+def _with_causes(error: BaseException) -> str:
+    causes = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(repr(cause))
+        cause = cause.__cause__ or cause.__context__
+    return " from ".join(causes)
