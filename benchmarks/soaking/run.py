@@ -43,8 +43,6 @@ ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
 }
-KEPT_ALIVE_S = 1.0
-"""An idle connection is used again for so long only: the server closes it after 5 s, perhaps just then."""
 END_LIMIT_S = 20.0
 
 
@@ -100,7 +98,9 @@ async def under_load(
     memory: MemorySeries,
 ) -> None:
     """Until the time is up, or too much is wrong; then until every client has its last answer."""
-    limits = httpx.Limits(max_connections=None, keepalive_expiry=KEPT_ALIVE_S)
+    # A connection per request: when a request is cancelled, httpcore closes kept ones that have just expired, those
+    # included that it has already given to another request.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     stop = asyncio.Event()
     with make_checker() as checker:
         try:
