@@ -163,7 +163,7 @@ def check_memory(arguments: argparse.Namespace, memory: MemorySeries, findings: 
         name: f"{memory.samples[0].get(name, 0.0):.0f} -> {mib:.0f}" for name, mib in memory.samples[-1].items()
     }
     findings.facts["memory_series"] = [
-        [round(second, 1), round(sum(sample.values()), 1)]
+        {"second": round(second, 1), **{name: round(mib, 1) for name, mib in sample.items()}}
         for second, sample in zip(memory.seconds, memory.samples, strict=True)
     ]
     findings.expect(
