@@ -131,6 +131,11 @@ class KVCache:
         """How many slots no history holds."""
         return len(self._free)
 
+    @property
+    def held_pages(self) -> int:
+        """How many pages slots in use have; where a slot is one piece, how many slots are in use."""
+        return self.slots - self.free_slots if self.pages.in_one_piece else self.pages.total - self.pages.free
+
     def acquire(self, slot: int | None = None) -> int:
         """An empty slot, this one if given. Raises ValueError when it, or all, are in use."""
         if slot is not None:

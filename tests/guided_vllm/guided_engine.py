@@ -52,7 +52,7 @@ def _answers_of_plain_vllm(reference: Path, **more: Any) -> dict[str, list[Answe
 
 
 def assert_nothing_leaks(served: Served) -> Iterator[None]:
-    """Around a test that uses the engine: no row, no record, no slot is left after it."""
+    """Around a test that uses the engine: no row, no record, no slot and no page is left after it."""
     before = served.rpc("qtilt_describe")
     yield
     assert not served.engine.has_unfinished_requests()
@@ -61,4 +61,5 @@ def assert_nothing_leaks(served: Served) -> Iterator[None]:
     assert state["traces"] == before["traces"]
     free = {version["name"]: version["free_slots"] for version in before["value_models"]}
     assert {version["name"]: version["free_slots"] for version in state["value_models"]} == free
+    assert {version["held_pages"] for version in state["value_models"]} == {0}
     assert {version["rows"] for version in state["value_models"]} == {0}

@@ -154,6 +154,20 @@ def test_a_cache_beyond_all_memory_says_what_to_change():
         KVCache(geometry, 2**20, 2**20)
 
 
+@pytest.mark.parametrize(("fraction", "held"), [(1.0, 2), (0.5, 3)])
+def test_held_pages_are_those_of_slots_in_use(fraction: float, held: int):
+    """In one piece a page is a slot; else one has two pages, of 32 positions each, and the other one."""
+    cache = KVCache(CacheGeometry(1, 1, 2, torch.float32, torch.device("cpu")), 4, 64, fraction)
+    assert cache.held_pages == 0
+    slots = [cache.acquire() for _ in range(2)]
+    for slot, length in zip(slots, [33, 5], strict=True):
+        cache.reserve(slot, length)
+    assert cache.held_pages == held
+    for slot in slots:
+        cache.release(slot)
+    assert cache.held_pages == 0
+
+
 def test_dropout_is_off_in_the_engine():
     backbone = make_backbone(LlamaConfig(attention_dropout=0.9, attn_implementation="eager", **HEADS, **SIZES)).train()
     engine = ValueEngine(ValueModel.from_backbone(backbone, "v", Bernoulli(), head_std=0.5), 1, 8)

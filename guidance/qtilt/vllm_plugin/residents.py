@@ -71,6 +71,7 @@ class ResidentVersion:
             "warnings": self.warnings,
             "rows": self.rows,
             "free_slots": self.engine.cache.free_slots,
+            "held_pages": self.engine.cache.held_pages,
             "cache_gib": self.engine.cache.gib,
             "dropped": self.engine.cache.dropped,
         }
