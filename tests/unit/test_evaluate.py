@@ -92,7 +92,7 @@ def test_requests_ask_for_the_cells_policy(tmp_path: Path) -> None:
     assert (greedy["n"], greedy["temperature"], greedy["top_p"], greedy["top_k"]) == (1, 0.0, 1.0, 0)
 
 
-def test_a_broken_off_evaluation_goes_on_in_its_cell_and_repeats_nothing(tmp_path: Path) -> None:
+def test_a_broken_off_evaluation_goes_on_in_its_cell_and_repeats_only_what_was_under_way(tmp_path: Path) -> None:
     with StandInServer() as server:
         whole = run(server, tmp_path / "whole")
         total = len(server.bodies("/v1/completions"))
