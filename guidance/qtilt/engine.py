@@ -17,11 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qtilt.cpu_linear import float32_linears, onednn_linears
+from qtilt.cpu_linear import onednn_linears, slow_linears
 from qtilt.device_copy import copy_to_device
-from qtilt.exactness import engine_attention, measure_geometry
+from qtilt.exactness import check_forward, engine_attention, measure_geometry
+from qtilt.fused_forward import FusedForward, Kernels, can_fuse
 from qtilt.kv_cache import CacheGeometry, KVCache
-from qtilt.packing import LastTokens, Span, pack
+from qtilt.packing import LastTokens, PackedStep, Span, pack
 from qtilt.shared_prefixes import SharedPrefixes
 from qtilt.value_model import ValueModel
 
@@ -55,6 +56,7 @@ class ValueEngine:
     added. ``kv_fraction`` is the part of the worst case's memory that a new cache gets: histories that it can't hold
     together are computed in turn, and what was dropped is computed again. ``max_new_tokens`` bounds the new tokens of
     one forward, and with it the memory a step needs for a long catch-up, which then takes several forwards.
+    With ``kernels``, backbones that can be fused are.
 
     Raises ValueError for a backbone the engine is not exact on, positions that don't cover ``max_length``, or a shared
     cache that is too small.
@@ -68,6 +70,7 @@ class ValueEngine:
         caches: MutableMapping[CacheGeometry, KVCache] | None = None,
         max_new_tokens: int = 8192,
         kv_fraction: float = 1.0,
+        kernels: Kernels | None = None,
     ) -> None:
         if max_length > model.max_positions:
             raise ValueError(
@@ -82,10 +85,11 @@ class ValueEngine:
         self.cache = self._own_or_shared_cache({} if caches is None else caches, slots, kv_fraction)
         self._mine: set[int] = set()
         self._prefixes = SharedPrefixes(self.cache.slots, max_length)
-        self._float32_linears = float32_linears(model.backbone)
+        self._slow_linears = slow_linears(model.backbone)
         # A mask of four dimensions is passed through untouched: no mask is built and, in GPT-2, no ids are compared
         # with the padding token on the device.
         self._any_mask = torch.zeros(1, 1, 1, 1, device=self.cache.geometry.device)
+        self._fused = self._fuse(kernels)
 
     def _own_or_shared_cache(
         self, caches: MutableMapping[CacheGeometry, KVCache], slots: int, fraction: float
@@ -100,6 +104,13 @@ class ValueEngine:
                 f"{self.max_length}"
             )
         return cache
+
+    def _fuse(self, kernels: Kernels | None) -> FusedForward | None:
+        if kernels is None or not can_fuse(self.model.backbone):
+            return None
+        fused = FusedForward(self.model.backbone, kernels, min(self.max_length + 1, self.model.max_positions))
+        check_forward(self.model.backbone, fused)
+        return fused
 
     def acquire(self, slot: int | None = None) -> int:
         """An empty slot for a new history, this one if given. Raises ValueError when it, or all, are in use."""
@@ -266,7 +277,13 @@ class ValueEngine:
     def _forward(self, spans: Sequence[Span], last: LastTokens | None, candidates_BK: Tensor | None) -> Tensor:
         """One packed forward: hidden states ``[B·R, H]`` after each row's last token and candidates."""
         step = pack(self.cache, spans, last, candidates_BK)
-        with engine_attention(self.model.backbone), onednn_linears(self._float32_linears):
+        return self._hidden(step)[step.span_tokens :]
+
+    def _hidden(self, step: PackedStep) -> Tensor:
+        """Hidden states ``[T, H]`` of all packed tokens."""
+        if self._fused is not None:
+            return self._fused(step.input_ids_T, step.position_ids_T, step)
+        with engine_attention(self.model.backbone), onednn_linears(self._slow_linears):
             outputs = self.model.backbone(
                 input_ids=step.input_ids_T.unsqueeze(0),
                 position_ids=step.position_ids_T.unsqueeze(0),
@@ -274,7 +291,7 @@ class ValueEngine:
                 use_cache=False,
                 attention_step=step,
             )
-        return outputs.last_hidden_state[0, step.span_tokens :]  # type: ignore[no-any-return]
+        return outputs.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def _check_mine(self, slot: int) -> None:
         if slot not in self._mine:

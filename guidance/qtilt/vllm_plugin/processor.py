@@ -42,6 +42,7 @@ from qtilt.vllm_plugin.seeded_prefill import keep_seeds_through_chunked_prefill
 from qtilt.vllm_plugin.slots import GuidedSlots, SlotRequest
 from qtilt.vllm_plugin.stays import Stay, StayLog
 from qtilt.vllm_plugin.step import RowSettings
+from vllm import _custom_ops
 
 logger = init_logger(__name__)
 
@@ -249,4 +250,5 @@ def _engine_settings(vllm_config: VllmConfig, config: PluginConfig, device: torc
         dtype=dtype,
         device=device,
         kv_fraction=config.kv_fraction,
+        kernels=_custom_ops,
     )

@@ -16,6 +16,7 @@ import torch
 from qtilt.checkpoint import Manifest, load_value_model, read_manifest
 from qtilt.distributions import ReturnDistribution
 from qtilt.engine import ValueEngine
+from qtilt.fused_forward import Kernels
 from qtilt.kv_cache import CacheGeometry, KVCache
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
 
@@ -26,7 +27,8 @@ VersionKey = tuple[str, int]
 class EngineSettings:
     """slots: most requests in one batch. max_length: longest sequence, in tokens. dtype: of weights and caches.
 
-    kv_fraction: memory of a cache, as a fraction of what ``slots`` sequences of ``max_length`` need.
+    kv_fraction: memory of a cache, as a fraction of what ``slots`` sequences of ``max_length`` need. kernels: for
+    backbones that can be fused.
     """
 
     slots: int
@@ -34,6 +36,7 @@ class EngineSettings:
     dtype: torch.dtype
     device: torch.device
     kv_fraction: float = 1.0
+    kernels: Kernels | None = None
 
 
 @dataclass(eq=False)
@@ -158,7 +161,14 @@ class Residents:
         warnings = check_fits_reference(manifest, path, self._reference)
         model = load_value_model(path, self._settings.dtype, self._settings.device)
         settings = self._settings
-        engine = ValueEngine(model, settings.slots, settings.max_length, self._caches, kv_fraction=settings.kv_fraction)
+        engine = ValueEngine(
+            model,
+            settings.slots,
+            settings.max_length,
+            self._caches,
+            kv_fraction=settings.kv_fraction,
+            kernels=settings.kernels,
+        )
         if self._settings.device.type == "cuda":
             # Steps run on another stream than this thread: for them too, all must be in place.
             torch.cuda.synchronize(self._settings.device)
