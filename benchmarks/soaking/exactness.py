@@ -73,8 +73,8 @@ def compare(sample: Sample) -> Difference:
     steps = expected_steps(sample.reference, sample.prompt, sample.token_ids, guided, sample.temperature, TOKENS)
     complaints: list[str] = []
     largest = 0.0
-    for count, (expected_V, _) in enumerate(steps):
-        expected = dict(enumerate(expected_V.tolist()))
+    for count, step in enumerate(steps):
+        expected = dict(enumerate(step.log_probs_V.tolist()))
         token = sample.token_ids[count]
         reported = {token: sample.logprobs[count]} if sample.logprobs else {}
         if sample.all_logprobs:
@@ -88,7 +88,7 @@ def compare(sample: Sample) -> Difference:
             complaints.append(f"token {count} (id {token}): {complaint}")
         if sample.temperature == 0 and expected[token] < max(expected.values()) - LOGPROB_TOLERANCE:
             complaints.append(f"token {count} (id {token}) isn't the likeliest")
-    expected_kl = sum(kl for _, kl in steps)
+    expected_kl = sum(step.kl for step in steps)
     kl_difference = 0.0 if sample.kl is None else abs(sample.kl - expected_kl)
     if not kl_difference <= KL_TOLERANCE + KL_RELATIVE * expected_kl:
         complaints.append(f"the KL is {sample.kl}, expected {expected_kl}")

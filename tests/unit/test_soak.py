@@ -161,7 +161,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     make_value_model(folder / "other", 2)
     prompt, token_ids = [1, 2, 3], [4, 5, 6, 7]
     steps = expected_steps(reference, prompt, token_ids, Guided(value, 0.5, 8, "qsharp", 3), 0.7, TOKENS)
-    all_logprobs = [{index: each + 1e-6 for index, each in enumerate(step_V.tolist())} for step_V, _ in steps]
+    all_logprobs = [{index: each + 1e-6 for index, each in enumerate(step.log_probs_V.tolist())} for step in steps]
     return Sample(
         reference=reference,
         directory=value,
@@ -172,7 +172,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
         token_ids=token_ids,
         logprobs=[step[token] for step, token in zip(all_logprobs, token_ids, strict=True)],
         all_logprobs=all_logprobs,
-        kl=sum(kl for _, kl in steps),
+        kl=sum(step.kl for step in steps),
     )
 
 

@@ -68,9 +68,9 @@ def crowd(served: Served) -> Crowd:
         f"{index}": Ask(
             [*shared[: 40 * (index % 4 == 3)], *prompt(70 if index == 0 else 20 + 2 * index, seed=200 + index)],
             temperature=(1.0, 0.7, 0.0)[index % 3],
-            max_tokens=20 + index,
+            max_tokens=40 + index,
             arrives=2 * index,
-            sampling={"allowed_token_ids": FEW} | watched(f"{index}", BIAS),
+            sampling={"allowed_token_ids": FEW, "seed": 400 + index} | watched(f"{index}", BIAS),
         )
         for index in range(12)
     }
