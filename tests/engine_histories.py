@@ -1,6 +1,7 @@
 """Histories that run on a value engine as requests do, each step checked against plain Hugging Face forwards."""
 
 import random
+from typing import Any
 
 import torch
 
@@ -18,14 +19,13 @@ class Histories:
         self,
         model: ValueModel,
         slots: int = 6,
-        max_new_tokens: int = 8192,
         seed: int = 0,
         exact: dict[str, float] = EXACT,
-        kv_fraction: float = 1.0,
+        **engine_settings: Any,
     ) -> None:
         self.model = model
         self.exact = exact
-        self.engine = ValueEngine(model, slots, POSITIONS - 1, max_new_tokens=max_new_tokens, kv_fraction=kv_fraction)
+        self.engine = ValueEngine(model, slots, POSITIONS - 1, **engine_settings)
         self.tokens: dict[int, list[int]] = {}
         self.random = random.Random(seed)
 

@@ -112,6 +112,11 @@ class ValueEngine:
         check_forward(self.model.backbone, fused)
         return fused
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the backbone runs on the kernels."""
+        return self._fused is not None
+
     def acquire(self, slot: int | None = None) -> int:
         """An empty slot for a new history, this one if given. Raises ValueError when it, or all, are in use."""
         slot = self.cache.acquire(slot)

@@ -4,7 +4,7 @@ Shapes: ``T`` packed tokens (see packing.py), ``H`` query heads and ``G`` key/va
 that are normalised together, ``P`` positions.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -42,12 +42,11 @@ class FusedForward:
     def __init__(self, backbone: PreTrainedModel, kernels: Kernels, positions: int) -> None:
         if not can_fuse(backbone):
             raise ValueError(f"{type(backbone).__name__} can't be fused, only: {', '.join(sorted(FUSED))}, with SiLU")
-        # Any: what the four classes have in common, no base class of theirs has.
-        self._backbone: Any = backbone
+        self._backbone = cast(Any, backbone)  # no class has what the four have in common
         self._kernels = kernels
-        of_dtype = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
-        positions_1P = torch.arange(positions, device=backbone.device).unsqueeze(0)
-        turns = self._backbone.rotary_emb(of_dtype, positions_1P)
+        weight: Tensor = self._backbone.embed_tokens.weight
+        positions_1P = torch.arange(positions, device=weight.device).unsqueeze(0)
+        turns = self._backbone.rotary_emb(weight, positions_1P)
         # The second half of a head turns by the same angles.
         self._rotation_PD = torch.cat([turn_1PD[0].chunk(2, dim=-1)[0] for turn_1PD in turns], dim=-1)
 

@@ -12,7 +12,7 @@ EXACT_ON_CUDA = {"atol": 1e-4, "rtol": 1e-4}  # float32 sums in another order th
 
 def histories_on_cuda(family: str, type: str, slots: int = 6, max_new_tokens: int = 8192) -> Histories:
     model = make_value_model(family, type, "categorical").to("cuda")
-    return Histories(model, slots, max_new_tokens, seed=5, exact=EXACT_ON_CUDA)
+    return Histories(model, slots, seed=5, max_new_tokens=max_new_tokens, exact=EXACT_ON_CUDA)
 
 
 @pytest.mark.parametrize("type", ["q", "v"])
