@@ -17,6 +17,9 @@ from qtilt.cpu_linear import linear
 FUSED = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 """The classes of transformers that compute what :class:`FusedForward` does. Every backbone is measured nevertheless."""
 
+NORM_MULTIPLE = 16
+"""On CPUs the kernels normalise multiples of so many numbers only."""
+
 
 class Kernels(Protocol):
     """What vLLM brings along for CPUs and GPUs (``vllm._custom_ops``). All write in place."""
@@ -41,7 +44,7 @@ class FusedForward:
 
     def __init__(self, backbone: PreTrainedModel, kernels: Kernels, positions: int) -> None:
         if not can_fuse(backbone):
-            raise ValueError(f"{type(backbone).__name__} can't be fused, only: {', '.join(sorted(FUSED))}, with SiLU")
+            raise ValueError(f"{type(backbone).__name__} can't be fused: see can_fuse")
         self._backbone = cast(Any, backbone)  # no class has what the four have in common
         self._kernels = kernels
         weight: Tensor = self._backbone.embed_tokens.weight
@@ -88,5 +91,8 @@ class FusedForward:
 
 
 def can_fuse(backbone: PreTrainedModel) -> bool:
-    """Whether :class:`FusedForward` is the backbone's forward."""
-    return type(backbone).__name__ in FUSED and backbone.config.hidden_act == "silu"
+    """Whether :class:`FusedForward` is the backbone's forward, and the kernels take its sizes."""
+    if type(backbone).__name__ not in FUSED or backbone.config.hidden_act != "silu":
+        return False
+    norms = (module for name, module in backbone.named_modules() if name.endswith("norm"))
+    return all(norm.weight.numel() % NORM_MULTIPLE == 0 for norm in norms)

@@ -27,6 +27,11 @@ def test_every_kind_of_value_model_is_exact_at_several_temperatures_and_eta(
         served.check(answer)
 
 
+def test_backbones_run_on_vllms_kernels_where_they_can(served: Served) -> None:
+    fused = {entry["name"]: entry["fused"] for entry in served.rpc("qtilt_describe")["value_models"]}
+    assert fused == {name: family != "gpt2" for name, (_, _, family) in VALUE_MODELS.items()}
+
+
 @covers("staggered arrivals", "guided beside unguided", "two value models at once")
 def test_mixed_batches_of_guided_unguided_and_several_value_models_with_staggered_arrivals(served: Served) -> None:
     guided = [served.guide(name, method=method) for name in VALUE_MODELS for method in ("qsharp", "cd")]

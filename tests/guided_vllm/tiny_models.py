@@ -3,6 +3,7 @@
 The vocabularies differ on purpose: 90 tokens, 100 columns of reference logits, 96 rows of value-model embedding.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,10 +81,13 @@ def backbone_config(family: str, positions: int) -> PreTrainedConfig:
         "eos_token_id": None,
         "bos_token_id": None,
     }
-    grouped = {"num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 12}
-    if family == "gpt2":
-        return GPT2Config(**sizes)
-    return {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**sizes, **grouped)
+    grouped = {"num_key_value_heads": 2, "intermediate_size": 96}
+    configs = {
+        "gpt2": partial(GPT2Config),
+        "llama": partial(LlamaConfig, head_dim=12, **grouped),
+        "qwen3": partial(Qwen3Config, head_dim=16, **grouped),
+    }
+    return configs[family](**sizes)
 
 
 def make_value_model(

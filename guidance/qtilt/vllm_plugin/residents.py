@@ -71,6 +71,7 @@ class ResidentVersion:
             "distribution": self.manifest.distribution.to_config(),
             "provenance": self.manifest.provenance,
             "scorable_tokens": self.scorable,
+            "fused": self.engine.is_fused,
             "warnings": self.warnings,
             "rows": self.rows,
             "free_slots": self.engine.cache.free_slots,
