@@ -10,15 +10,18 @@ from qtilt.engine import ValueEngine
 EXACT_ON_CUDA = {"atol": 1e-4, "rtol": 1e-4}  # float32 sums in another order than the plain forward's
 
 
-def histories_on_cuda(family: str, type: str, slots: int = 6, max_new_tokens: int = 8192) -> Histories:
+def histories_on_cuda(
+    family: str, type: str, slots: int = 6, max_new_tokens: int = 8192, kv_fraction: float = 1.0
+) -> Histories:
     model = make_value_model(family, type, "categorical").to("cuda")
-    return Histories(model, slots, max_new_tokens, seed=5, exact=EXACT_ON_CUDA)
+    return Histories(model, slots, max_new_tokens, seed=5, exact=EXACT_ON_CUDA, kv_fraction=kv_fraction)
 
 
+@pytest.mark.parametrize("kv_fraction", [0.3, 1.0])
 @pytest.mark.parametrize("type", ["q", "v"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_random_histories_stay_exact(family: str, type: str):
-    histories_on_cuda(family, type, max_new_tokens=24).wander(steps=25)
+def test_random_histories_stay_exact(family: str, type: str, kv_fraction: float):
+    histories_on_cuda(family, type, max_new_tokens=24, kv_fraction=kv_fraction).wander(steps=25)
 
 
 @pytest.mark.parametrize("type", ["q", "v"])
@@ -45,11 +48,12 @@ def test_bfloat16_is_as_close_to_float32_as_the_plain_forward_is(type: str):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("kv_fraction", [0.9, 1.0])
 @pytest.mark.parametrize("type", ["q", "v"])
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gpt2"])
-def test_a_step_never_waits_for_the_device(family: str, type: str):
-    run = histories_on_cuda(family, type)
-    slots = run.start(3, 9, 20)
+def test_a_step_never_waits_for_the_device(family: str, type: str, kv_fraction: float):
+    run = histories_on_cuda(family, type, kv_fraction=kv_fraction)
+    slots = run.start(3, 9, 40)
     candidates_BK = torch.ones(3, 5, dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -58,6 +62,8 @@ def test_a_step_never_waits_for_the_device(family: str, type: str):
             for slot in slots:
                 run.grow(slot, new)
             run.engine.value_logits(slots, [run.tokens[slot] for slot in slots], candidates_BK)
+        run.engine.cache.copy(slots[2], run.engine.acquire(), 40)
+        run.engine.rewind(slots[2], 1)
         run.engine.release(slots[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
