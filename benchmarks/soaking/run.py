@@ -38,7 +38,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     # vLLM's development routes include the calls into the worker that show whether anything leaks there.
     "VLLM_SERVER_DEV_MODE": "1",
-    # The compiled matrix products that oneDNN and torch keep, 0.7 MiB each, would be some minutes of growth that hides a
+    # The compiled matrix products that oneDNN and torch keep, 0.7 MiB each, would be minutes of growth that hides a
     # leak. With fewer, the caches are full before the warm-up ends.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
