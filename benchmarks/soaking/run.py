@@ -38,8 +38,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     # vLLM's development routes include the calls into the worker that show whether anything leaks there.
     "VLLM_SERVER_DEV_MODE": "1",
-    # oneDNN keeps a compiled product for each of the last 1024 shapes, and torch as many: 0.7 MiB each, some minutes of
-    # growth that would hide a leak. With fewer, the caches are full before the warm-up ends.
+    # The compiled matrix products that oneDNN and torch keep, 0.7 MiB each, would be minutes of growth that hides a
+    # leak. With fewer, the caches are full before the warm-up ends.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
 }

@@ -18,6 +18,9 @@ from transformers import AttentionInterface
 
 ATTENTION_NAME = "qtilt_packed"
 
+MOST_SCORES = 2**25
+"""Scores that plain attention holds at once, or elements of the keys they are of: 128 MiB each, in float32."""
+
 
 class AttentionStep(Protocol):
     """What one packed forward does in each attention layer; it reaches the layers as the keyword ``attention_step``."""
@@ -75,13 +78,29 @@ def attend_prefix(
 def attend_prefix_plainly(
     query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attend_prefix` written out, for devices without a kernel that gives the log-sum-exp under a mask."""
-    # Scaled before it is multiplied: the product would overflow float16.
-    scores_WGQP = ((query_WGQD * scaling) @ key_WGPD.transpose(-1, -2)).float()
+    """:func:`attend_prefix` written out, for devices without a kernel that gives the log-sum-exp under a mask.
+
+    Takes as many rows at once as have ``MOST_SCORES``, one at least, however many there are.
+    """
+    kv_heads, queries, size = query_WGQD.shape[1:]
+    rows = max(MOST_SCORES // (kv_heads * key_WGPD.shape[2] * max(queries, size)), 1)
+    whole = (query_WGQD, key_WGPD, value_WGPD) if mask_W11P is None else (query_WGQD, key_WGPD, value_WGPD, mask_W11P)
+    parts = [_attend_rows(scaling, *part) for part in zip(*(tensor.split(rows) for tensor in whole), strict=True)]
+    if len(parts) == 1:
+        return parts[0]
+    outs_WGQD, lses_WGQ = zip(*parts, strict=True)
+    return torch.cat(outs_WGQD), torch.cat(lses_WGQ)
+
+
+def _attend_rows(
+    scaling: float, query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    # Scores in float32: half precision would round large ones by more than the softmax forgives, or overflow.
+    scores_WGQP = (query_WGQD.float() * scaling) @ key_WGPD.float().transpose(-1, -2)
     if mask_W11P is not None:
-        scores_WGQP = scores_WGQP + mask_W11P
+        scores_WGQP += mask_W11P
     lse_WGQ = scores_WGQP.logsumexp(-1)
-    weights_WGQP = (scores_WGQP - lse_WGQ.unsqueeze(-1)).exp().to(value_WGPD.dtype)
+    weights_WGQP = scores_WGQP.sub_(lse_WGQ.unsqueeze(-1)).exp_().to(value_WGPD.dtype)
     return weights_WGQP @ value_WGPD, lse_WGQ
 
 

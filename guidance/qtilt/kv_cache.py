@@ -40,7 +40,7 @@ class Pages:
 
     def __init__(self, slots: int, max_length: int, fraction: float, device: torch.device) -> None:
         self.in_one_piece = fraction == 1
-        self.size = max_length if self.in_one_piece else min(PAGE_TOKENS, max_length)
+        self.size = max_length if self.in_one_piece else PAGE_TOKENS
         self.per_slot = math.ceil(max_length / self.size)
         # One history of full length always fits.
         self.total = slots if self.in_one_piece else max(math.ceil(fraction * slots * self.per_slot), self.per_slot)
@@ -59,6 +59,10 @@ class Pages:
     def count(self, length: int) -> int:
         """How many pages a history of ``length`` tokens has."""
         return math.ceil(length / self.size)
+
+    def filled(self, length: int) -> tuple[int, int]:
+        """How many pages ``length`` tokens fill, and how many of them are left for the next; all, of one piece."""
+        return (0, length) if self.in_one_piece else divmod(length, self.size)
 
     def of(self, slot: int) -> list[int]:
         """The pages of a slot, in order."""
@@ -182,10 +186,23 @@ class KVCache:
 
     def _zero(self, slot: int, first: int) -> None:
         """Zero what was written in the slot's pages from number ``first`` on."""
-        for number, page in enumerate(self.pages.of(slot)[first:], start=first):
-            written = max(self._written[slot] - number * self.pages.size, 0)
-            self.keys_LNGPD[:, page, :, :written].zero_()
-            self.values_LNGPD[:, page, :, :written].zero_()
+        full, rest = self.pages.filled(self._written[slot])
+        if full > first:
+            pages_M = self.pages.table_SM[slot, first:full]
+            for words_LNX in self._words():
+                words_LNX.index_fill_(1, pages_M, 0)
+        if rest and full >= first:
+            page = self.pages.of(slot)[full]
+            for content_LNGPD in (self.keys_LNGPD, self.values_LNGPD):
+                content_LNGPD[:, page, :, :rest].zero_()
+
+    def _words(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as words ``[L, N, X]`` of 16 bytes, not for slots in one piece: they needn't be a multiple.
+
+        Indexing whole pages goes element by element on CPUs: with words it is as fast as a loop of copies of memory.
+        """
+        keys_LNX, values_LNX = self.keys_LNGPD.flatten(2), self.values_LNGPD.flatten(2)
+        return keys_LNX.view(torch.complex128), values_LNX.view(torch.complex128)
 
     def fits(self, lengths: Collection[int]) -> bool:
         """Whether histories of these lengths can be held together."""
@@ -239,14 +256,15 @@ class KVCache:
         """Have ``target`` hold the first ``length`` tokens of what ``source`` holds."""
         assert length <= self._covered[source], f"slot {source} holds {self._covered[source]} tokens, not {length}"
         self.reserve(target, length)
-        for content_LNGPD in (self.keys_LNGPD, self.values_LNGPD):
-            left = length
-            for of_source, of_target in zip(self.pages.of(source), self.pages.of(target), strict=False):
-                part = slice(0, min(left, self.pages.size))
-                content_LNGPD[:, of_target, :, part] = content_LNGPD[:, of_source, :, part]
-                left -= part.stop
-                if left == 0:
-                    break
+        full, rest = self.pages.filled(length)
+        if full:
+            source_M, target_M = self.pages.table_SM[source, :full], self.pages.table_SM[target, :full]
+            for words_LNX in self._words():
+                words_LNX[:, target_M] = words_LNX[:, source_M]
+        if rest:
+            source_page, target_page = self.pages.of(source)[full], self.pages.of(target)[full]
+            for content_LNGPD in (self.keys_LNGPD, self.values_LNGPD):
+                content_LNGPD[:, target_page, :, :rest] = content_LNGPD[:, source_page, :, :rest]
         self.advance(target, length)
 
     def read(self, layer: int, window: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ from qtilt.kv_cache import KVCache
 
 # Idle key/value elements of a layer that are read as fast as one more attention call is made.
 IDLE_ELEMENTS = 2**15
+# Most key elements of a layer that one attention call copies, and as many of the values, unless one row has more.
+COPIED_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +168,17 @@ def _tail_rows(cache: KVCache, last: LastTokens) -> list[TailRows]:
 
     On CPUs copying keys costs more than attending to them, so rows are taken together only where their slots are
     neighbours and their lengths similar, and the cache is read in place. Elsewhere, and where slots are in many pages,
-    one call reads a copy of all rows.
+    a call reads a copy, of all rows if that isn't too much memory.
     """
     lengths_B = last.positions_B + 1
+    elements = cache.geometry.kv_heads * cache.geometry.head_size
     if cache.geometry.device.type != "cpu" or not cache.pages.in_one_piece:
-        everything = slice(0, len(lengths_B))
-        return [TailRows(everything, last.slots_B, last.longest, prefix_mask(lengths_B, last.longest, cache))]
+        together = max(COPIED_ELEMENTS // (elements * last.longest), 1)
+        parts = [slice(first, first + together) for first in range(0, len(lengths_B), together)]
+        mask_B11P = prefix_mask(lengths_B, last.longest, cache)
+        return [TailRows(part, last.slots_B[part], last.longest, mask_B11P[part]) for part in parts]
     slots, lengths = last.slots_B.tolist(), lengths_B.tolist()
-    max_idle = IDLE_ELEMENTS // (cache.geometry.kv_heads * cache.geometry.head_size)
+    max_idle = IDLE_ELEMENTS // elements
     tails = []
     for rows in _neighbours(slots, lengths, max_idle):
         longest = max(lengths[rows])

@@ -24,13 +24,23 @@ OTHER_PLUGIN_GROUPS = (
     "vllm.io_processor_plugins",
     "vllm.stat_logger_plugins",
 )
+COMPILED_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
+"""How many matrix products compiled for CPUs oneDNN and torch keep: one per number of rows and shape of weights.
+
+Their own 1024 each are some 750 MiB that no budget of memory counts (docs/performance.md).
+"""
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
-    """Before vLLM is imported: let it load our endpoints beside its other plugins."""
+    """Before torch and vLLM are imported: have vLLM load our endpoints beside its other plugins, and bound caches.
+
+    What the user has set stays.
+    """
     if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise StartupError("guidance needs vLLM's Python API server: unset VLLM_USE_RUST_FRONTEND")
     environ["VLLM_PLUGINS"] = ",".join(_allowed_plugins(environ.get("VLLM_PLUGINS")))
+    for name, capacity in COMPILED_PRODUCTS.items():
+        environ.setdefault(name, capacity)
 
 
 def launch(argv: list[str]) -> None:

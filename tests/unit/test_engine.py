@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine_histories import EXACT, Histories
 from hf_oracle import CONFIGS, POSITIONS, VOCABULARY, make_value_model, plain_value_logits
-from qtilt.attention import attend_prefix_plainly
+from qtilt.attention import attend_prefix, attend_prefix_plainly
 from qtilt.engine import ValueEngine
 
 
@@ -203,6 +203,26 @@ def test_two_models_that_share_a_small_cache_drop_each_others_histories(type: st
 def test_the_attention_of_devices_without_a_kernel_is_exact_too(type: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("qtilt.packing.attend_prefix", attend_prefix_plainly)
     Histories(make_value_model("llama-gqa", type)).wander(steps=15)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_no_attention_call_copies_more_of_a_cache_in_pages_than_it_may(
+    type: str, together: int, monkeypatch: pytest.MonkeyPatch
+):
+    run = Histories(make_value_model("llama-gqa", type), kv_fraction=0.9)
+    geometry = run.engine.cache.geometry
+    copied_of_calls = []
+
+    def note(query_WGQD: Tensor, key_WGPD: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        copied_of_calls.append(key_WGPD.numel())
+        return attend_prefix(query_WGQD, key_WGPD, *rest)
+
+    slots = run.start(3, 60, 9, 30, 1)
+    most = together * 60 * geometry.kv_heads * geometry.head_size
+    monkeypatch.setattr("qtilt.packing.COPIED_ELEMENTS", most)
+    monkeypatch.setattr("qtilt.packing.attend_prefix", note)
+    run.check(*slots)
+    assert max(copied_of_calls) == most
 
 
 def forwards_of(run: Histories) -> list[int]:

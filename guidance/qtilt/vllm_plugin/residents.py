@@ -142,14 +142,21 @@ class Residents:
         """Drop a prepared or resident version. Raises ValueError while rows of the running batch use it.
 
         A preempted request isn't in the batch: who discards must know that none is waiting (the server's leases do).
+        Waits for nothing.
         """
         if (name, version) in self._preparing:
             self._preparing.pop((name, version)).cancel()
             return
-        rows = self.get(name, version).rows
-        if rows:
-            raise ValueError(f"value model {name}@{version} guides {rows} running request(s), it can't be discarded")
+        resident = self.get(name, version)
+        if resident.rows:
+            raise ValueError(
+                f"value model {name}@{version} guides {resident.rows} running request(s), it can't be discarded"
+            )
         del self._resident[name, version]
+        if self._settings.device.type == "cuda":
+            steps = torch.cuda.Event(blocking=True)
+            steps.record(torch.cuda.current_stream(self._settings.device))
+            self._loader.submit(_keep_until_done, resident, steps)
 
     def _prepared(self, name: str, version: int) -> Future[ResidentVersion]:
         try:
@@ -171,8 +178,19 @@ class Residents:
             kernels=settings.kernels,
         )
         if self._settings.device.type == "cuda":
-            # Steps run on another stream than this thread: for them too, all must be in place.
-            torch.cuda.synchronize(self._settings.device)
+            # Steps run on another stream than this thread: for them too, all must be in place. This waits for the
+            # thread's own work only, and no step waits for it.
+            torch.cuda.current_stream(self._settings.device).synchronize()
         return ResidentVersion(
             name, version, path, manifest, engine, scorable_tokens(manifest, self._reference), warnings
         )
+
+
+def _keep_until_done(version: ResidentVersion, steps: torch.cuda.Event) -> None:
+    """Hold a version until steps queued on the device are done with it.
+
+    Its memory is that of the loading thread's stream: when it is free, the next load writes into it without waiting for
+    the steps' stream. So it is freed in that thread, after them.
+    """
+    steps.synchronize()
+    del version
