@@ -7,12 +7,14 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy.typing as npt
 import pytest
 import torch
 from numpy import array, int32, zeros
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_vllm.poisoned import POISON, poison
 from guided_vllm.tiny_models import REFERENCE_VOCAB, make_tokenizer, make_value_model, prompt
@@ -233,6 +235,41 @@ def test_kl_is_summed_in_float64(tmp_path: Path) -> None:
         torch.tensor([0, 0]), torch.tensor([7, 8]), torch.tensor([1e10, 1e-3]).double(), torch.tensor([5, 4])
     )
     assert summary(runner, [5, 6]) == {"guided_tokens": 2, "kl": 1e10 + 1e-3, "candidates": 4.5}
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what has the host wait for a device: reading a number, or a result whose shape depends on numbers."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        assert not name.startswith(self.WAITING), f"{name} waits for the device"
+        if name.startswith("index"):
+            indices = [index for index in args[1] if index is not None] if isinstance(args[1], list | tuple) else []
+            assert not any(index.dtype == torch.bool for index in indices), f"a mask in {name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("type_", ["v", "q"])
+def test_no_step_waits_for_the_device(tmp_path: Path, type_: str) -> None:
+    """Of pages, which are read on CPUs as on GPUs; how slots in one piece are read there depends on their lengths."""
+    runner = Runner(tmp_path, type_, kv_fraction=0.5)
+    for slot in range(SLOTS):
+        runner.add(slot, prompt(4, seed=slot), trace=str(slot))
+    guide = runner.slots.guide
+
+    def watched(logits_RV: Tensor, context: Context) -> Tensor:
+        with NothingWaits():
+            return guide(logits_RV, context)
+
+    runner.slots.guide = watched
+    runner.step({0: [5], 1: [5]})
+    runner.step({0: [5, 6], 1: [5], 2: [5]}, {0: [5, 9], 1: [POISON]})
+    with NothingWaits(), pytest.raises(AssertionError, match="waits for the device"):
+        runner.slots.look_for_failures()
 
 
 def test_no_memory_is_taken_by_a_step(tmp_path: Path) -> None:
