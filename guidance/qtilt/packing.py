@@ -44,12 +44,14 @@ class LastTokens:
     """The last token of each history to score: int64 ``[B]`` each, on the cache's device.
 
     longest: at least the length of the longest of these histories; what is read beyond a history's own end is idle.
+    has_drafts: some of them may not come true, and one slot may have several, each the next one's history.
     """
 
     slots_B: Tensor
     positions_B: Tensor
     token_ids_B: Tensor
     longest: int
+    has_drafts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,10 @@ class PackedStep:
     ) -> None:
         """Write the tails' attention into ``out_BRHD``."""
         assert self.last is not None
-        self.cache.write_last(layer, self.last.slots_B, self.last.positions_B, key_BRGD[:, 0], value_BRGD[:, 0])
+        last_key_BGD, last_value_BGD, spoilt_B = key_BRGD[:, 0], value_BRGD[:, 0], None
+        if self.last.has_drafts:
+            last_key_BGD, last_value_BGD, spoilt_B = only_numbers(last_key_BGD, last_value_BGD)
+        self.cache.write_last(layer, self.last.slots_B, self.last.positions_B, last_key_BGD, last_value_BGD)
         kv_heads, tail = key_BRGD.shape[2:0:-1]
         lse_BRH = torch.empty(out_BRHD.shape[:-1], device=out_BRHD.device)
         for tails in self.tail_rows:
@@ -124,6 +129,20 @@ class PackedStep:
         if tail > 1:
             own = (slice(None), slice(1, None))
             merge_own_(out_BRHD[own], lse_BRH[own], query_BRHD[own], key_BRGD[own], value_BRGD[own], scaling)
+        if spoilt_B is not None:
+            out_BRHD += spoilt_B[:, None, None, None]
+
+
+def only_numbers(key_BGD: Tensor, value_BGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with 0 for what isn't a finite number, and per row NaN if it had such, else 0.
+
+    A reader multiplies the positions beyond its own by a weight of 0, and 0·NaN is NaN: so what a draft would write
+    that isn't finite would fail the tokens before it, although it needn't come true. It fails its own row instead. The
+    rows after it read zeros, but if they come true, so has the one that failed.
+    """
+    spoilt_B = (key_BGD * 0 + value_BGD * 0).sum((1, 2))
+    key_BGD, value_BGD = (torch.nan_to_num(each, nan=0.0, posinf=0.0, neginf=0.0) for each in (key_BGD, value_BGD))
+    return key_BGD, value_BGD, spoilt_B
 
 
 def pack(

@@ -202,7 +202,7 @@ def guide_rows(
     for position, row in enumerate(rows):
         if row.record is not None:
             row.record.write(len(row.output_token_ids), guided.kl_G, guided.candidates_G, position)
-    return guided.finite_G
+    return ~guided.kl_G.isnan()
 
 
 def _settings(rows: Sequence[GuidedRow], device: torch.device) -> StepSettings:

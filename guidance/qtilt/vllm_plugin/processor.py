@@ -192,7 +192,8 @@ class GuidanceProcessor(v1.LogitsProcessor, v2.LogitsProcessor):
         if (guidance := self._guidance(sampling_params)) is None:
             return None
         params, version = guidance
-        stay = Stay(self._requests, slot, params.guided_tokens)
+        assert isinstance(self.batch, GuidedSlots)
+        stay = Stay(self._requests, self.batch.table, slot, params.guided_tokens)
         request = SlotRequest(
             slot=slot,
             params=params,

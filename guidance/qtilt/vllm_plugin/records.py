@@ -9,9 +9,10 @@ with the row when a preemption comes first.
 A failure of guidance is found in the same way: it concerns the returned tokens if its step drew one of them.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Generic, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,73 @@ class GuidanceSummary(TypedDict):
     guided_tokens: int
     kl: float
     candidates: float
+
+
+class MayFail(Protocol):
+    """One request, as far as it was in the batch."""
+
+    @property
+    def failure(self) -> GuidanceFailure | None:
+        """Why its guidance has failed, as far as the host knows."""
+
+
+KeptT = TypeVar("KeptT", bound=MayFail)
+
+
+class TraceLog(ABC, Generic[KeptT]):
+    """What requests leave behind, by trace id. A trace stays until it is taken, however its requests ended."""
+
+    def __init__(self) -> None:
+        self._traces: dict[str, list[KeptT]] = {}
+        # A request may run on for some steps after its trace was taken (a stop string, which only the API process
+        # sees), and come back from a preemption: it must not bring the trace back.
+        self._taken: deque[str] = deque(maxlen=1000)
+
+    @property
+    def held(self) -> int:
+        """How many traces haven't been taken yet."""
+        return len(self._traces)
+
+    def failures(self) -> dict[str, GuidanceFailure]:
+        """The traces, not taken yet, of which a request has failed."""
+        return {
+            trace_id: kept.failure
+            for trace_id, all_kept in self._traces.items()
+            for kept in all_kept
+            if kept.failure is not None
+        }
+
+    def take(
+        self, trace_id: str, returned: Sequence[Sequence[int]], more_to_come: bool = False
+    ) -> list[GuidanceSummary | GuidanceFailure]:
+        """Per returned token sequence its summary, or why its guidance failed.
+
+        The trace is forgotten, also when ``returned`` is empty.
+
+        more_to_come: keep the trace, because other choices of it (a stream with n > 1) haven't finished yet.
+
+        Raises ValueError when a returned sequence was not generated under this trace.
+        """
+        kept = self._traces.get(trace_id, [])
+        if not more_to_come:
+            self._traces.pop(trace_id, None)
+            self._taken.append(trace_id)
+        return self._outcomes(kept, returned, trace_id)
+
+    def _keep(self, trace_id: str, kept: KeptT) -> None:
+        if trace_id not in self._taken:
+            self._traces.setdefault(trace_id, []).append(kept)
+
+    @abstractmethod
+    def _outcomes(
+        self, kept: Sequence[KeptT], returned: Sequence[Sequence[int]], trace_id: str
+    ) -> list[GuidanceSummary | GuidanceFailure]:
+        """As :meth:`take`, of all that is kept of the trace."""
+
+
+def not_generated(trace_id: str, tokens: Sequence[int]) -> ValueError:
+    """To raise when tokens are asked for that were not generated under guidance."""
+    return ValueError(f"no guidance record of trace {trace_id!r} has generated these {len(tokens)} tokens")
 
 
 class Record:
@@ -101,19 +169,8 @@ class Record:
         return tokens_returned if self._guided_tokens is None else min(tokens_returned, self._guided_tokens)
 
 
-class RecordStore:
-    """All records by trace id. A trace stays until it is taken, however its requests ended."""
-
-    def __init__(self) -> None:
-        self._traces: dict[str, list[Record]] = {}
-        # A request may run on for some steps after its trace was taken (a stop string, which only the API process
-        # sees), and come back from a preemption: it must not bring the trace back.
-        self._taken: deque[str] = deque(maxlen=1000)
-
-    @property
-    def held(self) -> int:
-        """How many traces haven't been taken yet."""
-        return len(self._traces)
+class RecordStore(TraceLog[Record]):
+    """All records by trace id."""
 
     def open(self, trace_id: str, output_token_ids: list[int], guided_tokens: int | None) -> Record:
         """The record of a request that enters the batch, new or back after a preemption.
@@ -122,59 +179,36 @@ class RecordStore:
         which record of equal tokens.
         """
         record = Record(output_token_ids, guided_tokens)
-        if trace_id in self._taken:
-            return record
-        records = self._traces.setdefault(trace_id, [])
+        records = self._traces.get(trace_id, [])
         for earlier in records:
             if output_token_ids and earlier.generated(output_token_ids):
                 record.copy_steps(earlier, len(output_token_ids))
                 break
         if (failed := _failure(records, output_token_ids)) is not None:
             record.fail(*failed)
-        records.append(record)
+        self._keep(trace_id, record)
         return record
 
-    def failures(self) -> dict[str, GuidanceFailure]:
-        """The traces, not taken yet, of which a request has failed."""
-        return {
-            trace_id: record.failure
-            for trace_id, records in self._traces.items()
-            for record in records
-            if record.failure is not None
-        }
-
-    def take(
-        self, trace_id: str, returned: Sequence[Sequence[int]], more_to_come: bool = False
+    def _outcomes(
+        self, kept: Sequence[Record], returned: Sequence[Sequence[int]], trace_id: str
     ) -> list[GuidanceSummary | GuidanceFailure]:
-        """Per returned token sequence its summary, or why its guidance failed.
-
-        The trace is forgotten, also when ``returned`` is empty.
-
-        more_to_come: keep the trace, because other choices of it (a stream with n > 1) haven't finished yet.
-
-        Raises ValueError when a returned sequence was not generated under this trace.
-        """
-        records = self._traces.get(trace_id, [])
-        if not more_to_come:
-            self._traces.pop(trace_id, None)
-            self._taken.append(trace_id)
-        return [_outcome(records, tokens, trace_id) for tokens in returned]
+        return [_outcome(kept, tokens, trace_id) for tokens in returned]
 
 
-def _outcome(records: list[Record], tokens: Sequence[int], trace_id: str) -> GuidanceSummary | GuidanceFailure:
+def _outcome(records: Sequence[Record], tokens: Sequence[int], trace_id: str) -> GuidanceSummary | GuidanceFailure:
     if (failed := _failure(records, tokens)) is not None:
         return failed[0]
     return _find(records, tokens, trace_id).summary(len(tokens))
 
 
-def _failure(records: list[Record], tokens: Sequence[int]) -> tuple[GuidanceFailure, int] | None:
+def _failure(records: Sequence[Record], tokens: Sequence[int]) -> tuple[GuidanceFailure, int] | None:
     return next((failed for record in records if (failed := record.failure_of(tokens)) is not None), None)
 
 
-def _find(records: list[Record], tokens: Sequence[int], trace_id: str) -> Record:
+def _find(records: Sequence[Record], tokens: Sequence[int], trace_id: str) -> Record:
     if not tokens:
         return Record([], None)
     for record in records:
         if record.generated(tokens):
             return record
-    raise ValueError(f"no guidance record of trace {trace_id!r} has generated these {len(tokens)} tokens")
+    raise not_generated(trace_id, tokens)

@@ -15,9 +15,8 @@ What this file rests on (vLLM 0.32, ``vllm/v1/worker/gpu``; tests/vllm_v2 holds 
 - Without drafts in a step, row i is that of request i. With drafts, the host doesn't know which rows are whose: all are
   computed, each version's are picked on the device, and what the others write goes to a slot that is nobody's. With
   speculative decoding lengths on the host are upper bounds, and how many tokens came true is known on the device only.
-  Candidates are then all scored, whatever the
-  tolerance: most rows are other versions' or follow drafts that won't come true, and a request's tokens mustn't depend
-  on what is drafted for the others.
+  Candidates are then all scored, whatever the tolerance: most rows are other versions' or follow drafts that won't come
+  true, and a request's tokens mustn't depend on what is drafted for the others.
 """
 
 import logging
@@ -34,7 +33,7 @@ from qtilt.packing import LastTokens, Span
 from qtilt.params import GuidanceParams
 from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
 from qtilt.vllm_plugin.residents import ResidentVersion
-from qtilt.vllm_plugin.stays import Stay, StepRows
+from qtilt.vllm_plugin.stays import Stay, StepTable
 from qtilt.vllm_plugin.step import RowSettings, StepSettings, end_unless, guide_step, scores_in_stages
 
 if TYPE_CHECKING:
@@ -107,7 +106,8 @@ class GuidedSlots:
         self._requests = requests
         self._speculates = speculates
         self._in_slot: dict[int, SlotRequest] = {}
-        self._staged_SC = np.zeros((requests.max_num_reqs + 1, len(RowSettings._fields) + 1))
+        self.table = StepTable(requests)
+        self._staged_SC = np.zeros((requests.max_num_reqs + 1, len(RowSettings._fields)))
         self._settings_SC, self._is_staged = torch.empty(0), True
         self._failures_S = torch.zeros(requests.max_num_reqs + 1, dtype=torch.int32, device=requests.device)
 
@@ -124,10 +124,11 @@ class GuidedSlots:
         request.version.engine.acquire(slot)
         self._in_slot[slot] = request
         guided = request.params.guided_tokens
-        # Of the position before the first token that isn't guided.
-        limit = np.inf if guided is None else request.prompt_len - 1 + guided
-        self._staged_SC[slot], self._is_staged = [*settings, limit], True
+        if guided is not None:
+            settings = settings._replace(guided_below=request.prompt_len - 1 + guided)
+        self._staged_SC[slot], self._is_staged = settings, True
         self._failures_S[slot] = 0
+        self.table.clear(slot)
 
     def flush(self) -> None:
         """Bring the settings of added requests to the device."""
@@ -144,7 +145,7 @@ class GuidedSlots:
         for slot in self._failures_S.nonzero().flatten().tolist():
             request = self._in_slot.get(slot)
             if request is not None and request.failure is None:
-                request.stay.look_for_failure()
+                request.stay.read()
                 if request.stay.failure is not None:
                     logger.error("the values of %s for a request are not finite: it ends", request.version.label)
                     request.failure = request.stay.failure
@@ -162,21 +163,16 @@ class GuidedSlots:
                 continue
             request.stay.longest = max(request.stay.longest, lengths[row])
             if request.failure is None and request.params.guides(request.generated):
-                in_stages = not self._speculates and scores_in_stages(request.version, request.params)
-                together.setdefault((request.version, in_stages), []).append(Seat(request, row, lengths[row]))
-        for (version, in_stages), seats in together.items():
-            self._guide_version(version, seats, logits_RV, context, in_stages=in_stages)
+                together.setdefault((request.version, self._scores_in_stages(request)), []).append(
+                    Seat(request, row, lengths[row])
+                )
+        for (version, _), seats in together.items():
+            self._guide_version(version, seats, logits_RV, context)
         self._end_failed(logits_RV, context)
         return logits_RV
 
     def _guide_version(
-        self,
-        version: ResidentVersion,
-        seats: Sequence[Seat],
-        logits_RV: Tensor,
-        context: "LogitsContext",
-        *,
-        in_stages: bool,
+        self, version: ResidentVersion, seats: Sequence[Seat], logits_RV: Tensor, context: "LogitsContext"
     ) -> None:
         """Rows of one version that are scored in one way, as many at a time as the value cache can hold.
 
@@ -185,20 +181,14 @@ class GuidedSlots:
         for cut in version.engine.parts([seat.length for seat in seats]):
             part = seats[cut]
             try:
-                self._guide_held_together(version, part, logits_RV, context, in_stages=in_stages)
+                self._guide_held_together(version, part, logits_RV, context)
             except Exception as error:
                 logger.exception("guidance failed in value model %s: %d request(s) end", version.label, len(part))
                 for seat in part:
                     seat.request.fail(of_exception(error))
 
     def _guide_held_together(
-        self,
-        version: ResidentVersion,
-        seats: Sequence[Seat],
-        logits_RV: Tensor,
-        context: "LogitsContext",
-        *,
-        in_stages: bool,
+        self, version: ResidentVersion, seats: Sequence[Seat], logits_RV: Tensor, context: "LogitsContext"
     ) -> None:
         """Rows whose histories the value cache can hold together."""
         cache = version.engine.cache
@@ -212,7 +202,7 @@ class GuidedSlots:
             version.engine.extend(spans)
             spans = []
         if drawing:
-            self._guide_rows(version, drawing, spans, logits_RV, context, in_stages=in_stages)
+            self._guide_rows(version, drawing, spans, logits_RV, context)
 
     def _catch_up(self, seat: Seat) -> Span | None:
         """What the value cache lacks of the history, without the last token of one that draws: that is a row.
@@ -240,17 +230,13 @@ class GuidedSlots:
         spans: Sequence[Span],
         logits_RV: Tensor,
         context: "LogitsContext",
-        *,
-        in_stages: bool,
     ) -> None:
-        """History → value → offset → tilted logits for the rows that draw tokens, in place, and a record of it.
-
-        in_stages: not with speculative decoding.
-        """
+        """History → value → offset → tilted logits for the rows that draw tokens, in place, and what was measured."""
         device = logits_RV.device
         rows = np.array([[seat.row for seat in seats], [seat.request.slot for seat in seats]])
         ((rows_G, slots_G),) = copy_to_device(device, rows)
-        if len(logits_RV) == len(context.idx_mapping_np):
+        has_drafts = len(logits_RV) != len(context.idx_mapping_np)
+        if not has_drafts:
             positions_G, tokens_G, logits_GV = context.pos[rows_G], context.input_ids[rows_G], logits_RV[rows_G]
             is_mine_G = torch.ones_like(slots_G, dtype=torch.bool)
         else:
@@ -259,13 +245,15 @@ class GuidedSlots:
             is_mine_G = self._is_of(slots_G, context)
             slots_G = context.expanded_idx_mapping.long().where(is_mine_G, version.engine.cache.nobodys)
         settings_GC = self._settings_SC[slots_G]
+        settings = StepSettings.of(settings_GC, [seat.request.params for seat in seats])
         # With speculative decoding the host knows only how many tokens there are at least.
-        is_mine_G = is_mine_G & (positions_G < settings_GC[:, -1])
+        is_mine_G = is_mine_G & (positions_G < settings.guided_below_G)
         last = LastTokens(
             slots_G,
             positions_G.long(),
             tokens_G.long().clamp(0, version.manifest.vocab_size - 1),
             max(seat.length for seat in seats),
+            has_drafts=has_drafts,
         )
 
         def score(candidates_RK: Tensor, rows_R: Tensor | None = None) -> Tensor:
@@ -274,16 +262,17 @@ class GuidedSlots:
             some = LastTokens(last.slots_B[rows_R], last.positions_B[rows_R], last.token_ids_B[rows_R], last.longest)
             return version.engine.score(some, candidates_RK)
 
-        settings = StepSettings.of(settings_GC[:, :-1], [seat.request.params for seat in seats])
+        in_stages = self._scores_in_stages(seats[0].request)
         guided = guide_step(version, logits_GV, settings, score, in_stages=in_stages)
-        kl_G = guided.kl_G.masked_fill(~guided.finite_G, torch.nan)
         logits_RV[rows_G] = guided.logits_GV.where(is_mine_G.unsqueeze(-1), logits_GV)
-        kl_G = kl_G.masked_fill(~is_mine_G, 0.0)
-        self._failures_S.index_add_(0, slots_G, kl_G.isnan().int())
-        step = StepRows(slots_G, last.positions_B, kl_G, guided.candidates_G)
+        slots_G = slots_G.where(is_mine_G, version.engine.cache.nobodys)
+        self._failures_S.index_add_(0, slots_G, guided.kl_G.isnan().int())
+        self.table.write(slots_G, last.positions_B, guided.kl_G, guided.candidates_G)
         for seat in seats:
-            seat.request.stay.write(step)
             seat.request.steps += 1
+
+    def _scores_in_stages(self, request: SlotRequest) -> bool:
+        return not self._speculates and scores_in_stages(request.version, request.params)
 
     def _end_failed(self, logits_RV: Tensor, context: "LogitsContext") -> None:
         failed = [slot for slot, request in self._in_slot.items() if request.failure is not None]

@@ -8,6 +8,7 @@ Shapes: ``G`` rows of one value-model version, ``R`` of them, ``K`` candidates, 
 ``V`` vocabulary of the reference.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -49,7 +50,8 @@ class RowSettings(NamedTuple):
     """What of a request a step needs on the device; a tuple of numbers, so that all rows' are copied at once.
 
     temperature: of the sampling, 0 for greedy. ending_token: ends the request when it is sampled, whatever else was
-    asked; NO_TOKEN when no token does.
+    asked; NO_TOKEN when no token does. guided_below: the positions of last tokens after which the next one is guided;
+    V1 doesn't guide a row after them at all.
     """
 
     top_k: int
@@ -58,10 +60,11 @@ class RowSettings(NamedTuple):
     temperature: float
     tolerance: float
     ending_token: int
+    guided_below: float = math.inf
 
     @classmethod
     def of(cls, params: GuidanceParams, temperature: float, ending_token: int | None) -> "RowSettings":
-        """From a request."""
+        """From a request, whatever the length of its prompt."""
         token = NO_TOKEN if ending_token is None else ending_token
         return cls(params.top_k, params.inv_eta, METHODS.index(params.method), temperature, params.tolerance, token)
 
@@ -76,13 +79,14 @@ class StepSettings:
     temperature_G: Tensor
     tolerance_G: Tensor
     ending_token_G: Tensor
+    guided_below_G: Tensor
     max_top_k: int
     methods: frozenset[str]
 
     @classmethod
     def of(cls, rows_GS: Tensor, params: Iterable[GuidanceParams]) -> "StepSettings":
         """rows_GS: float64 ``[G, len(RowSettings)]``. params: those of all rows, in any order."""
-        top_k_G, inv_eta_G, method_G, temperature_G, tolerance_G, ending_token_G = rows_GS.unbind(1)
+        top_k_G, inv_eta_G, method_G, temperature_G, tolerance_G, ending_token_G, guided_below_G = rows_GS.unbind(1)
         asked = list(params)
         return cls(
             top_k_G=top_k_G.long(),
@@ -91,6 +95,7 @@ class StepSettings:
             temperature_G=temperature_G,
             tolerance_G=tolerance_G,
             ending_token_G=ending_token_G.long(),
+            guided_below_G=guided_below_G,
             max_top_k=max(each.top_k for each in asked),
             methods=frozenset(each.method for each in asked),
         )
@@ -115,14 +120,13 @@ class Scored(NamedTuple):
 
 
 class GuidedLogits(NamedTuple):
-    """What a step gives: the KL(guided ‖ reference) is in nats, and finite where guidance was numbers.
+    """What a step gives: the KL(guided ‖ reference) is in nats, float64, and NaN where guidance failed.
 
     candidates_G: how many tokens of a row were scored.
     """
 
     logits_GV: Tensor
     kl_G: Tensor
-    finite_G: Tensor
     candidates_G: Tensor
 
 
@@ -156,7 +160,7 @@ def guide_step(
     kl_G = kl_divergence(mass, candidates, offsets_GK, floor_G)
     finite_G = finite_G & kl_G.isfinite()
     tilted_GV = end_unless(finite_G, tilted_GV, settings.ending_token_G)
-    return GuidedLogits(tilted_GV, kl_G, finite_G, is_scored_GK.sum(-1))
+    return GuidedLogits(tilted_GV, kl_G.masked_fill(~finite_G, math.nan), is_scored_GK.sum(-1))
 
 
 def end_unless(goes_on_G: Tensor, logits_GV: Tensor, ending_token_G: Tensor) -> Tensor:
