@@ -301,3 +301,37 @@ def test_choices_of_one_trace_are_told_apart_and_read_once_they_have_ended(tmp_p
     assert on_host == [stay.read().tokens_N.data_ptr() for stay in stays], "an ended stay is copied to the host once"
     assert runner.log.take("t", choices) == each
     assert runner.log.held == 0
+
+
+@pytest.mark.parametrize("kv_fraction", [1.0, 0.8])
+@pytest.mark.parametrize("type_", ["v", "q"])
+def test_samples_of_one_prompt_compute_it_once(tmp_path: Path, type_: str, kv_fraction: float) -> None:
+    prompt_ids = prompt(20, seed=3)
+
+    def guided(traces: list[str]) -> tuple[list[Tensor], int]:
+        """Of three requests of which two arrive together, and the second comes back after a preemption."""
+        runner = Runner(tmp_path / "-".join(traces), type_, kv_fraction)
+        run = count_tokens(runner)
+        for slot in (2, 0):
+            runner.add(slot, prompt_ids, trace=traces[slot])
+        steps = [runner.step({2: [5], 0: [6]})]
+        runner.add(1, prompt_ids, trace=traces[1])
+        steps.append(runner.step({2: [7], 0: [8], 1: [9]}))
+        runner.add(0, prompt_ids, output=[6, 8], trace=traces[0])
+        steps.append(runner.step({0: [1], 1: [2]}))
+        return steps, sum(run)
+
+    alone, tokens_alone = guided(["a", "b", "c"])
+    shared, tokens_shared = guided(["t", "t", "t"])
+    for of_alone, of_shared in zip(alone, shared, strict=True):
+        torch.testing.assert_close(of_shared, of_alone)
+    # Of a prompt all but its last token, which the step that draws runs again; of the one that comes back as much.
+    assert tokens_alone - tokens_shared == 19 + 19 + 20
+
+
+def count_tokens(runner: Runner) -> list[int]:
+    """Appended to: how many tokens each forward of the value model runs."""
+    run: list[int] = []
+    embedding = runner.version.engine.model.backbone.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, inputs: run.append(inputs[0].numel()))
+    return run

@@ -31,6 +31,7 @@ from torch import Tensor
 from qtilt.device_copy import copy_to_device
 from qtilt.packing import LastTokens, Span
 from qtilt.params import GuidanceParams
+from qtilt.shared_prefixes import SHORTEST
 from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
 from qtilt.vllm_plugin.residents import ResidentVersion
 from qtilt.vllm_plugin.stays import Stay, StepTable
@@ -196,7 +197,10 @@ class GuidedSlots:
             # Drafts that didn't come true, or tokens that vLLM took back.
             cache.rewind(seat.request.slot, min(cache.covered(seat.request.slot), seat.length))
         cache.make_room({seat.request.slot: seat.length for seat in seats})
-        spans = [span for seat in seats if (span := self._catch_up(seat)) is not None]
+        spans: list[Span] = []
+        for seat in seats:
+            self._share_prompt(seat.request, seat.length, spans)
+            spans += self._catch_up(seat)
         drawing = [seat for seat in seats if not seat.is_prefilling]
         if sum(len(span.token_ids_C) for span in spans) > version.engine.max_new_tokens or not drawing:
             version.engine.extend(spans)
@@ -204,7 +208,29 @@ class GuidedSlots:
         if drawing:
             self._guide_rows(version, drawing, spans, logits_RV, context)
 
-    def _catch_up(self, seat: Seat) -> Span | None:
+    def _share_prompt(self, request: SlotRequest, length: int, spans: list[Span]) -> None:
+        """Copy what another sample of the prompt has cached, or has among ``spans``, which then are cached first.
+
+        Requests of one trace are samples of one prompt (records.py). Which others begin alike, only the device knows.
+        """
+        cache = request.version.engine.cache
+        if cache.covered(request.slot) or not request.params.trace_id:
+            return
+        # Of the token before the one that is drawn, nothing is cached yet.
+        available = {
+            other.slot: min(cache.covered(other.slot) - 1, length - 1, request.prompt_len)
+            for other in self._in_slot.values()
+            if other.params.trace_id == request.params.trace_id and other.version is request.version
+        }
+        source = max(available, key=lambda slot: available[slot])
+        if available[source] < SHORTEST:
+            return
+        if any(span.slot == source for span in spans):
+            request.version.engine.extend(spans)
+            spans.clear()
+        cache.copy(source, request.slot, available[source])
+
+    def _catch_up(self, seat: Seat) -> list[Span]:
         """What the value cache lacks of the history, without the last token of one that draws: that is a row.
 
         During the prefill that is vLLM's chunk, and all of it when vLLM took the beginning from its own cache. Later it
@@ -218,10 +244,10 @@ class GuidedSlots:
         cache.advance(request.slot, seat.length)
         # Once it draws, a slot that holds anything holds all: with speculation, up to a length known to the device.
         if covered >= end or (request.steps and covered):
-            return None
+            return []
         last_row = request.version.manifest.vocab_size - 1
         tokens_C = self._requests.all_token_ids.gpu[request.slot, covered:end].long().clamp(0, last_row)
-        return Span(request.slot, covered, tokens_C)
+        return [Span(request.slot, covered, tokens_C)]
 
     def _guide_rows(
         self,
