@@ -2,10 +2,10 @@
 
 Shapes: ``C`` tokens of one sequence, ``T`` packed tokens, ``H`` query heads, ``G`` key/value heads, ``D`` head size.
 
-The engine runs a backbone's own modules and replaces only its attention, by causal softmax attention over each row's
-history. That is the same function only if the backbone asks for nothing else: no sliding window shorter than a
-history, soft cap, sinks, position bias, cross-attention, recurrent or convolutional layers, and no frequencies that
-depend on the longest sequence around.
+The engine runs a backbone's own modules, or their fused equals (fused_forward.py), and replaces its attention by causal
+softmax attention over each row's history. That is the same function only if the backbone asks for nothing else: no
+sliding window shorter than a history, soft cap, sinks, position bias, cross-attention, recurrent or convolutional
+layers, and no frequencies that depend on the longest sequence around.
 """
 
 from collections.abc import Callable, Iterator, Mapping

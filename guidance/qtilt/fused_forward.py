@@ -1,4 +1,4 @@
-"""The forward of Llama-like decoders with a serving engine's kernels: a quarter of the operations.
+"""The forward of Llama-like decoders with a serving engine's kernels: less than half of the operations.
 
 Shapes: ``T`` packed tokens (see packing.py), ``H`` query heads and ``G`` key/value heads of size ``D``, ``n`` numbers
 that are normalised together, ``P`` positions.
@@ -7,7 +7,7 @@ that are normalised together, ``P`` positions.
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
@@ -15,8 +15,12 @@ from qtilt.attention import AttentionStep
 from qtilt.cpu_linear import linear
 
 FUSED = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
-"""The classes of transformers that compute what :class:`FusedForward` does. Every backbone is measured nevertheless."""
+"""The classes of transformers that compute what :class:`FusedForward` does.
 
+Every backbone is measured nevertheless (exactness.py), in half precision only for what is far beyond rounding.
+"""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORM_MULTIPLE = 16
 """On CPUs the kernels normalise multiples of so many numbers only."""
 
@@ -91,8 +95,11 @@ class FusedForward:
 
 
 def can_fuse(backbone: PreTrainedModel) -> bool:
-    """Whether :class:`FusedForward` is the backbone's forward, and the kernels take its sizes."""
-    if type(backbone).__name__ not in FUSED or backbone.config.hidden_act != "silu":
+    """Whether :class:`FusedForward` is the backbone's forward, and the kernels take its sizes and dtype."""
+    if type(backbone).__name__ not in FUSED or backbone.config.hidden_act != "silu" or backbone.dtype not in DTYPES:
         return False
-    norms = (module for name, module in backbone.named_modules() if name.endswith("norm"))
-    return all(norm.weight.numel() % NORM_MULTIPLE == 0 for norm in norms)
+    modules = list(backbone.named_modules())
+    is_plain = all(type(module) is nn.Linear for name, module in modules if name.endswith("_proj"))
+    return is_plain and all(
+        module.weight.numel() % NORM_MULTIPLE == 0 for name, module in modules if name.endswith("norm")
+    )

@@ -30,10 +30,14 @@ class Cost(TorchDispatchMode):
 def cost_of_a_step(run: Histories, slots: list[int]) -> tuple[int, int]:
     for slot in slots:
         run.grow(slot, 1)
-    candidates_BK = torch.ones(len(slots), 3, dtype=torch.int64)
     with Cost() as cost:
-        run.engine.value_logits(slots, [run.tokens[slot] for slot in slots], candidates_BK)
+        score(run, slots)
     return cost.operations, cost.numbers
+
+
+def score(run: Histories, slots: list[int]) -> None:
+    candidates_BK = torch.ones(len(slots), 3, dtype=torch.int64)
+    run.engine.value_logits(slots, [run.tokens[slot] for slot in slots], candidates_BK)
 
 
 @pytest.mark.parametrize("kv_fraction", [1.0, 0.5])
@@ -41,29 +45,32 @@ def cost_of_a_step(run: Histories, slots: list[int]) -> tuple[int, int]:
 def test_histories_that_have_ended_cost_nothing(value_type: str, kv_fraction: float) -> None:
     def after(ended: int) -> tuple[int, int]:
         run = Histories(make_value_model("llama-gqa", value_type), kv_fraction=kv_fraction)
+        (first,) = run.start(12)
         for _ in range(ended):
-            slots = run.start(9, 30)
-            run.check(*slots)
+            slots = run.start(80, 70, 70, 30, 20)
             for slot in slots:
+                score(run, [first, slot])  # with half of the memory, that drops others
+            for slot in [*slots[1::2], *slots[::2]]:
                 run.stop(slot)
-        slots = run.start(12, 12, 12)
-        run.check(*slots)
+        slots = [first, *run.start(12, 12)]
+        score(run, slots)
+        assert (run.engine.cache.dropped > 0) == (ended > 0 and kv_fraction < 1)
         return cost_of_a_step(run, slots)
 
-    assert after(ended=20) == after(ended=0)
+    assert after(ended=5) == after(ended=0)
 
 
 @pytest.mark.parametrize("value_type", ["q", "v"])
 def test_cost_is_linear_in_live_tokens(value_type: str) -> None:
     run = Histories(make_value_model("llama-gqa", value_type))
     slots = run.start(10, 10, 10)
-    run.check(*slots)
+    score(run, slots)
     costs = []
     for _ in range(4):
         costs.append(cost_of_a_step(run, slots))
         for slot in slots:
             run.grow(slot, 19)
-        run.check(*slots)
+        score(run, slots)
     operations, numbers = zip(*costs, strict=True)
     assert len(set(operations)) == 1
     increases = {later - earlier for earlier, later in itertools.pairwise(numbers)}

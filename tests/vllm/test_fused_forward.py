@@ -77,6 +77,10 @@ def test_other_backbones_run_as_they_are() -> None:
     for change in ({"hidden_act": "gelu"}, {"hidden_size": 24}):
         config = type(CONFIGS["llama"]).from_dict(CONFIGS["llama"].to_dict() | change)
         assert not can_fuse(make_backbone(config))
+    assert not can_fuse(make_backbone(CONFIGS["llama"]).double())
+    quantised = make_backbone(CONFIGS["llama"])
+    quantised.layers[1].mlp.up_proj = torch.nn.Sequential(quantised.layers[1].mlp.up_proj)
+    assert not can_fuse(quantised)
     assert not can_fuse(make_backbone(type(CONFIGS["qwen3"]).from_dict(CONFIGS["qwen3"].to_dict() | {"head_dim": 8})))
 
 
@@ -94,3 +98,18 @@ def test_a_forward_that_is_not_the_backbones_is_noticed(change: Callable[[Any], 
     change(other.layers[1])
     with pytest.raises(ValueError, match=r"Qwen3Model computes something else .* differ by .* allowed 1e-03"):
         check_forward(backbone, FusedForward(other, _custom_ops, POSITIONS))
+
+
+class NoRotation:
+    """vLLM's kernels but one."""
+
+    rms_norm = staticmethod(_custom_ops.rms_norm)
+    fused_add_rms_norm = staticmethod(_custom_ops.fused_add_rms_norm)
+
+    def rotary_embedding(self, *_: Any) -> None:
+        pass
+
+
+def test_an_engine_refuses_kernels_that_compute_something_else() -> None:
+    with pytest.raises(ValueError, match="LlamaModel computes something else"):
+        ValueEngine(make_value_model("llama", "v"), 1, 8, kernels=NoRotation())
