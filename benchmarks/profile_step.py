@@ -6,9 +6,8 @@ The real vLLM runs guided requests of the mid-size pair with prompts of lengths 
 are first timed as they are, then run under torch.profiler, whose own cost falls mostly on Python and on small
 operations: shares are those of the profiled steps, both times are printed.
 
-Nothing of the value engine is named here, so that this measures whatever it becomes. The ranges are
-`GuidedBatch.guide`, and inside it the modules of transformers that are called: the backbone, its linear layers, norms
-and embeddings. Everything else is told apart by the operators' names, the shapes they get and the range they are in.
+The ranges are `GuidedBatch.guide`, in it the backbone's forwards, and the modules of transformers or torch that are
+called. Everything else is told apart by the operators' names, the shapes they get and the range they are in.
 """
 
 import argparse
@@ -66,14 +65,12 @@ class Operator:
     shapes: list[Any]
 
 
-def kind_of(operator: Operator, vocab: int, has_backbone: bool) -> str:
-    """What an operator is for. Without a range of the backbone, its products and small operations aren't told from
-    the head's and the tilt's.
-    """
+def kind_of(operator: Operator, vocab: int) -> str:
+    """What an operator is for."""
     if GUIDE not in operator.ranges:
         return VLLM
     inside = operator.ranges[: operator.ranges.index(GUIDE)]
-    in_backbone = BACKBONE in inside or not has_backbone
+    in_backbone = BACKBONE in inside
     if ATTENTION.search(operator.name):
         return "attention"
     if any(isinstance(shape, list) and len(shape) >= 2 and shape[-1] == vocab for shape in operator.shapes):
@@ -150,16 +147,14 @@ def fill(served: "VllmSystem", arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def ranges_of_modules() -> Iterator[None]:
-    """Every module of transformers or torch called inside is a range of the profile, the outermost one the backbone."""
+    """Every module of transformers or torch called inside is a range of the profile."""
     from torch.autograd.profiler import record_function
     from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
     open_ranges: list[Any] = []
 
     def enter(module: Any, _: Any) -> None:
-        name = type(module).__name__
-        outermost = not open_ranges and any(module.children())
-        open_ranges.append(record_function(BACKBONE if outermost else f"module: {name}"))
+        open_ranges.append(record_function(f"module: {type(module).__name__}"))
         open_ranges[-1].__enter__()
 
     def leave(*_: Any) -> None:
@@ -184,9 +179,10 @@ class Guide:
     def install(self) -> None:
         from torch.autograd.profiler import record_function
 
+        from qtilt.engine import ValueEngine
         from qtilt.vllm_plugin.batch import GuidedBatch
 
-        guide = GuidedBatch.guide
+        guide, forward = GuidedBatch.guide, ValueEngine._forward
 
         @functools.wraps(guide)
         def measured(*arguments: Any, **keywords: Any) -> Any:
@@ -199,7 +195,12 @@ class Guide:
             self.seconds += time.perf_counter() - started
             return result
 
-        GuidedBatch.guide = measured
+        @functools.wraps(forward)
+        def in_range(*arguments: Any) -> Any:
+            with record_function(BACKBONE):
+                return forward(*arguments)
+
+        GuidedBatch.guide, ValueEngine._forward = measured, in_range
 
 
 def run_steps(served: "VllmSystem", steps: int) -> float:
@@ -217,8 +218,6 @@ def shares(events: Iterable[Any], steps: int, vocab: int) -> list[Share]:
     """Self times by kind, largest first."""
     microseconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
-    events = list(events)
-    has_backbone = any(event.name == BACKBONE for event in events)
     for event in events:
         ranges, parent = [], event.cpu_parent
         while parent is not None:
@@ -229,7 +228,7 @@ def shares(events: Iterable[Any], steps: int, vocab: int) -> list[Share]:
         if event.name == GUIDE or event.name == BACKBONE or event.name.startswith("module: "):
             kind = PYTHON
         else:
-            kind = kind_of(Operator(event.name, ranges, event.input_shapes or []), vocab, has_backbone)
+            kind = kind_of(Operator(event.name, ranges, event.input_shapes or []), vocab)
             calls[kind] += 1
         microseconds[kind] += event.self_cpu_time_total
     found = [Share(kind, time / 1e3 / steps, calls[kind] / steps) for kind, time in microseconds.items()]

@@ -157,7 +157,7 @@ def test_hf_baseline_equals_plain_forwards(tmp_path: Path, type: ValueType, leng
 
 def test_operators_are_told_apart_by_name_shape_and_range() -> None:
     def kind(name: str, inside: list[str], *shapes: list[int]) -> str:
-        return kind_of(Operator(name, [*inside, STEP], list(shapes)), vocab=100, has_backbone=True)
+        return kind_of(Operator(name, [*inside, STEP], list(shapes)), vocab=100)
 
     backbone = ["module: Linear", "backbone", GUIDE]
     assert kind("aten::addmm", []) == VLLM
