@@ -309,7 +309,7 @@ def test_samples_of_one_prompt_compute_it_once(tmp_path: Path, type_: str, kv_fr
     prompt_ids = prompt(20, seed=3)
 
     def guided(traces: list[str]) -> tuple[list[Tensor], int]:
-        """Of three requests of which two arrive together, and the second comes back after a preemption."""
+        """Of three requests of which two arrive together, one comes back after a preemption, and one is dropped."""
         runner = Runner(tmp_path / "-".join(traces), type_, kv_fraction)
         run = count_tokens(runner)
         for slot in (2, 0):
@@ -319,14 +319,16 @@ def test_samples_of_one_prompt_compute_it_once(tmp_path: Path, type_: str, kv_fr
         steps.append(runner.step({2: [7], 0: [8], 1: [9]}))
         runner.add(0, prompt_ids, output=[6, 8], trace=traces[0])
         steps.append(runner.step({0: [1], 1: [2]}))
+        runner.version.engine.cache.drop(2)
+        steps.append(runner.step({0: [3], 2: [4]}))
         return steps, sum(run)
 
     alone, tokens_alone = guided(["a", "b", "c"])
     shared, tokens_shared = guided(["t", "t", "t"])
     for of_alone, of_shared in zip(alone, shared, strict=True):
         torch.testing.assert_close(of_shared, of_alone)
-    # Of a prompt all but its last token, which the step that draws runs again; of the one that comes back as much.
-    assert tokens_alone - tokens_shared == 19 + 19 + 20
+    # A new one runs its prompt's last token again, to draw.
+    assert tokens_alone - tokens_shared == 19 + 19 + 20 + 20
 
 
 def count_tokens(runner: Runner) -> list[int]:

@@ -199,8 +199,7 @@ class GuidedSlots:
         cache.make_room({seat.request.slot: seat.length for seat in seats})
         spans: list[Span] = []
         for seat in seats:
-            self._share_prompt(seat.request, seat.length, spans)
-            spans += self._catch_up(seat)
+            spans += self._catch_up(seat, spans)
         drawing = [seat for seat in seats if not seat.is_prefilling]
         if sum(len(span.token_ids_C) for span in spans) > version.engine.max_new_tokens or not drawing:
             version.engine.extend(spans)
@@ -208,46 +207,48 @@ class GuidedSlots:
         if drawing:
             self._guide_rows(version, drawing, spans, logits_RV, context)
 
-    def _share_prompt(self, request: SlotRequest, length: int, spans: list[Span]) -> None:
+    def _catch_up(self, seat: Seat, spans: list[Span]) -> list[Span]:
+        """What the value cache lacks of the history, without the last token of one that draws: that is a row.
+
+        During the prefill that is vLLM's chunk, and all of it when vLLM took the beginning from its own cache. Later it
+        is nothing, or everything if the cache had to drop it. Where ``seat.length`` is too high, what is cached beyond
+        the history is out of sight until it is overwritten. ``spans``: what is to be cached before.
+        """
+        request, cache = seat.request, seat.request.version.engine.cache
+        covered = cache.covered(request.slot)
+        # Once it draws, a slot that holds anything holds all: with speculation, up to a length known to the device.
+        holds_all = request.steps > 0 and covered > 0
+        covered = covered or self._share_prompt(request, seat.length, spans)
+        end = seat.length if seat.is_prefilling else seat.length - 1
+        cache.reserve(request.slot, seat.length)
+        cache.advance(request.slot, seat.length)
+        if holds_all or covered >= end:
+            return []
+        last_row = request.version.manifest.vocab_size - 1
+        tokens_C = self._requests.all_token_ids.gpu[request.slot, covered:end].long().clamp(0, last_row)
+        return [Span(request.slot, covered, tokens_C)]
+
+    def _share_prompt(self, request: SlotRequest, length: int, spans: list[Span]) -> int:
         """Copy what another sample of the prompt has cached, or has among ``spans``, which then are cached first.
 
-        Requests of one trace are samples of one prompt (records.py). Which others begin alike, only the device knows.
+        Returns how many tokens that are. Requests of one trace are samples of one prompt (records.py); which others
+        begin alike, only the device knows.
         """
         cache = request.version.engine.cache
-        if cache.covered(request.slot) or not request.params.trace_id:
-            return
-        # Of the token before the one that is drawn, nothing is cached yet.
+        # Nothing is cached yet of the token before the one that is drawn in this step.
         available = {
             other.slot: min(cache.covered(other.slot) - 1, length - 1, request.prompt_len)
             for other in self._in_slot.values()
             if other.params.trace_id == request.params.trace_id and other.version is request.version
         }
-        source = max(available, key=lambda slot: available[slot])
-        if available[source] < SHORTEST:
-            return
+        source, common = max(available.items(), key=lambda item: item[1])
+        if common < SHORTEST or not request.params.trace_id:
+            return 0
         if any(span.slot == source for span in spans):
             request.version.engine.extend(spans)
             spans.clear()
-        cache.copy(source, request.slot, available[source])
-
-    def _catch_up(self, seat: Seat) -> list[Span]:
-        """What the value cache lacks of the history, without the last token of one that draws: that is a row.
-
-        During the prefill that is vLLM's chunk, and all of it when vLLM took the beginning from its own cache. Later it
-        is nothing, or everything if the cache had to drop it. Where ``seat.length`` is too high, what is cached beyond
-        the history is out of sight until it is overwritten.
-        """
-        request, cache = seat.request, seat.request.version.engine.cache
-        covered = cache.covered(request.slot)
-        end = seat.length if seat.is_prefilling else seat.length - 1
-        cache.reserve(request.slot, seat.length)
-        cache.advance(request.slot, seat.length)
-        # Once it draws, a slot that holds anything holds all: with speculation, up to a length known to the device.
-        if covered >= end or (request.steps and covered):
-            return []
-        last_row = request.version.manifest.vocab_size - 1
-        tokens_C = self._requests.all_token_ids.gpu[request.slot, covered:end].long().clamp(0, last_row)
-        return [Span(request.slot, covered, tokens_C)]
+        cache.copy(source, request.slot, common)
+        return common
 
     def _guide_rows(
         self,
