@@ -18,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from qtilt.distributions import Bernoulli
 from qtilt.engine import ValueEngine
+from qtilt.fused_forward import Kernels
 from qtilt.value_model import ValueModel
 
 
@@ -36,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fused", action="store_true", help="on vLLM's kernels, as in the server")
     return parser.parse_args()
 
 
@@ -73,7 +75,9 @@ def plain_step(backbone: LlamaModel, arguments: argparse.Namespace) -> Callable[
 def guided_step(backbone: LlamaModel, type: str, columns: int, arguments: argparse.Namespace) -> Callable[[], object]:
     """One new token and ``columns`` candidates for each row on the engine."""
     model = ValueModel.from_backbone(backbone, type, Bernoulli(), head_std=0.1)
-    engine = ValueEngine(model, arguments.rows, model.max_positions - 1)
+    engine = ValueEngine(
+        model, arguments.rows, model.max_positions - 1, kernels=vllm_kernels() if arguments.fused else None
+    )
     slots = [engine.acquire() for _ in range(arguments.rows)]
     lengths = torch.linspace(arguments.length / 2, 3 * arguments.length / 2, arguments.rows).int().tolist()
     histories = [torch.randint(arguments.vocab, (length,)).tolist() for length in lengths]
@@ -86,6 +90,16 @@ def guided_step(backbone: LlamaModel, type: str, columns: int, arguments: argpar
         engine.value_logits(slots, histories, candidates_BK)
 
     return step
+
+
+def vllm_kernels() -> Kernels:
+    """Loads vLLM."""
+    from vllm.platforms import current_platform
+
+    from vllm import _custom_ops
+
+    current_platform.import_kernels()
+    return _custom_ops
 
 
 def seconds(step: Callable[[], object], device: str) -> float:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+
+pytest.register_assert_rewrite("guided_vllm")  # tests that several folders run
+
+from guided_vllm import matrix
+from guided_vllm.vllm_on_cpu import run_model_runner_v2
+from own_process import OwnProcess, ReportsBack, is_of
 
 # Read when torch or vllm is imported, so set before any test module is. A server started by a test inherits them.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the first request with logprobs otherwise compiles for 13-20 s
@@ -17,10 +24,30 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 TESTS = Path(__file__).parent
-FOLDER_MARKERS = ("unit", "vllm", "e2e", "gpu")
+FOLDER_MARKERS = ("unit", "vllm", "vllm_v2", "e2e", "gpu")
+V2_FOLDER = TESTS / "vllm_v2"
+
+if is_of(V2_FOLDER):
+    run_model_runner_v2()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix-to", metavar="FILE", help="write what the collected tests cover (see guided_vllm.matrix)"
+    )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if (path := session.config.getoption("--matrix-to")) is not None:
+        Path(path).write_text(json.dumps(matrix.report(session.items)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(ReportsBack(config) if is_of(V2_FOLDER) else OwnProcess(V2_FOLDER))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if matrix.is_meant_to_run(item)]
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder not in FOLDER_MARKERS:

@@ -6,7 +6,16 @@ packing, no padding; the head is applied row by row.
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModel,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from qtilt.distributions import Bernoulli, Categorical, ReturnDistribution
 from qtilt.value_model import ValueModel, ValueType
@@ -18,6 +27,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "ma
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(num_attention_heads=4, num_key_value_heads=4, **SIZES, **WIDE),
     "llama-gqa": LlamaConfig(num_attention_heads=8, num_key_value_heads=2, **SIZES, **WIDE),
+    "mistral": MistralConfig(num_attention_heads=4, num_key_value_heads=2, sliding_window=None, **SIZES, **WIDE),
     "qwen2": Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **SIZES, **WIDE),
     "qwen3": Qwen3Config(num_attention_heads=4, num_key_value_heads=2, head_dim=16, **SIZES, **WIDE),
     "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=POSITIONS, bos_token_id=0, eos_token_id=0, **WIDE),

@@ -1,8 +1,8 @@
 """Attention of packed, ragged rows over a slot cache, as a transformers attention function.
 
-Shapes: ``T`` packed tokens = the ``N`` new tokens of all histories, then ``M = B·K`` candidates (``B`` rows, ``K``
-candidates each); ``H`` query heads and ``G`` key/value heads of size ``D``; ``W`` cache rows in the step's window,
-``P`` cached positions read, ``R`` tail queries of a row, ``Q = R·H/G`` queries of one key/value head.
+Shapes: ``T`` packed tokens (see packing.py); ``H`` query heads and ``G`` key/value heads of size ``D``; ``W`` rows of
+one attention call, ``P`` cached positions it reads, ``R`` tail tokens of a row, ``Q = R·H/G`` queries of one key/value
+head; ``C`` tokens of a span that ends at position ``E``.
 
 Every token of a row attends to the row's cached prefix; a candidate also attends to itself but never to another
 candidate, and is never cached. The candidates read the shared prefix in place: attention over the prefix with its
@@ -17,6 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 ATTENTION_NAME = "qtilt_packed"
+
+MOST_SCORES = 2**25
+"""Scores that plain attention holds at once, or elements of the keys they are of: 128 MiB each, in float32."""
 
 
 class AttentionStep(Protocol):
@@ -56,12 +59,12 @@ def register_attention() -> None:
 
 
 def attend_prefix(
-    query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor, scaling: float
+    query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Attention of all queries of a row over the same visible positions: output ``[W, G, Q, D]``, lse ``[W, G, Q]``.
 
-    ``mask_W11P`` is added to the scores: 0 where visible, −inf elsewhere, one visible position a row at least. The
-    log-sum-exp is float32.
+    ``mask_W11P`` is added to the scores: 0 where visible, −inf elsewhere, one visible position a row at least; None
+    when all are visible. The log-sum-exp is float32.
     """
     if query_WGQD.device.type == "cpu":
         # The public scaled_dot_product_attention drops the log-sum-exp that its own kernel computes.
@@ -73,12 +76,31 @@ def attend_prefix(
 
 
 def attend_prefix_plainly(
-    query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor, scaling: float
+    query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attend_prefix` written out, for devices without a kernel that gives the log-sum-exp under a mask."""
-    scores_WGQP = (query_WGQD @ key_WGPD.transpose(-1, -2)).float() * scaling + mask_W11P
+    """:func:`attend_prefix` written out, for devices without a kernel that gives the log-sum-exp under a mask.
+
+    Takes as many rows at once as have ``MOST_SCORES``, one at least, however many there are.
+    """
+    kv_heads, queries, size = query_WGQD.shape[1:]
+    rows = max(MOST_SCORES // (kv_heads * key_WGPD.shape[2] * max(queries, size)), 1)
+    whole = (query_WGQD, key_WGPD, value_WGPD) if mask_W11P is None else (query_WGQD, key_WGPD, value_WGPD, mask_W11P)
+    parts = [_attend_rows(scaling, *part) for part in zip(*(tensor.split(rows) for tensor in whole), strict=True)]
+    if len(parts) == 1:
+        return parts[0]
+    outs_WGQD, lses_WGQ = zip(*parts, strict=True)
+    return torch.cat(outs_WGQD), torch.cat(lses_WGQ)
+
+
+def _attend_rows(
+    scaling: float, query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    # Scores in float32: half precision would round large ones by more than the softmax forgives, or overflow.
+    scores_WGQP = (query_WGQD.float() * scaling) @ key_WGPD.float().transpose(-1, -2)
+    if mask_W11P is not None:
+        scores_WGQP += mask_W11P
     lse_WGQ = scores_WGQP.logsumexp(-1)
-    weights_WGQP = (scores_WGQP - lse_WGQ.unsqueeze(-1)).exp().to(value_WGPD.dtype)
+    weights_WGQP = scores_WGQP.sub_(lse_WGQ.unsqueeze(-1)).exp_().to(value_WGPD.dtype)
     return weights_WGQP @ value_WGPD, lse_WGQ
 
 
@@ -104,15 +126,20 @@ def attend_span(
     )
 
 
-def merge_own(
-    out_MHD: Tensor, lse_MH: Tensor, query_MHD: Tensor, key_MGD: Tensor, value_MGD: Tensor, scaling: float
-) -> Tensor:
-    """Add each token's own key and value to its attention over a prefix: ``out + (v_self − out)·σ(s_self − lse)``.
+def merge_own_(
+    out_HD: Tensor, lse_H: Tensor, query_HD: Tensor, key_GD: Tensor, value_GD: Tensor, scaling: float
+) -> None:
+    """Add each token's own key and value, in place, to its attention over a prefix: ``(v_self − out)·σ(s_self − lse)``.
 
-    Exact: the softmax over prefix and self gives self the weight e^s / (e^lse + e^s).
+    Shapes are those of one token, any others may come before them. Exact: the softmax over prefix and self gives self
+    the weight e^s / (e^lse + e^s). Computed in float32.
     """
-    groups = query_MHD.shape[1] // key_MGD.shape[1]
-    key_MHD, value_MHD = key_MGD.repeat_interleave(groups, 1), value_MGD.repeat_interleave(groups, 1)
-    own_MH = (query_MHD.float() * key_MHD.float()).sum(-1) * scaling
-    weight_MH1 = (own_MH - lse_MH).sigmoid().unsqueeze(-1)
-    return (out_MHD + (value_MHD - out_MHD) * weight_MH1).to(out_MHD.dtype)
+    groups = query_HD.shape[-2] // key_GD.shape[-2]
+    if groups > 1:
+        key_GD, value_GD = key_GD.repeat_interleave(groups, -2), value_GD.repeat_interleave(groups, -2)
+    own_H = (query_HD.float() * key_GD.float()).sum(-1) * scaling
+    weight_H1 = (own_H - lse_H).sigmoid().unsqueeze(-1)
+    if out_HD.dtype == torch.float32:
+        out_HD.lerp_(value_GD, weight_H1)
+    else:
+        out_HD.copy_(torch.lerp(out_HD.float(), value_GD.float(), weight_H1))

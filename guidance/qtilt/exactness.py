@@ -2,13 +2,13 @@
 
 Shapes: ``C`` tokens of one sequence, ``T`` packed tokens, ``H`` query heads, ``G`` key/value heads, ``D`` head size.
 
-The engine runs a backbone's own modules and replaces only its attention, by causal softmax attention over each row's
-history. That is the same function only if the backbone asks for nothing else: no sliding window shorter than a
-history, soft cap, sinks, position bias, cross-attention, recurrent or convolutional layers, and no frequencies that
-depend on the longest sequence around.
+The engine runs a backbone's own modules, or their fused equals (fused_forward.py), and replaces its attention by causal
+softmax attention over each row's history. That is the same function only if the backbone asks for nothing else: no
+sliding window shorter than a history, soft cap, sinks, position bias, cross-attention, recurrent or convolutional
+layers, and no frequencies that depend on the longest sequence around.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qtilt.attention import ATTENTION_NAME, attend_span, register_attention
+from qtilt.attention import ATTENTION_NAME, AttentionStep, attend_span, register_attention
 from qtilt.kv_cache import CacheGeometry
 
 # The probe's two packed sequences: of different lengths, so that any mixing between or inside them shows.
@@ -85,21 +85,22 @@ def measure_geometry(backbone: PreTrainedModel, max_length: int) -> CacheGeometr
     register_attention()
     config = backbone.config.get_text_config()
     _refuse_config(config, max_length)
-    ids_T = torch.arange(1, 1 + sum(PROBE_LENGTHS), device=backbone.device) % config.vocab_size
+    ids_T, positions_T = _probe_tokens(backbone)
     probe = AttentionProbe(max_length)
-    packed_TH = _packed_hidden(backbone, ids_T, probe)
+    packed_TH = _packed_hidden(backbone, ids_T, positions_T, probe)
     _check_layers(backbone, probe, config.num_hidden_layers)
     plain_TH = _plain_hidden(backbone, ids_T)
-    distance = float((packed_TH.double() - plain_TH.double()).norm() / plain_TH.double().norm().clamp_min(1e-12))
-    if not distance <= TOLERANCES[packed_TH.dtype]:
-        raise ValueError(
-            f"{type(backbone).__name__} computes something else than causal attention over each sequence: packed and "
-            f"plain hidden states differ by {distance:.1e} (relative), allowed {TOLERANCES[packed_TH.dtype]:.0e}"
-        )
+    _check_same(packed_TH, plain_TH, f"{type(backbone).__name__} computes something else than causal attention")
     kv_heads, head_size = probe.shapes[0]
-    return CacheGeometry(
-        config.num_hidden_layers, kv_heads, head_size, packed_TH.shape[1], packed_TH.dtype, packed_TH.device
-    )
+    return CacheGeometry(config.num_hidden_layers, kv_heads, head_size, packed_TH.dtype, packed_TH.device)
+
+
+@torch.inference_mode()
+def check_forward(backbone: PreTrainedModel, forward: Callable[[Tensor, Tensor, AttentionStep], Tensor]) -> None:
+    """Raise ValueError unless ``forward(input_ids_T, position_ids_T, step)`` gives the backbone's hidden states."""
+    ids_T, positions_T = _probe_tokens(backbone)
+    hidden_TH = forward(ids_T, positions_T, AttentionProbe(max(PROBE_LENGTHS)))
+    _check_same(hidden_TH, _plain_hidden(backbone, ids_T), f"{type(backbone).__name__} computes something else")
 
 
 def _refuse_config(config: PretrainedConfig, max_length: int) -> None:
@@ -120,9 +121,15 @@ def _refuse_config(config: PretrainedConfig, max_length: int) -> None:
             )
 
 
-def _packed_hidden(backbone: PreTrainedModel, ids_T: Tensor, probe: AttentionProbe) -> Tensor:
+def _probe_tokens(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Token ids and positions ``[T]`` of the probe's sequences, one after the other."""
+    vocab_size = backbone.config.get_text_config().vocab_size
+    ids_T = torch.arange(1, 1 + sum(PROBE_LENGTHS), device=backbone.device) % vocab_size
+    return ids_T, torch.cat([torch.arange(count, device=backbone.device) for count in PROBE_LENGTHS])
+
+
+def _packed_hidden(backbone: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, probe: AttentionProbe) -> Tensor:
     """Hidden states ``[T, hidden]`` of the probe's sequences in one packed forward through our attention function."""
-    positions_T = torch.cat([torch.arange(count, device=ids_T.device) for count in PROBE_LENGTHS])
     with engine_attention(backbone):
         outputs = backbone(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, attention_step=probe)
     return outputs.last_hidden_state[0]  # type: ignore[no-any-return]
@@ -135,6 +142,16 @@ def _plain_hidden(backbone: PreTrainedModel, ids_T: Tensor) -> Tensor:
             backbone(input_ids=ids_C[None], use_cache=False).last_hidden_state for ids_C in ids_T.split(PROBE_LENGTHS)
         ]
     return torch.cat(hidden, dim=1)[0]
+
+
+def _check_same(hidden_TH: Tensor, plain_TH: Tensor, complaint: str) -> None:
+    distance = float((hidden_TH.double() - plain_TH.double()).norm() / plain_TH.double().norm().clamp_min(1e-12))
+    allowed = TOLERANCES[plain_TH.dtype]
+    if not distance <= allowed:
+        raise ValueError(
+            f"{complaint} over each sequence: packed and plain hidden states differ by {distance:.1e} (relative), "
+            f"allowed {allowed:.0e}"
+        )
 
 
 def _check_layers(backbone: PreTrainedModel, probe: AttentionProbe, layers: int) -> None:

@@ -22,6 +22,8 @@ class GuidanceParams:
     top_k: how many of the reference's likeliest tokens are scored each step.
     method: ``qsharp`` adds ln E[e^{Z/η}], ``cd`` adds E[Z]/η.
     guided_tokens: guide this many generated tokens and leave the rest to the reference; None guides all.
+    tolerance: how far each step may be from full guidance in total variation, 0 ≤ ε < 1, so that fewer candidates need
+    scoring; 0 scores all. What is bounded, and the proof: :func:`qtilt.tilt.total_variation_bound`.
     trace_id: names the KL records of this request in the worker; all children of n > 1 share it.
 
     Raises ValueError for a value out of its range, naming the field.
@@ -33,6 +35,7 @@ class GuidanceParams:
     top_k: int
     method: str = "qsharp"
     guided_tokens: int | None = None
+    tolerance: float = 0.0
     trace_id: str = ""
 
     def __post_init__(self) -> None:
@@ -46,6 +49,10 @@ class GuidanceParams:
             self,
             "guided_tokens",
             "null or an integer of at least 0",
+        )
+        # A NaN is in no range.
+        _require(
+            _is_number(self.tolerance) and 0 <= self.tolerance < 1, self, "tolerance", "a number from 0 to below 1"
         )
         _require(isinstance(self.trace_id, str), self, "trace_id", "a string")
 

@@ -38,6 +38,7 @@ class Admission:
             top_k=min(top_k, lease.version.scorable_tokens),
             method=request.method or DEFAULT_METHOD,
             guided_tokens=request.guided_tokens,
+            tolerance=float(request.tolerance or 0),
         )
         return params, lease
 

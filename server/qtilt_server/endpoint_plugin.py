@@ -13,6 +13,7 @@ from qtilt.checkpoint import Manifest
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt_server.admission import Admission
 from qtilt_server.errors import GuidanceRequestError, StartupError, error_response
+from qtilt_server.failures import FailureWatch
 from qtilt_server.flags import GuidanceFlags
 from qtilt_server.guard import GuidanceGuard
 from qtilt_server.metrics import GuidanceMetrics
@@ -54,6 +55,7 @@ class GuidanceEndpoints:
             admission=Admission(flags, registry),
             publisher=Publisher(registry, worker, reference, metrics, flags.value_model_root, flags.swap_timeout),
             worker=worker,
+            watch=FailureWatch(worker),
             sampling_check=RolloutSamplingCheck(),
             metrics=metrics,
         )

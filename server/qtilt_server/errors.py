@@ -3,6 +3,8 @@
 StartupError              the launcher prints it as one line and exits with code 2
 GuidanceRequestError      HTTP 400: the request, or the directory it names, can't be used
 └─ SwapTimeoutError       HTTP 409: the older version of a name still guides running requests
+
+What fails while it runs is GuidanceFailedError, HTTP 500, in failures.py: an error of vLLM's, answered by vLLM.
 """
 
 from http import HTTPStatus

@@ -26,6 +26,7 @@ class GuidanceFlags:
     swap_timeout: float = 60.0
     """Seconds that a load waits for the older version of its name to drain."""
     value_dtype: str = "auto"
+    kv_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         _require(0 < self.eta < math.inf, f"--guidance-eta must be finite and above 0, got {self.eta}")
@@ -35,6 +36,9 @@ class GuidanceFlags:
             f"--guidance-top-k must be 1 to {self.max_top_k} (--guidance-max-top-k), got {self.top_k}",
         )
         _require(0 <= self.swap_timeout < math.inf, f"--swap-timeout must be seconds, got {self.swap_timeout}")
+        _require(
+            0 < self.kv_fraction <= 1, f"--guidance-kv-fraction must be above 0 and at most 1, got {self.kv_fraction}"
+        )
         for name, directory in self.value_models.items():
             _require(directory.is_dir(), f"--value-model {name}={directory}: no such directory")
         root = self.value_model_root
@@ -50,6 +54,7 @@ class GuidanceFlags:
             value_model_root=None if args.value_model_root is None else Path(args.value_model_root).resolve(),
             swap_timeout=args.swap_timeout,
             value_dtype=args.value_dtype,
+            kv_fraction=args.guidance_kv_fraction,
         )
 
 
@@ -96,6 +101,14 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--value-dtype", choices=VALUE_DTYPES, default="auto", help="dtype of the value models; auto: the reference's."
+    )
+    group.add_argument(
+        "--guidance-kv-fraction",
+        type=float,
+        default=1.0,
+        metavar="FRACTION",
+        help="Memory of a value cache, as a fraction of what --max-num-seqs sequences of --max-model-len tokens need. "
+        "With less than 1, what was used least recently is dropped where room is needed, and computed again.",
     )
 
 

@@ -5,6 +5,7 @@ subcommand works, and brings every flag along.
 """
 
 import argparse
+import copy
 from collections.abc import MutableMapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -23,16 +24,23 @@ OTHER_PLUGIN_GROUPS = (
     "vllm.io_processor_plugins",
     "vllm.stat_logger_plugins",
 )
+COMPILED_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
+"""How many matrix products compiled for CPUs oneDNN and torch keep: one per number of rows and shape of weights.
+
+Their own 1024 each are some 750 MiB that no budget of memory counts (docs/performance.md).
+"""
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
-    """Before vLLM is imported: choose the V1 model runner and let vLLM load our endpoints beside its other plugins."""
-    if environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
-        raise StartupError("guidance runs on vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER")
+    """Before torch and vLLM are imported: have vLLM load our endpoints beside its other plugins, and bound caches.
+
+    What the user has set stays.
+    """
     if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise StartupError("guidance needs vLLM's Python API server: unset VLLM_USE_RUST_FRONTEND")
-    environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     environ["VLLM_PLUGINS"] = ",".join(_allowed_plugins(environ.get("VLLM_PLUGINS")))
+    for name, capacity in COMPILED_PRODUCTS.items():
+        environ.setdefault(name, capacity)
 
 
 def launch(argv: list[str]) -> None:
@@ -53,16 +61,13 @@ def launch(argv: list[str]) -> None:
         raise StartupError(str(error)) from error
     add_guidance(args, flags)
     _check_against_model(args, flags)
+    _refuse_speculation_on_v1(args)
     command.cmd(args)
 
 
 def refuse_unsupported(args: argparse.Namespace) -> None:
     """Raise StartupError for flags of vLLM that guidance can't work with."""
-    speculative = (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)
     reasons = {
-        "speculative decoding drafts tokens without guidance: remove --speculative-config and --spec-*": any(
-            value is not None for value in speculative
-        ),
         "guidance keeps its state in one API process: remove --api-server-count": (args.api_server_count or 1) != 1,
         "guidance is not available with data parallelism: remove the --data-parallel-* flags": args.data_parallel_size
         != 1
@@ -91,6 +96,7 @@ def add_guidance(args: argparse.Namespace, flags: GuidanceFlags) -> None:
         value_models={name: str(directory) for name, directory in flags.value_models.items()},
         max_top_k=flags.max_top_k,
         value_dtype=flags.value_dtype,
+        kv_fraction=flags.kv_fraction,
     )
     args.logits_processors = [*(args.logits_processors or []), PROCESSOR]
     args.worker_extension_cls = WORKER_EXTENSION
@@ -144,3 +150,21 @@ def _check_against_model(args: argparse.Namespace, flags: GuidanceFlags) -> None
         raise StartupError(f"{args.model}: guidance steers generation and this is a {model_config.runner_type} model")
     check_value_models(flags.value_models, reference)
     try_value_models(flags.value_models, reference.max_model_len)
+
+
+def _refuse_speculation_on_v1(args: argparse.Namespace) -> None:
+    """Only Model Runner V2 tells a processor of drafts; which runner vLLM takes depends on all of its settings."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    if all(given is None for given in (args.speculative_config, args.spec_method, args.spec_model, args.spec_tokens)):
+        return
+    try:
+        # A copy: vLLM completes the speculative configuration in place.
+        config = AsyncEngineArgs.from_cli_args(copy.deepcopy(args)).create_engine_config()
+    except (OSError, ValueError) as error:
+        raise StartupError(str(error)) from error
+    if not config.use_v2_model_runner:
+        raise StartupError(
+            "guidance needs vLLM's Model Runner V2 for speculative decoding, and vLLM takes V1 on this machine or with "
+            "these settings: remove --speculative-config and --spec-*"
+        )

@@ -18,6 +18,17 @@ class GuidanceMetrics:
         self._kl = Counter(
             "qtilt_guided_kl_nats", "Sum of KL(guided || reference) over returned tokens.", ["value_model", "version"]
         )
+        self._candidates = Counter(
+            "qtilt_scored_candidates",
+            "Tokens scored by the value model for returned tokens.",
+            ["value_model", "version"],
+        )
+        self._failures = Counter(
+            "qtilt_guidance_failures",
+            "Guided requests answered with an error because value code raised an exception (kind exception) or gave "
+            "values that are not finite numbers (kind nan).",
+            ["value_model", "version", "kind"],
+        )
         self._active = Gauge("qtilt_active_version", "The version that a value model's name means.", ["value_model"])
         self._swaps = Counter("qtilt_value_model_loads", "Value models published while serving.", ["outcome"])
 
@@ -27,6 +38,11 @@ class GuidanceMetrics:
     def choice(self, value_model: str, version: int, choice: ChoiceGuidance) -> None:
         self._tokens.labels(value_model, version).inc(choice.guided_tokens)
         self._kl.labels(value_model, version).inc(max(choice.kl, 0.0))
+        self._candidates.labels(value_model, version).inc(round(choice.candidates * choice.guided_tokens))
+
+    def failure(self, value_model: str, version: int, kind: str) -> None:
+        """kind: ``exception`` or ``nan``."""
+        self._failures.labels(value_model, version, kind).inc()
 
     def active(self, value_model: str, version: int) -> None:
         self._active.labels(value_model).set(version)

@@ -20,7 +20,7 @@ class ResidentVersion:
     """One version in the worker.
 
     path: as clients may see it. scorable_tokens: ids below this can be scored. rollouts: sampling parameters of the
-    roll-outs it was fitted on. leases: guided requests that use it now.
+    roll-outs it was fitted on. leases: guided requests that use it now. failed: guided requests it has failed.
     """
 
     name: str
@@ -31,6 +31,7 @@ class ResidentVersion:
     scorable_tokens: int
     rollouts: dict[str, Any] = field(default_factory=dict)
     leases: int = 0
+    failed: int = 0
     draining: bool = False
     drained: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -153,6 +154,7 @@ def _describe(version: ResidentVersion, active: bool) -> VersionStatus:
         distribution=version.distribution,
         state="active" if active else "draining" if version.draining else "resident",
         running=version.leases,
+        failed=version.failed,
         rollouts=version.rollouts,
     )
 

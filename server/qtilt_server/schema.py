@@ -36,6 +36,11 @@ class GuidanceRequest(StrictModel):
     guided_tokens: Annotated[int, Field(ge=0, le=MAX_GUIDED_TOKENS)] | None = Field(
         default=None, description="guide only the first so many generated tokens; null guides all, 0 none"
     )
+    tolerance: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="how far each step may be from full guidance in total variation, so that fewer candidates need "
+        "scoring; 0, the default, scores all",
+    )
 
 
 class AppliedGuidance(StrictModel):
@@ -45,6 +50,7 @@ class AppliedGuidance(StrictModel):
     eta: float
     top_k: int
     method: Literal["qsharp", "cd"]
+    tolerance: float
 
 
 class ChoiceGuidance(StrictModel):
@@ -52,6 +58,7 @@ class ChoiceGuidance(StrictModel):
 
     guided_tokens: int = Field(description="how many of the returned tokens were drawn from the guided distribution")
     kl: float = Field(description="their summed full-vocabulary KL(guided ‖ reference) in nats")
+    candidates: float = Field(description="how many candidates were scored for one of them in the mean; 0 without any")
 
 
 class PublishRequest(StrictModel):
@@ -70,6 +77,7 @@ class VersionStatus(StrictModel):
     distribution: dict[str, Any]
     state: Literal["active", "resident", "draining"]
     running: int = Field(description="requests that use it now")
+    failed: int = Field(description="requests answered with an error because guidance by it failed")
     rollouts: dict[str, Any] = Field(description="sampling parameters of the roll-outs it was fitted on, if recorded")
 
 

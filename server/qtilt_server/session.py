@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -13,6 +14,8 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from qtilt.params import EXTRA_ARGS_KEY, GuidanceParams
+from qtilt.vllm_plugin.failure import GuidanceFailure
+from qtilt_server.failures import FailureWatch, GuidanceFailedError
 from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.registry import Lease, ResidentVersion
 from qtilt_server.schema import AppliedGuidance, ChoiceGuidance
@@ -32,6 +35,7 @@ class GuidedSession:
         params: GuidanceParams,
         lease: Lease,
         worker: GuidanceWorker,
+        watch: FailureWatch,
         metrics: GuidanceMetrics,
         *,
         choices_per_prompt: int,
@@ -39,6 +43,7 @@ class GuidedSession:
     ) -> None:
         self.params = params
         self.worker = worker
+        self.watch = watch
         self.metrics = metrics
         self.returns_tokens = returns_tokens
         self._lease = lease
@@ -46,6 +51,12 @@ class GuidedSession:
         self._traces: list[Trace] = []
         self._running = 0
         self._closed = False
+        self._failed = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether the response is an error because guidance failed."""
+        return self._failed
 
     @property
     def version(self) -> ResidentVersion:
@@ -59,6 +70,7 @@ class GuidedSession:
             eta=self.params.eta,
             top_k=self.params.top_k,
             method=self.params.method,  # type: ignore[arg-type]
+            tolerance=self.params.tolerance,
         )
 
     def open_trace(self) -> "Trace":
@@ -71,6 +83,14 @@ class GuidedSession:
         """The record of a finished choice; choices are numbered prompt by prompt."""
         prompt, child = divmod(index, self._choices_per_prompt)
         return self._traces[prompt].records[child]
+
+    def fail(self, failure: GuidanceFailure) -> GuidanceFailedError:
+        """Count the failure, once for the whole request; returns the error to raise."""
+        if not self._failed:
+            self._failed = True
+            self.version.failed += 1
+            self.metrics.failure(self.params.value_model, self.params.version, failure["kind"])
+        return GuidanceFailedError(self.version.label, failure)
 
     def engine_started(self) -> None:
         self._running += 1
@@ -98,23 +118,45 @@ class Trace:
         self._session = session
         self._token_ids: dict[int, list[int]] = {}
         self._forgotten = False
+        self._failure: GuidanceFailure | None = None
 
     async def follow(
-        self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams
+        self,
+        outputs: AsyncGenerator[RequestOutput, None],
+        params: SamplingParams,
+        abort: Callable[[], Awaitable[None]],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The same outputs, each after the records of the choices that it finishes."""
+        """The same outputs, each after the records of the choices that it finishes; ``abort`` ends them early.
+
+        Raises GuidanceFailedError, and ends the request in the engine, when guidance has failed on any choice.
+        """
+
+        async def end(failure: GuidanceFailure) -> None:
+            self._failure = failure
+            await abort()
+
         self._session.engine_started()
+        self._session.watch.add(self.params.trace_id, end)
         try:
             async with aclosing(outputs):
                 async for output in outputs:
+                    await self._look_for_failure(output)
                     finished = [choice for choice in output.outputs if self._collect(choice, params.output_kind)]
                     if finished:
                         await self._fetch([choice.index for choice in finished], more_to_come=not output.finished)
                     yield output
         finally:
+            self._session.watch.remove(self.params.trace_id)
             self._session.engine_stopped()
             if not self._forgotten:
                 _in_background(self._forget())
+
+    async def _look_for_failure(self, output: RequestOutput) -> None:
+        """A failure the watch was told of, or one that made vLLM end the request (a grammar that lets nothing end)."""
+        if any(choice.finish_reason == "error" for choice in output.outputs):
+            self._failure = (await self._session.worker.failures()).get(self.params.trace_id)
+        if self._failure is not None:
+            raise self._session.fail(self._failure)
 
     def _collect(self, choice: CompletionOutput, kind: RequestOutputKind) -> bool:
         """Note a choice's tokens; whether that was its last output."""
@@ -129,6 +171,8 @@ class Trace:
         records = await self._session.worker.read_records(self.params.trace_id, returned, more_to_come=more_to_come)
         self._forgotten = not more_to_come
         for choice, record in zip(choices, records, strict=True):
+            if not isinstance(record, ChoiceGuidance):
+                raise self._session.fail(record)
             self.records[choice] = record
             self._session.metrics.choice(self.params.value_model, self.params.version, record)
 
@@ -170,7 +214,7 @@ class GuidedEngine:
             EXTRA_ARGS_KEY: trace.params.to_extra_args(),
         }
         outputs = self._engine.generate(prompt, sampling_params, request_id, **options)
-        return trace.follow(outputs, sampling_params)
+        return trace.follow(outputs, sampling_params, partial(self._engine.abort, request_id))
 
 
 _background: set["asyncio.Task[None]"] = set()

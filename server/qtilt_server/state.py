@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qtilt_server.admission import Admission
+from qtilt_server.failures import FailureWatch
 from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.publication import Publisher
 from qtilt_server.sampling_check import RolloutSamplingCheck
@@ -16,5 +17,6 @@ class GuidanceState:
     admission: Admission
     publisher: Publisher
     worker: GuidanceWorker
+    watch: FailureWatch
     sampling_check: RolloutSamplingCheck
     metrics: GuidanceMetrics

@@ -9,14 +9,20 @@ if TYPE_CHECKING:
     from qtilt_server.session import GuidedSession
 
 EVENT_PREFIX = "data: "
+DONE = f"{EVENT_PREFIX}[DONE]"
 HAS_FINISH_REASON = '"finish_reason":"'
 """In the text of a chunk, this can't be part of a string: quotes inside strings are escaped."""
 
 
 async def say_guidance(events: AsyncGenerator[str, None], session: "GuidedSession") -> AsyncGenerator[str, None]:
-    """vLLM's events with the guidance of each choice that finishes."""
+    """vLLM's events with the guidance of each choice that finishes.
+
+    A stream on which guidance failed ends with the error: the ``[DONE]`` that vLLM sends even then isn't passed on.
+    """
     async with aclosing(events):
         async for event in events:
+            if session.failed and event.startswith(DONE):
+                return
             yield _with_guidance(event, session) if HAS_FINISH_REASON in event else event
 
 

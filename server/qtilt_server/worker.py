@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from qtilt.vllm_plugin.answers import raise_errors
+from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt_server.schema import ChoiceGuidance
 
 PREPARATION_POLL_S = 0.05
@@ -63,11 +65,16 @@ class GuidanceWorker:
 
     async def read_records(
         self, trace_id: str, returned: Sequence[Sequence[int]], *, more_to_come: bool
-    ) -> list[ChoiceGuidance]:
+    ) -> list[ChoiceGuidance | GuidanceFailure]:
         """What was done to each returned token sequence of a trace; forgets the trace unless more is to come."""
         sequences = [list(token_ids) for token_ids in returned]
-        records = (await self._call("qtilt_take_records", trace_id, sequences, more_to_come))[0]
-        return [ChoiceGuidance(guided_tokens=record["guided_tokens"], kl=float(record["kl"])) for record in records]
+        answers = await self._call("qtilt_take_records", trace_id, sequences, more_to_come)
+        return [_one_of(of_ranks) for of_ranks in zip(*answers, strict=True)]
+
+    async def failures(self) -> dict[str, GuidanceFailure]:
+        """Why guidance failed, by the id of each trace that it failed for and that isn't forgotten yet."""
+        answers = await self._call("qtilt_failures")
+        return {trace_id: failure for answer in answers for trace_id, failure in answer.items()}
 
     async def forget(self, trace_id: str) -> None:
         """Drop the records of a trace that nobody will ask for."""
@@ -89,8 +96,16 @@ class GuidanceWorker:
             while call not in (await asyncio.wait([call], timeout=ENGINE_POLL_S))[0]:
                 if self._engine.errored:  # vLLM never answers a call that its engine stopped on
                     raise RuntimeError(f"the engine stopped before it answered {method}")
-            return call.result()
-        except Exception as error:  # vLLM hands a worker's error over as a bare Exception
+            return raise_errors(call.result())
+        except Exception as error:  # vLLM hands errors of the engine over as bare Exceptions
             raise WorkerError(str(error)) from error
         finally:
             call.cancel()
+
+
+def _one_of(of_ranks: Sequence[dict[str, Any]]) -> ChoiceGuidance | GuidanceFailure:
+    """What all ranks say of one choice. One that ran out of memory alone has sampled otherwise than the others."""
+    for record in of_ranks:
+        if "reason" in record:
+            return {"kind": record["kind"], "reason": record["reason"]}
+    return ChoiceGuidance.model_validate(of_ranks[0])

@@ -11,7 +11,7 @@ from real_server.streams import collect
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 PROMPT = "<user>hello<assistant>"
-APPLIED = {"value_model": "value@1", "eta": 0.1, "top_k": 8, "method": "qsharp"}
+APPLIED = {"value_model": "value@1", "eta": 0.1, "top_k": 8, "method": "qsharp", "tolerance": 0.0}
 
 
 @pytest.mark.parametrize("n", [1, 3])

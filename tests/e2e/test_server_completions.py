@@ -11,19 +11,20 @@ from real_server.process import RunningServer
 from real_server.streams import Streamed, collect
 
 TOKENS = {"return_token_ids": True}
+DEFAULTS = {"value_model": "value@1", "eta": 0.2, "top_k": 8, "method": "qsharp", "tolerance": 0.0}
 BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "defaults": ({}, {"value_model": "value@1", "eta": 0.2, "top_k": 8, "method": "qsharp"}),
+    "defaults": ({}, DEFAULTS),
     "nulls": (
-        {"value_model": None, "eta": None, "top_k": None, "method": None, "guided_tokens": None},
-        {"value_model": "value@1", "eta": 0.2, "top_k": 8, "method": "qsharp"},
+        {"value_model": None, "eta": None, "top_k": None, "method": None, "guided_tokens": None, "tolerance": None},
+        DEFAULTS,
     ),
     "all-given": (
-        {"value_model": "graded", "eta": 1, "top_k": 3, "method": "cd"},
-        {"value_model": "graded@1", "eta": 1.0, "top_k": 3, "method": "cd"},
+        {"value_model": "graded", "eta": 1, "top_k": 3, "method": "cd", "tolerance": 0.0},
+        {"value_model": "graded@1", "eta": 1.0, "top_k": 3, "method": "cd", "tolerance": 0.0},
     ),
     "clamped": (
         {"value_model": "graded@1", "top_k": 64},
-        {"value_model": "graded@1", "eta": 0.2, "top_k": VOCABULARY, "method": "qsharp"},
+        {"value_model": "graded@1", "eta": 0.2, "top_k": VOCABULARY, "method": "qsharp", "tolerance": 0.0},
     ),
 }
 
@@ -39,6 +40,32 @@ def test_a_guided_completion_says_what_was_done(client: OpenAI, idle: RunningSer
     oracle.check(choice, applied)
     assert choice.guidance is not None
     assert choice.guidance["kl"] > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tolerance_saves_candidates_and_the_answer_says_how_many(
+    client: OpenAI, idle: RunningServer, oracle: Oracle, stream: bool
+) -> None:
+    """The oracle leaves as many unscored as the certificate allows."""
+    response: Any = client.completions.create(
+        model=idle.model,
+        prompt="abc",
+        max_tokens=40,
+        logprobs=0,
+        seed=8,
+        stream=stream,
+        temperature=0.5,
+        extra_body={"guidance": {"eta": 1, "top_k": 20, "tolerance": 0.05}, "ignore_eos": True, **TOKENS},
+    )
+    applied = DEFAULTS | {"eta": 1.0, "top_k": 20, "tolerance": 0.05}
+    if stream:
+        (choice,) = streamed(response, ["abc"])
+    else:
+        assert response.guidance == applied
+        (choice,) = completion_choices(response, ["abc"])
+    oracle.check(choice, applied, temperature=0.5)
+    assert choice.guidance is not None
+    assert 2 <= choice.guidance["candidates"] < 20
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
@@ -62,10 +89,10 @@ def test_no_guidance_is_the_plain_reference(client: OpenAI, idle: RunningServer,
         model=idle.model, prompt="abc", max_tokens=10, logprobs=0, seed=3, extra_body=body
     )
     (choice,) = completion_choices(response, ["abc"])
-    differences, _ = oracle.compare(choice, None)
+    differences, _, _ = oracle.compare(choice, None)
     assert max(differences) < 1e-4
     if isinstance(block, dict):
-        assert choice.guidance == {"guided_tokens": 0, "kl": 0.0}
+        assert choice.guidance == {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0}
     else:
         assert not hasattr(response, "guidance")
         assert choice.guidance is None
@@ -84,7 +111,13 @@ def test_roll_in_and_roll_out_in_one_request(client: OpenAI, idle: RunningServer
     )
     if stream:
         choice = streamed(response, ["hello"])[0]
-        applied = choice.guidance and {"value_model": "value@1", "eta": 0.2, "top_k": 8, "method": "qsharp"}
+        applied = choice.guidance and {
+            "value_model": "value@1",
+            "eta": 0.2,
+            "top_k": 8,
+            "method": "qsharp",
+            "tolerance": 0.0,
+        }
     else:
         (choice,), applied = completion_choices(response, ["hello"]), response.guidance
     oracle.check(choice, applied, guided_tokens=5)
@@ -115,7 +148,7 @@ def test_several_prompts_with_several_choices_each(
     assert len(choices) == 9
     assert len({len(choice.token_ids) for choice in choices}) > 2, "the choices were to end at different times"
     for choice in choices:
-        oracle.check(choice, {"value_model": "value@1", "eta": 0.5, "top_k": 8, "method": "qsharp"})
+        oracle.check(choice, DEFAULTS | {"eta": 0.5})
 
 
 def test_guided_and_unguided_requests_share_batches(client: OpenAI, idle: RunningServer, oracle: Oracle) -> None:
@@ -148,7 +181,7 @@ def test_only_returned_tokens_count_at_a_stop_string(
         )
         (choice,) = streamed(response, ["abc"]) if stream else completion_choices(response, ["abc"])
         assert len(choice.token_ids) < 60
-        oracle.check(choice, {"value_model": "value@1", "eta": 0.2, "top_k": 8, "method": "qsharp"})
+        oracle.check(choice, DEFAULTS)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -161,7 +194,7 @@ def test_echo_adds_the_prompt_and_counts_the_generated_tokens(
     assert text.startswith("abc"), "token ids were not asked for: echo returns the prompt as text"
     assert guidance["guided_tokens"] == 4
     response = client.completions.create(**ask, max_tokens=0, extra_body={"guidance": {}})
-    assert text_and_guidance(response, stream) == ("abc", {"guided_tokens": 0, "kl": 0.0})
+    assert text_and_guidance(response, stream) == ("abc", {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0})
 
 
 def test_token_ids_are_returned_only_if_asked_for(client: OpenAI, idle: RunningServer) -> None:

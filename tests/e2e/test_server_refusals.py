@@ -9,6 +9,7 @@ import openai
 import pytest
 from openai import OpenAI
 
+from guided_vllm.matrix import covers
 from real_server.process import RunningServer
 
 BAD_BLOCKS: dict[str, Any] = {
@@ -32,6 +33,12 @@ BAD_BLOCKS: dict[str, Any] = {
     "guided_tokens bool": {"guided_tokens": False},
     "guided_tokens fraction": {"guided_tokens": 1.5},
     "guided_tokens huge": {"guided_tokens": 10**30},
+    "tolerance negative": {"tolerance": -1e-3},
+    "tolerance 1": {"tolerance": 1},
+    "tolerance infinite": {"tolerance": float("inf")},
+    "tolerance NaN": {"tolerance": float("nan")},
+    "tolerance bool": {"tolerance": True},
+    "tolerance string": {"tolerance": "1e-3"},
     "value_model unknown": {"value_model": "nobody"},
     "value_model number": {"value_model": 1},
     "version unknown": {"value_model": "value@999"},
@@ -85,12 +92,14 @@ def test_the_official_client_raises_bad_request(client: OpenAI, idle: RunningSer
             )
 
 
+@covers("beam search", engines=["sync"], refused="it drops what guidance travels in: HTTP 400")
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_beam_search_is_refused(post: Callable[..., httpx.Response], route: str, stream: bool) -> None:
     assert_refused(post(route, {**ROUTES[route], "stream": stream, "use_beam_search": True, "guidance": {}}))
 
 
+@covers("prompt embeddings", engines=["sync"], refused="a value model needs tokens: HTTP 400")
 @pytest.mark.parametrize("prompt", [None, "abc"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_prompt_embeddings_are_refused(post: Callable[..., httpx.Response], prompt: str | None, stream: bool) -> None:

@@ -46,7 +46,7 @@ def test_a_value_model_of_another_vocabulary(models: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_speculative_decoding(models: Path) -> None:
+def test_speculative_decoding_on_model_runner_v1(models: Path) -> None:
     speculative = '--speculative-config={"method": "ngram", "num_speculative_tokens": 2}'
     line = refused(COMMAND, models / "reference", f"--value-model=value={models / 'published' / 'start'}", speculative)
     assert "remove --speculative-config" in line

@@ -146,7 +146,7 @@ def assert_another_version_would_show(oracle: Oracle, choice: StreamedChoice) ->
     """The check has teeth: under a version of other weights the same tokens have other probabilities."""
     assert choice.applied is not None
     returned = Returned(encode("swap"), choice.token_ids, choice.logprobs, choice.guidance)
-    differences, _ = oracle.compare(returned, {**choice.applied, "value_model": "value@1"})
+    differences, _, _ = oracle.compare(returned, {**choice.applied, "value_model": "value@1"})
     assert max(differences) > 1e-2
 
 
@@ -345,6 +345,7 @@ def test_metrics_are_on_vllms_own_route(client: OpenAI, idle: RunningServer) -> 
         'qtilt_guided_requests_total{method="qsharp",value_model="value",version="1"}',
         'qtilt_guided_tokens_total{value_model="value",version="1"}',
         'qtilt_guided_kl_nats_total{value_model="value",version="1"}',
+        'qtilt_scored_candidates_total{value_model="value",version="1"}',
         'qtilt_active_version{value_model="graded"} 1.0',
         "vllm:num_requests_running",
     ):

@@ -5,20 +5,25 @@ import torch
 
 from engine_histories import Histories
 from hf_oracle import CONFIGS, POSITIONS, make_value_model, plain_value_logits
+from qtilt.attention import MOST_SCORES, attend_prefix
 from qtilt.engine import ValueEngine
 
 EXACT_ON_CUDA = {"atol": 1e-4, "rtol": 1e-4}  # float32 sums in another order than the plain forward's
 
 
-def histories_on_cuda(family: str, type: str, slots: int = 6, max_new_tokens: int = 8192) -> Histories:
+def histories_on_cuda(
+    family: str, type: str, slots: int = 6, max_new_tokens: int = 8192, kv_fraction: float = 1.0
+) -> Histories:
     model = make_value_model(family, type, "categorical").to("cuda")
-    return Histories(model, slots, max_new_tokens, seed=5, exact=EXACT_ON_CUDA)
+    settings = {"max_new_tokens": max_new_tokens, "kv_fraction": kv_fraction}
+    return Histories(model, slots, seed=5, exact=EXACT_ON_CUDA, **settings)
 
 
+@pytest.mark.parametrize("kv_fraction", [0.3, 1.0])
 @pytest.mark.parametrize("type", ["q", "v"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_random_histories_stay_exact(family: str, type: str):
-    histories_on_cuda(family, type, max_new_tokens=24).wander(steps=25)
+def test_random_histories_stay_exact(family: str, type: str, kv_fraction: float):
+    histories_on_cuda(family, type, max_new_tokens=24, kv_fraction=kv_fraction).wander(steps=25)
 
 
 @pytest.mark.parametrize("type", ["q", "v"])
@@ -44,12 +49,37 @@ def test_bfloat16_is_as_close_to_float32_as_the_plain_forward_is(type: str):
     assert (got_BKA - expected_BKA).abs().max() < 2 * plain_error + 0.05
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)]
+)
+def test_attention_over_many_long_prefixes_is_exact_in_bounded_memory(dtype: torch.dtype, rounding: float):
+    rows, kv_heads, queries, positions, size = 64, 8, 84, 4096, 64
+    torch.manual_seed(0)
+    query = 4 * torch.randn(rows, kv_heads, queries, size, device="cuda", dtype=dtype)
+    keys, values = torch.randn(2, rows, kv_heads, positions, size, device="cuda", dtype=dtype).unbind(0)
+    lengths_W = torch.randint(1, positions + 1, (rows,), device="cuda")
+    hidden = torch.arange(positions, device="cuda") >= lengths_W[:, None]
+    mask = torch.zeros(rows, positions, device="cuda", dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, lse = attend_prefix(query, keys, values, mask, 0.2)
+    assert rows * kv_heads * queries * positions > 5 * MOST_SCORES
+    assert torch.cuda.max_memory_allocated() - before < 6 * MOST_SCORES * torch.float32.itemsize
+    for row in (0, 31, 63):
+        length = int(lengths_W[row])
+        scores = query[row].double() @ keys[row, :, :length].double().mT * 0.2
+        torch.testing.assert_close(lse[row].double(), scores.logsumexp(-1), atol=1e-4, rtol=1e-5)
+        expected = scores.softmax(-1) @ values[row, :, :length].double()
+        torch.testing.assert_close(out[row].double(), expected, atol=rounding, rtol=rounding)
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("kv_fraction", [0.9, 1.0])
 @pytest.mark.parametrize("type", ["q", "v"])
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gpt2"])
-def test_a_step_never_waits_for_the_device(family: str, type: str):
-    run = histories_on_cuda(family, type)
-    slots = run.start(3, 9, 20)
+def test_a_step_never_waits_for_the_device(family: str, type: str, kv_fraction: float):
+    run = histories_on_cuda(family, type, kv_fraction=kv_fraction)
+    slots = run.start(3, 9, 40)
     candidates_BK = torch.ones(3, 5, dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -58,6 +88,8 @@ def test_a_step_never_waits_for_the_device(family: str, type: str):
             for slot in slots:
                 run.grow(slot, new)
             run.engine.value_logits(slots, [run.tokens[slot] for slot in slots], candidates_BK)
+        run.engine.cache.copy(slots[2], run.engine.acquire(), 40)
+        run.engine.rewind(slots[2], 1)
         run.engine.release(slots[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -41,21 +41,25 @@ class Answer:
     ask: Ask
     choices: list[Choice]
     cached_tokens: int
+    finish_reason: str
     steps_to_first_token: int
 
 
 def sampling_params(ask: Ask) -> SamplingParams:
+    defaults = {
+        "detokenize": False,
+        "ignore_eos": True,
+        "seed": 1234 + next(_request_numbers),
+        "extra_args": {"qtilt": ask.guidance.to_extra_args()} if ask.guidance else None,
+    }
     return SamplingParams(
         temperature=ask.temperature,
         max_tokens=ask.max_tokens,
         n=ask.n,
         logprobs=-1,
-        detokenize=False,
-        ignore_eos=True,
         # Choices of n > 1 come together only at the end.
         output_kind=RequestOutputKind.CUMULATIVE if ask.n == 1 else RequestOutputKind.FINAL_ONLY,
-        extra_args={"qtilt": ask.guidance.to_extra_args()} if ask.guidance else None,
-        **{"seed": 1234 + next(_request_numbers)} | ask.sampling,
+        **(defaults | ask.sampling),
     )
 
 
@@ -102,4 +106,5 @@ def _answer(ask: Ask, output: Any, steps_to_first_token: int) -> Answer:
         )
         for completion in sorted(output.outputs, key=lambda completion: completion.index)
     ]
-    return Answer(ask, choices, output.num_cached_tokens or 0, steps_to_first_token)
+    (reason,) = {completion.finish_reason for completion in output.outputs}
+    return Answer(ask, choices, output.num_cached_tokens or 0, reason, steps_to_first_token)

@@ -5,16 +5,23 @@ of qtilt is imported; a value-model directory is read as its documented format s
 """
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
+
+from shortened_guidance import scored_in_stages
+
+Adjust = Callable[[Tensor, list[int]], Tensor]
+"""What happens to raw logits ``[V]`` before guidance, given the tokens generated before: masks, biases, penalties."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,11 @@ class Guided:
     top_k: int
     method: str
     guided_tokens: int | None
+    tolerance: float = 0.0
+
+
+TIE = 3e-5
+"""Logits that differ by less may change places in float32: 6e-6 has, with the reference split between two workers."""
 
 
 class ReferenceOracle:
@@ -71,6 +83,10 @@ class ValueOracle:
         weights_KA = torch.exp(logits_KA)
         return returns, weights_KA / weights_KA.sum(1, keepdim=True)
 
+    @property
+    def highest_return(self) -> float:
+        return 1.0 if self.distribution["name"] == "bernoulli" else float(self.distribution["high"])
+
     def offsets(self, history: list[int], candidates: list[int], eta: float, method: str) -> tuple[Tensor, float]:
         """Q/η per candidate ``[K]``, and v_min/η."""
         returns, pmf_KZ = self.pmf(self.logits(history, candidates))
@@ -95,24 +111,53 @@ def log_softmax(logits_V: Tensor) -> Tensor:
     return logits_V - torch.logsumexp(logits_V, 0)
 
 
-def step_distribution(
+class Step(NamedTuple):
+    """log_probs_V: what the step samples from. kl: KL(guided ‖ reference) in nats.
+
+    guided_logits_V: raw logits with T·Q/η, each token's Q/η less the largest of the row: as the HTTP API's page says,
+    the most valuable candidate keeps its logit. candidates: how many are scored.
+    """
+
+    log_probs_V: Tensor
+    kl: float
+    guided_logits_V: Tensor
+    candidates: int
+
+
+def step_distributions(
     reference_V: Tensor, history: list[int], guided: Guided | None, temperature: float, scorable: int
-) -> tuple[Tensor, float]:
-    """Log-probabilities ``[V]`` of one step, and KL(guided ‖ reference); ``reference_V`` holds −inf where masked."""
-    scale = temperature if temperature > 0 else 1.0
-    reference = log_softmax(reference_V / scale)
+) -> list[Step]:
+    """One step; ``reference_V`` holds −inf where masked. Two where rounding decides which token is scored last."""
     if guided is None:
-        return reference, 0.0
+        return [Step(log_softmax(reference_V / (temperature or 1.0)), 0.0, reference_V, 0)]
     allowed = [token for token in range(scorable) if torch.isfinite(reference_V[token])]
     allowed.sort(key=lambda token: -float(reference_V[token]))
-    candidates = allowed[: guided.top_k]
-    offsets_K, floor = value_oracle(guided.directory).offsets(history, candidates, guided.eta, guided.method)
-    tilted_V = reference_V / scale + floor
-    tilted_V[candidates] += offsets_K - floor
-    tilted = log_softmax(tilted_V)
+    candidates = [allowed[: guided.top_k]]
+    for last, following in pairwise(allowed[guided.top_k - 1 : guided.top_k + 1]):
+        if float(reference_V[last] - reference_V[following]) < TIE:
+            candidates.append([*allowed[: guided.top_k - 1], following])
+    return [_guided_step(reference_V, history, guided, temperature, each) for each in candidates]
+
+
+def _guided_step(
+    reference_V: Tensor, history: list[int], guided: Guided, temperature: float, candidates: list[int]
+) -> Step:
+    scale = temperature if temperature > 0 else 1.0
+    reference = log_softmax(reference_V / scale)
+    oracle = value_oracle(guided.directory)
+    offsets_K, floor = oracle.offsets(history, candidates, guided.eta, guided.method)
+    if guided.tolerance > 0 and oracle.type == "v":
+        offsets = dict(zip(candidates, offsets_K.tolist(), strict=True))
+        ends = floor, oracle.highest_return / guided.eta
+        masses = reference.exp().tolist()
+        candidates = scored_in_stages(masses, candidates, offsets, *ends, guided.tolerance, greedy=temperature == 0)
+        offsets_K = offsets_K[: len(candidates)]
+    offsets_V = torch.full_like(reference_V, floor)
+    offsets_V[candidates] = offsets_K
+    tilted = log_softmax(reference_V / scale + offsets_V)
     present = torch.isfinite(tilted)
     kl = (tilted[present].exp() * (tilted[present] - reference[present])).sum()
-    return tilted, float(kl)
+    return Step(tilted, float(kl), reference_V + scale * (offsets_V - offsets_K.max()), len(candidates))
 
 
 def expected_steps(
@@ -122,16 +167,24 @@ def expected_steps(
     guided: Guided | None,
     temperature: float,
     scorable: int,
-    adjust: Any = None,
-) -> list[tuple[Tensor, float]]:
-    """The distribution and KL of every generated token. ``adjust`` changes the raw logits first (a mask, a bias)."""
+    adjust: Adjust | None = None,
+    reported: Sequence[Tensor] | None = None,
+) -> list[Step]:
+    """Of every generated token. ``adjust`` changes the raw logits first.
+
+    reported: log-probabilities ``[V]`` of every step, which decide where rounding may.
+    """
     logits_LV = reference_oracle(reference).logits([*prompt, *generated])
     steps = []
     for count in range(len(generated)):
         reference_V = logits_LV[len(prompt) + count - 1].clone()
         if adjust is not None:
-            reference_V = adjust(reference_V)
+            reference_V = adjust(reference_V, generated[:count])
         limit = guided.guided_tokens if guided is not None else 0
         applies = guided if limit is None or count < limit else None
-        steps.append(step_distribution(reference_V, [*prompt, *generated[:count]], applies, temperature, scorable))
+        either = step_distributions(reference_V, [*prompt, *generated[:count]], applies, temperature, scorable)
+        if reported is not None:
+            probs_V = reported[count].exp()
+            either.sort(key=lambda step, probs_V=probs_V: float((step.log_probs_V.exp() - probs_V).abs().sum()))
+        steps.append(either[0])
     return steps

@@ -1,6 +1,8 @@
 """The engine under test together with what the oracle needs to know of it."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +13,54 @@ import torch
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from guided_vllm.driving import Answer
-from guided_vllm.oracle import Guided, expected_steps, log_softmax
+from guided_vllm.oracle import Adjust, Guided, expected_steps, log_softmax
 from guided_vllm.tiny_models import TOKENS
+from guided_vllm.truncation import truncate_as_reported
 from qtilt.params import GuidanceParams
+from qtilt.vllm_plugin.answers import raise_errors
 
 
 @dataclass
 class Served:
-    """The running engine and what the oracle needs to know of it. directories: of every version ever loaded."""
+    """The running engine and what the oracle needs to know of it. directories: of every version ever loaded.
+
+    plain: what the same engine without the plugin answered to plain_vllm.requests, by name.
+    penalties_first: whether penalties act on the reference's logits, as on V2, or on guided ones, as on V1.
+    """
 
     engine: LLMEngine
     reference: Path
     directories: dict[tuple[str, int], Path]
+    plain: dict[str, list[Answer]]
     max_seqs: int = 8
+    penalties_first: bool = False
+    kv_fraction: float = 1.0
     scorable: int = TOKENS
 
+    @property
+    def speculates(self) -> bool:
+        """Whether vLLM drafts tokens. It then refuses ``min_p`` and ``logit_bias``."""
+        return self.engine.vllm_config.speculative_config is not None
+
+    def dropped(self) -> int:
+        """How many histories value caches have dropped to make room."""
+        return sum(version["dropped"] for version in self.rpc("qtilt_describe")["value_models"])
+
     def rpc(self, method: str, *args: Any) -> Any:
-        """One worker's answer, as the server asks it."""
-        (result,) = self.engine.collective_rpc(method, args=args)
-        return result
+        """The workers' answer, which all must agree on. Raises ValueError with their error."""
+        answers = self.engine.collective_rpc(method, args=args)
+        assert answers == answers[:1] * len(answers), "workers disagree"
+        return raise_errors(answers)[0]
+
+    @contextmanager
+    def also(self, value_model: str, version: int, directory: Path) -> Iterator[None]:
+        """Another version is resident inside the block."""
+        self.rpc("qtilt_prepare_value_model", value_model, version, str(directory))
+        assert await_preparation(self, value_model, version)["state"] == "ready"
+        self.rpc("qtilt_commit_value_model", value_model, version)
+        self.directories[value_model, version] = directory
+        yield
+        self.rpc("qtilt_discard_value_model", value_model, version)
 
     def guide(
         self, value_model: str, version: int = 1, eta: float = 0.2, top_k: int = 8, **more: Any
@@ -43,43 +74,54 @@ class Served:
     def check(
         self,
         answer: Answer,
-        adjust: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        penalise: Callable[[torch.Tensor, list[int]], torch.Tensor] | None = None,
+        adjust: Adjust | None = None,
+        penalise: Adjust | None = None,
     ) -> None:
-        """Every reported probability, and the KL on record, equal the oracle's.
+        """Every reported probability, and the KL and the scored candidates on record, equal the oracle's.
 
-        adjust: what happens to raw logits before guidance. penalise: what happens to guided logits after it, given the
-        tokens generated before.
+        adjust: what happens to raw logits before guidance on either model runner. penalise: what penalties do.
         """
         ask, guidance = answer.ask, answer.ask.guidance
-        kls = []
+        measured = []
         for choice in answer.choices:
+            reported = [_vector(logprobs) for logprobs in choice.logprobs]
             steps = expected_steps(
                 self.reference,
                 ask.prompt,
                 choice.token_ids,
-                self._for_oracle(guidance),
+                self.for_oracle(guidance),
                 ask.temperature,
                 self.scorable,
-                adjust,
+                self._adjustment(adjust, penalise),
+                reported,
             )
-            for count, (token, (expected_V, _)) in enumerate(zip(choice.token_ids, steps, strict=True)):
-                if penalise is not None:
-                    scale = ask.temperature or 1.0
-                    expected_V = log_softmax(penalise(expected_V * scale, choice.token_ids[:count]) / scale)
-                self._check_step(token, choice.logprobs[count], expected_V, greedy=ask.temperature == 0)
-            kls.append(sum(kl for _, kl in steps))
+            for count, (token, step, reported_V) in enumerate(zip(choice.token_ids, steps, reported, strict=True)):
+                expected_V = step.log_probs_V
+                if penalise is not None and not self.penalties_first:
+                    penalised_V = penalise(step.guided_logits_V.clone(), choice.token_ids[:count])
+                    expected_V = log_softmax(penalised_V / (ask.temperature or 1.0))
+                if ask.temperature > 0:
+                    expected_V = truncate_as_reported(expected_V, reported_V, ask.sampling)
+                self._check_step(token, reported_V, expected_V, greedy=ask.temperature == 0)
+            guided = [step.candidates for step in steps if step.candidates]
+            measured.append((sum(step.kl for step in steps), sum(guided) / len(guided) if guided else 0.0))
         if guidance is not None:
-            self._check_records(answer, guidance, kls)
+            self._check_records(answer, guidance, measured)
 
-    def _for_oracle(self, guidance: GuidanceParams | None) -> Guided | None:
+    def _adjustment(self, adjust: Adjust | None, penalise: Adjust | None) -> Adjust | None:
+        """What happens to the reference's logits before guidance."""
+        assert adjust is None or penalise is None, "their order differs between the model runners"
+        return penalise if penalise is not None and self.penalties_first else adjust
+
+    def for_oracle(self, guidance: GuidanceParams | None) -> Guided | None:
         if guidance is None:
             return None
         directory = self.directories[guidance.value_model, guidance.version]
-        return Guided(directory, guidance.eta, guidance.top_k, guidance.method, guidance.guided_tokens)
+        tolerance = 0.0 if self.speculates else guidance.tolerance
+        return Guided(directory, guidance.eta, guidance.top_k, guidance.method, guidance.guided_tokens, tolerance)
 
-    def _check_step(self, token: int, reported: dict[int, float], expected_V: torch.Tensor, greedy: bool) -> None:
-        reported_V = torch.tensor([reported[index] for index in range(len(expected_V))], dtype=torch.float64)
+    def _check_step(self, token: int, reported_V: torch.Tensor, expected_V: torch.Tensor, greedy: bool) -> None:
+        assert torch.equal(reported_V.isfinite(), expected_V.isfinite()), "something else is masked"
         # float32 logits are rounded, which 1/η multiplies: up to 2e-5 has been seen.
         torch.testing.assert_close(reported_V.exp(), expected_V.exp(), rtol=0, atol=5e-5)
         # Of all but hopeless tokens also the logarithm, to 1e-4 and what float32 rounds off large logits.
@@ -89,10 +131,30 @@ class Served:
         if greedy:
             assert float(expected_V[token]) > float(expected_V.max()) - 1e-4
 
-    def _check_records(self, answer: Answer, guidance: GuidanceParams, kls: list[float]) -> None:
+    def _check_records(self, answer: Answer, guidance: GuidanceParams, measured: list[tuple[float, float]]) -> None:
+        """measured: summed KL and mean candidates of each choice."""
         returned = [choice.token_ids for choice in answer.choices]
         summaries = self.rpc("qtilt_take_records", guidance.trace_id, returned)
         limit = guidance.guided_tokens
-        for tokens, kl, summary in zip(returned, kls, summaries, strict=True):
+        for tokens, (kl, candidates), summary in zip(returned, measured, summaries, strict=True):
             assert summary["guided_tokens"] == (len(tokens) if limit is None else min(limit, len(tokens)))
             assert summary["kl"] == pytest.approx(kl, abs=1e-4, rel=1e-5)
+            assert summary["candidates"] == pytest.approx(candidates)
+
+
+def _vector(logprobs: dict[int, float]) -> torch.Tensor:
+    return torch.tensor([logprobs[token] for token in range(len(logprobs))], dtype=torch.float64)
+
+
+def await_preparation(served: Served, name: str, version: int) -> dict[str, str | None]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        # Each worker reads for itself, and one may be done before another.
+        statuses: list[dict[str, str | None]] = raise_errors(
+            served.engine.collective_rpc("qtilt_prepare_status", args=(name, version))
+        )
+        if all(status["state"] != "loading" for status in statuses):
+            (state,) = {(status["state"], status["error"]) for status in statuses}
+            return dict(zip(("state", "error"), state, strict=True))
+        time.sleep(0.02)
+    raise TimeoutError(f"{name}@{version} is still loading")

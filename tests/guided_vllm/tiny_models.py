@@ -3,6 +3,7 @@
 The vocabularies differ on purpose: 90 tokens, 100 columns of reference logits, 96 rows of value-model embedding.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,9 +30,18 @@ VALUE_VOCAB = 96
 MAX_MODEL_LEN = 128
 
 
+JSON_WORDS = ["{", "}", ":", ",", '"', '{"', '":', ',"', '"}', "a", "b", "c", "ab", "true", "false", "null"]
+JSON_WORDS += ["1", "2", "31"]
+
+
+def words(ordinary: int = TOKENS - 2) -> list[str]:
+    """The tokenizer's, by id: w0, w1, … and at the end what JSON consists of."""
+    return [f"w{index}" for index in range(ordinary - len(JSON_WORDS))] + JSON_WORDS
+
+
 def make_tokenizer(ordinary: int = TOKENS - 2) -> PreTrainedTokenizerFast:
-    words = {f"w{index}": index for index in range(ordinary)}
-    model = Tokenizer(WordLevel(words, unk_token="w0"))
+    vocabulary = {word: index for index, word in enumerate(words(ordinary))}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
     model.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", pad_token="<pad>")
     assert len(tokenizer) == ordinary + 2
@@ -71,10 +81,13 @@ def backbone_config(family: str, positions: int) -> PreTrainedConfig:
         "eos_token_id": None,
         "bos_token_id": None,
     }
-    grouped = {"num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 12}
-    if family == "gpt2":
-        return GPT2Config(**sizes)
-    return {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**sizes, **grouped)
+    grouped = {"num_key_value_heads": 2, "intermediate_size": 96}
+    configs = {
+        "gpt2": partial(GPT2Config),
+        "llama": partial(LlamaConfig, head_dim=12, **grouped),
+        "qwen3": partial(Qwen3Config, head_dim=16, **grouped),
+    }
+    return configs[family](**sizes)
 
 
 def make_value_model(
@@ -91,6 +104,22 @@ def make_value_model(
     model = ValueModel.from_backbone(backbone, type, distribution, head_std=0.4)
     torch.nn.init.normal_(model.head.bias, std=0.5)
     save_value_model(model, directory, tokenizer or make_tokenizer())
+    return directory
+
+
+def make_constant(
+    directory: Path, type: ValueType, distribution: ReturnDistribution, family: str, lowest: bool
+) -> Path:
+    """A value model that predicts the same whatever it sees: surely the lowest return, or all with equal chances."""
+    model = ValueModel.from_backbone(AutoModel.from_config(backbone_config(family, MAX_MODEL_LEN)), type, distribution)
+    torch.nn.init.zeros_(model.head.weight)
+    logits_A = torch.zeros(distribution.num_logits)
+    if lowest:
+        # The exponential of −1e4 is 0 exactly. A Bernoulli's logit is that of the return 1.
+        logits_A[1 if distribution.num_logits > 1 else 0 :] = -1e4
+    with torch.no_grad():
+        model.head.bias.copy_(logits_A.repeat(len(model.head.bias) // distribution.num_logits))
+    save_value_model(model, directory, make_tokenizer())
     return directory
 
 

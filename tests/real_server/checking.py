@@ -39,7 +39,9 @@ class Oracle:
         temperature: float = 1.0,
     ) -> None:
         """Every token's probability, and the KL, are those of the version, η, k and method that the answer names."""
-        differences, kl = self.compare(choice, applied, guided_tokens=guided_tokens, temperature=temperature)
+        differences, kl, candidates = self.compare(
+            choice, applied, guided_tokens=guided_tokens, temperature=temperature
+        )
         assert max(differences, default=0.0) < LOGPROB_TOLERANCE
         if applied is None:
             assert choice.guidance is None
@@ -48,6 +50,7 @@ class Oracle:
         returned = len(choice.token_ids)
         assert choice.guidance["guided_tokens"] == (returned if guided_tokens is None else min(guided_tokens, returned))
         assert choice.guidance["kl"] == pytest.approx(kl, abs=1e-4, rel=1e-5)
+        assert choice.guidance["candidates"] == pytest.approx(candidates)
 
     def compare(
         self,
@@ -56,19 +59,24 @@ class Oracle:
         *,
         guided_tokens: int | None = None,
         temperature: float = 1.0,
-    ) -> tuple[list[float], float]:
-        """By how much each token's log-probability differs from the expected one, and the expected KL."""
+    ) -> tuple[list[float], float, float]:
+        """By how much each token's log-probability differs from the expected one, the expected KL, and the candidates
+        that a guided step scores in the mean.
+        """
         guided = None if applied is None else self._guided(applied, guided_tokens)
         steps = expected_steps(self.reference, choice.prompt, choice.token_ids, guided, temperature, TOKENS)
         differences = [
-            abs(reported - float(logprobs_V[token]))
-            for token, reported, (logprobs_V, _) in zip(choice.token_ids, choice.logprobs, steps, strict=True)
+            abs(reported - float(step.log_probs_V[token]))
+            for token, reported, step in zip(choice.token_ids, choice.logprobs, steps, strict=True)
         ]
-        return differences, sum(kl for _, kl in steps)
+        scored = [step.candidates for step in steps if step.candidates]
+        return differences, sum(step.kl for step in steps), sum(scored) / len(scored) if scored else 0.0
 
     def _guided(self, applied: Mapping[str, Any], guided_tokens: int | None) -> Guided:
         directory = self.directories[applied["value_model"]]
-        return Guided(directory, applied["eta"], applied["top_k"], applied["method"], guided_tokens)
+        return Guided(
+            directory, applied["eta"], applied["top_k"], applied["method"], guided_tokens, applied["tolerance"]
+        )
 
 
 def encode(text: str) -> list[int]:

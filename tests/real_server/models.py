@@ -7,8 +7,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
+from guided_vllm.poisoned import poison
 from qtilt.checkpoint import save_value_model
 from qtilt.distributions import Bernoulli, Categorical, ReturnDistribution
 from qtilt.value_model import ValueModel, ValueType
@@ -60,6 +61,17 @@ def make_value_model(
     torch.nn.init.normal_(model.head.bias, std=0.5)
     save_value_model(model, directory, tokenizer or make_tokenizer(), provenance or {})
     return directory
+
+
+def make_overflowing_value_model(directory: Path, token: int, seed: int) -> Path:
+    """A Q-type GPT-2 whose values are NaN on every history with ``token``, and numbers on all others."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=POSITIONS, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None
+    )
+    model = ValueModel.from_backbone(GPT2Model(config), "q", Bernoulli(), head_std=1.0)
+    save_value_model(model, directory, make_tokenizer(), {})
+    return poison(directory, token)
 
 
 def graded() -> Categorical:

@@ -27,12 +27,16 @@ STOP_LIMIT_S = 20.0
 
 @dataclass(frozen=True)
 class RunningServer:
-    """base_url: of the OpenAI API. model: its id there. log: everything the server printed."""
+    """base_url: of the OpenAI API. model: its id there. log: everything the server printed.
+
+    session: id of the session of processes that the server and all it starts are in.
+    """
 
     base_url: str
     model: str
     value_model_root: Path
     log: Path
+    session: int
 
     @property
     def origin(self) -> str:
@@ -67,7 +71,7 @@ def running_server(
             env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             start_new_session=True,
         )
-    server = RunningServer(f"http://127.0.0.1:{port}/v1", str(model), value_model_root, log)
+    server = RunningServer(f"http://127.0.0.1:{port}/v1", str(model), value_model_root, log, process.pid)
     try:
         _wait_until_ready(process, server)
         yield server

@@ -1,12 +1,14 @@
 """The value engine against plain Hugging Face forwards, whatever the histories do between steps."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from engine_histories import EXACT, Histories
 from hf_oracle import CONFIGS, POSITIONS, VOCABULARY, make_value_model, plain_value_logits
-from qtilt.attention import attend_prefix_plainly
+from qtilt.attention import attend_prefix, attend_prefix_plainly
 from qtilt.engine import ValueEngine
 
 
@@ -79,7 +81,7 @@ def test_released_slots_start_anew_and_the_lowest_goes_first(histories: Historie
     histories.check(slots[2], *reused)
 
 
-def test_scattered_slots_are_gathered(type: str):
+def test_scattered_slots_are_read_where_they_are(type: str):
     run = Histories(make_value_model("llama-gqa", type), slots=12)
     slots = run.start(*range(3, 15))
     run.check(*slots)
@@ -94,20 +96,26 @@ def test_what_a_broken_history_leaves_in_a_slot_reaches_nobody(type: str):
     run = Histories(make_value_model("llama-gqa", type))
     long, short = run.start(20, 3)
     run.check(long, short)
-    run.engine.cache.keys_LSGPD[:, short, :, 2] = torch.nan
-    run.engine.cache.values_LSGPD[:, short, :, 2] = torch.nan
+    run.engine.cache.keys_LNGPD[:, short, :, 2] = torch.nan
+    run.engine.cache.values_LNGPD[:, short, :, 2] = torch.nan
     run.stop(short)
     run.start(1)
     run.check(long, *(slot for slot in run.tokens if slot != long))
 
 
+def test_what_a_broken_history_leaves_in_its_pages_reaches_nobody(type: str):
+    run = Histories(make_value_model("llama-gqa", type), kv_fraction=0.5)
+    broken, short, long = run.start(30, 3, 60)
+    run.check(broken)
+    run.engine.cache.keys_LNGPD[:, run.engine.cache.pages.of(broken)] = torch.nan
+    run.engine.cache.values_LNGPD[:, run.engine.cache.pages.of(broken)] = torch.nan
+    run.check(short, long)
+
+
 @pytest.mark.parametrize("limit", [1, 4, 7])
 def test_a_catch_up_longer_than_one_forward_allows_takes_several(histories: Histories, limit: int):
     run = Histories(histories.model, max_new_tokens=limit)
-    tokens_of_forwards: list[int] = []
-    run.model.backbone.register_forward_pre_hook(
-        lambda module, args, kwargs: tokens_of_forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    tokens_of_forwards = forwards_of(run)
     slots = run.start(13, 2, 1, 6)
     candidates_BK = torch.tensor([run.draw(3) for _ in slots])
     got_BKA = run.engine.value_logits(slots, list(run.tokens.values()), candidates_BK)
@@ -145,44 +153,159 @@ def test_random_histories_stay_exact(family: str, type: str):
     run.wander(steps=40)
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.6])
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+def test_random_histories_stay_exact_with_less_memory_than_they_need(family: str, type: str, fraction: float):
+    summed_in_other_parts = {"atol": 5e-5, "rtol": 1e-5}
+    run = Histories(
+        make_value_model(family, type, "categorical"),
+        max_new_tokens=24,
+        seed=5,
+        exact=summed_in_other_parts,
+        kv_fraction=fraction,
+    )
+    run.wander(steps=40)
+    for slot in list(run.tokens):
+        run.stop(slot)
+    pages = run.engine.cache.pages
+    assert pages.free == pages.total == max(pages.per_slot, math.ceil(fraction * 6 * pages.per_slot))
+    assert not run.engine.cache.keys_LNGPD.any()
+
+
+def test_what_was_used_least_recently_is_dropped_and_computed_again(histories: Histories):
+    run = Histories(histories.model, slots=3, kv_fraction=2 / 3)
+    assert run.engine.cache.pages.total == 6
+    first, second, third = slots = run.start(50, 60, 40)
+    for slot in slots:
+        run.check(slot)
+    assert run.engine.cache.pages.free == 0
+    run.grow(third, 30)  # a third page
+    run.check(third)
+    assert [run.engine.covered(slot) for slot in slots] == [0, 60, 70]
+    run.check(second)
+    run.check(first)
+    assert [run.engine.covered(slot) for slot in slots] == [50, 60, 0]
+    run.check(*slots)
+
+
+def test_two_models_that_share_a_small_cache_drop_each_others_histories(type: str):
+    old = Histories(make_value_model("qwen3", type, seed=0), kv_fraction=0.3)
+    new = Histories(make_value_model("qwen3", type, seed=1), seed=1)
+    new.engine = ValueEngine(new.model, 6, POSITIONS - 1, caches={old.engine.cache.geometry: old.engine.cache})
+    ours, theirs = old.start(60, 60), new.start(50, 40)
+    for _ in range(3):
+        old.check(*ours)
+        new.check(*theirs)
+        for slot in ours:
+            old.grow(slot, 1)
+
+
 def test_the_attention_of_devices_without_a_kernel_is_exact_too(type: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("qtilt.packing.attend_prefix", attend_prefix_plainly)
     Histories(make_value_model("llama-gqa", type)).wander(steps=15)
 
 
-def test_one_forward_a_step_with_only_what_the_cache_lacks(type: str):
+@pytest.mark.parametrize("together", [1, 2])
+def test_no_attention_call_copies_more_of_a_cache_in_pages_than_it_may(
+    type: str, together: int, monkeypatch: pytest.MonkeyPatch
+):
+    run = Histories(make_value_model("llama-gqa", type), kv_fraction=0.9)
+    geometry = run.engine.cache.geometry
+    copied_of_calls = []
+
+    def note(query_WGQD: Tensor, key_WGPD: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        copied_of_calls.append(key_WGPD.numel())
+        return attend_prefix(query_WGQD, key_WGPD, *rest)
+
+    slots = run.start(3, 60, 9, 30, 1)
+    most = together * 60 * geometry.kv_heads * geometry.head_size
+    monkeypatch.setattr("qtilt.packing.COPIED_ELEMENTS", most)
+    monkeypatch.setattr("qtilt.packing.attend_prefix", note)
+    run.check(*slots)
+    assert max(copied_of_calls) == most
+
+
+def forwards_of(run: Histories) -> list[int]:
+    """The list that gets the number of tokens of each forward of the engine from now on."""
+    tokens: list[int] = []
+
+    def note(module: object, args: object, kwargs: dict[str, Tensor]) -> None:
+        if "attention_step" in kwargs:  # else it is the oracle's
+            tokens.append(kwargs["input_ids"].shape[1])
+
+    run.model.backbone.register_forward_pre_hook(note, with_kwargs=True)
+    return tokens
+
+
+def test_one_forward_a_step_with_what_the_cache_lacks_and_the_last_token_of_each_row(type: str):
     run = Histories(make_value_model("llama", type))
     first, second = run.start(10, 20)
     run.check(first, second)
-    tokens_of_forwards: list[int] = []
-    run.model.backbone.register_forward_pre_hook(
-        lambda module, args, kwargs: tokens_of_forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    run.grow(first, 1)
+    tokens_of_forwards = forwards_of(run)
+    run.grow(first, 3)
     run.engine.value_logits([first, second], [run.tokens[first], run.tokens[second]], torch.zeros(2, 5).long())
-    assert tokens_of_forwards == [1 + (2 * 5 if type == "v" else 0)]
+    assert tokens_of_forwards == [3 + 1 + (2 * 5 if type == "v" else 0)]
     run.engine.value_logits([first, second], [run.tokens[first], run.tokens[second]], torch.zeros(2, 5).long())
-    assert tokens_of_forwards[1:] == ([2 * 5] if type == "v" else [])
+    assert tokens_of_forwards[1:] == [2 + (2 * 5 if type == "v" else 0)]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_history_that_begins_as_another_computes_the_rest_only(histories: Histories, beside: bool):
+    run = histories
+    (other,) = run.start(30)
+    run.check(other)
+    prompt = run.draw(40)
+    slots = run.start(40, 45, 41, 20)
+    run.tokens[slots[0]] = prompt
+    run.tokens[slots[1]] = [*prompt, *run.draw(5)]
+    run.tokens[slots[2]] = [*prompt[:25], *run.draw(16)]
+    run.tokens[slots[3]] = run.tokens[other][:20]
+    tokens_of_forwards = forwards_of(run)
+    if beside:
+        run.check(*slots, other)
+    else:
+        for slot in slots:
+            run.check(slot)
+    # Beside each other, a row's last token isn't there yet to be copied; the fifth row is `other`.
+    expected = 40 + 6 + 16 + 1 + 1 if beside else 40 + 5 + 16 + 1
+    candidates = (5 if beside else 4) * 5 if run.model.type == "v" else 0
+    assert sum(tokens_of_forwards) == expected + candidates
+    for slot in slots:
+        run.grow(slot, 1)
+    run.check(*slots)
+
+
+def test_histories_with_little_or_nothing_in_common_share_nothing(histories: Histories):
+    slots = histories.start(15, 15, 40)
+    histories.tokens[slots[1]] = list(histories.tokens[slots[0]])
+    tokens_of_forwards = forwards_of(histories)
+    histories.check(*slots)
+    assert sum(tokens_of_forwards) == 15 + 15 + 40 + (15 if histories.model.type == "v" else 0)
+
+
+def test_a_prefix_is_not_taken_from_a_history_that_was_rewound_before_it(histories: Histories):
+    first, second = histories.start(30, 30)
+    histories.tokens[second] = list(histories.tokens[first])
+    histories.check(first)
+    histories.branch(first, kept=20, count=4)
+    tokens_of_forwards = forwards_of(histories)
+    histories.check(second)
+    assert sum(tokens_of_forwards) == 30 - 20 + (5 if histories.model.type == "v" else 0)
+    histories.check(first, second)
 
 
 def test_candidates_are_never_cached():
     run = Histories(make_value_model("gpt2", "v"))
     first, second = run.start(6, 9)
-    run.check(first, second)
-    keys = run.engine.cache.keys_LSGPD.clone()
     run.check(first, second, columns=20)
-    assert torch.equal(run.engine.cache.keys_LSGPD, keys)
+    assert run.engine.cache.keys_LNGPD[:, first, :, 5].all()
+    assert not run.engine.cache.keys_LNGPD[:, first, :, 6:].any()
+    assert not run.engine.cache.keys_LNGPD[:, second, :, 9:].any()
 
 
-def test_an_empty_history_is_scored_by_v_type_and_refused_by_q_type():
-    run = Histories(make_value_model("llama-gqa", "v"))
-    empty, other = run.start(0, 7)
-    run.check(empty, other)
-    run.grow(empty, 1)
-    run.check(empty, other)
-    run = Histories(make_value_model("llama-gqa", "q"))
-    with pytest.raises(ValueError, match="is empty"):
-        run.check(*run.start(0))
+def test_an_empty_history_is_refused(histories: Histories):
+    with pytest.raises(ValueError, match="is empty, one token is the least"):
+        histories.check(*histories.start(0))
 
 
 def test_no_rows_give_no_logits(histories: Histories):

@@ -1,7 +1,10 @@
 """The attention over a prefix and its merge with the own key; which backbones and caches the engine refuses."""
 
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BloomConfig,
@@ -15,11 +18,12 @@ from transformers import (
 )
 
 from hf_oracle import CONFIGS, POSITIONS, SIZES, VOCABULARY, make_backbone, make_value_model
-from qtilt.attention import attend_prefix, attend_prefix_plainly, merge_own
+from qtilt import attention
+from qtilt.attention import attend_prefix, attend_prefix_plainly, merge_own_
 from qtilt.distributions import Bernoulli
 from qtilt.engine import ValueEngine
 from qtilt.exactness import measure_geometry
-from qtilt.kv_cache import CacheGeometry, KVCache
+from qtilt.kv_cache import PAGE_TOKENS, CacheGeometry, KVCache
 from qtilt.value_model import ValueModel
 
 ROWS, KV_HEADS, QUERIES, PREFIX, SIZE = 3, 2, 10, 7, 8
@@ -27,24 +31,69 @@ LENGTHS_W = torch.tensor([3, PREFIX, 1])
 SCALING = 0.3
 
 
-def prefix_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def prefix_inputs(query_size: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    query = torch.randn(ROWS, KV_HEADS, QUERIES, SIZE)
+    query = query_size * torch.randn(ROWS, KV_HEADS, QUERIES, SIZE)
     # Slices of a larger cache, as the engine reads it.
     keys, values = torch.randn(2, ROWS + 2, KV_HEADS, PREFIX + 5, SIZE).unbind(0)
     mask = torch.zeros(ROWS, PREFIX).masked_fill_(torch.arange(PREFIX) >= LENGTHS_W[:, None], -torch.inf)
     return query, keys[1:-1, :, :PREFIX], values[1:-1, :, :PREFIX], mask[:, None, None]
 
 
+# What the sums of float32 differ by, and what rounding an output of about 1 to the dtype does.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.mark.parametrize("most_scores", [1, attention.MOST_SCORES])
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("attend", [attend_prefix, attend_prefix_plainly])
-def test_attention_over_a_prefix_is_the_softmax_over_its_visible_positions(attend):
-    query, keys, values, mask = prefix_inputs()
+def test_attention_over_a_prefix_is_the_softmax_over_its_visible_positions(
+    attend, dtype: torch.dtype, most_scores: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(attention, "MOST_SCORES", most_scores)
+    # Scores of about 30: in half precision they would be rounded by more than the weights may be.
+    query, keys, values, mask = (tensor.to(dtype) for tensor in prefix_inputs(query_size=40))
     out, lse = attend(query, keys, values, mask, SCALING)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
     for row, length in enumerate(LENGTHS_W.tolist()):
         scores = query[row].double() @ keys[row, :, :length].double().mT * SCALING
         torch.testing.assert_close(lse[row].double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
         expected = scores.softmax(-1) @ values[row, :, :length].double()
-        torch.testing.assert_close(out[row].double(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out[row].double(), expected, atol=ROUNDING[dtype], rtol=ROUNDING[dtype])
+
+
+def test_plain_attention_without_a_mask_sees_every_position():
+    query, keys, values, _ = prefix_inputs()
+    expected = attend_prefix(query, keys, values, None, SCALING)
+    for got, wanted in zip(attend_prefix_plainly(query, keys, values, None, SCALING), expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+class LargestScores(TorchDispatchMode):
+    """The most elements of a tensor with ``positions`` in its last dimension that torch made."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.positions = positions
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-1:] == (self.positions,):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize(("rows_at_once", "queries"), [(1, 10), (2, 10), (3, 10), (2, SIZE // 2)])
+def test_plain_attention_holds_no_more_scores_than_it_may(
+    rows_at_once: int, queries: int, monkeypatch: pytest.MonkeyPatch
+):
+    query, keys, values, mask = prefix_inputs()
+    of_a_row = KV_HEADS * PREFIX * max(queries, SIZE)
+    monkeypatch.setattr(attention, "MOST_SCORES", rows_at_once * of_a_row)
+    with LargestScores(PREFIX) as scores:
+        attend_prefix_plainly(query[:, :, :queries], keys, values, mask, SCALING)
+    assert scores.largest == rows_at_once * of_a_row
 
 
 @pytest.mark.parametrize("own_size", [1.0, 60.0])
@@ -54,7 +103,8 @@ def test_merging_the_own_key_is_the_softmax_over_prefix_and_self(own_size: float
     query, keys, values = (torch.randn(tokens, n, SIZE) for n in (heads, PREFIX, PREFIX))
     own_key, own_value = own_size * torch.randn(tokens, KV_HEADS, SIZE), torch.randn(tokens, KV_HEADS, SIZE)
     scores = query @ keys.mT * SCALING
-    merged = merge_own(scores.softmax(-1) @ values, scores.logsumexp(-1), query, own_key, own_value, SCALING)
+    merged = scores.softmax(-1) @ values
+    merge_own_(merged, scores.logsumexp(-1), query, own_key, own_value, SCALING)
     for head in range(heads):
         group = head // (heads // KV_HEADS)
         own = (query[:, head] * own_key[:, group]).sum(-1, keepdim=True) * SCALING
@@ -120,7 +170,7 @@ def test_the_cache_has_the_shape_the_backbone_asks_for(family: str):
     attention = model.backbone.config
     kv_heads = getattr(attention, "num_key_value_heads", attention.num_attention_heads)
     head_size = getattr(attention, "head_dim", attention.hidden_size // attention.num_attention_heads)
-    assert engine.cache.keys_LSGPD.shape == engine.cache.values_LSGPD.shape == (3, 3, kv_heads, 40, head_size)
+    assert engine.cache.keys_LNGPD.shape == engine.cache.values_LNGPD.shape == (3, 3 + 1, kv_heads, 40, head_size)
 
 
 def test_positions_must_cover_the_longest_history():
@@ -149,8 +199,102 @@ def test_an_empty_cache_is_refused(size: dict[str, int]):
 
 def test_a_cache_beyond_all_memory_says_what_to_change():
     geometry = measure_geometry(make_backbone(CONFIGS["llama"]), 4)
-    with pytest.raises(ValueError, match=r"1048576 sequences × 1048576 tokens needs 786,432\.0 GiB.*--max-num-seqs"):
+    with pytest.raises(ValueError, match=r"1048576 sequences × 1048576 tokens needs 786,432.8 GiB.*--max-num-seqs"):
         KVCache(geometry, 2**20, 2**20)
+
+
+@pytest.mark.parametrize(("fraction", "held"), [(1.0, 2), (0.5, 3)])
+def test_held_pages_are_those_of_slots_in_use(fraction: float, held: int):
+    """In one piece a page is a slot; else one has two pages, of 32 positions each, and the other one."""
+    cache = KVCache(CacheGeometry(1, 1, 2, torch.float32, torch.device("cpu")), 4, 64, fraction)
+    assert cache.held_pages == 0
+    slots = [cache.acquire() for _ in range(2)]
+    for slot, length in zip(slots, [33, 5], strict=True):
+        cache.reserve(slot, length)
+    assert cache.held_pages == held
+    for slot in slots:
+        cache.release(slot)
+    assert cache.held_pages == 0
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def paged_cache(slots: int, dtype: torch.dtype = torch.float32) -> KVCache:
+    return KVCache(CacheGeometry(2, 3, 5, dtype, torch.device("cpu")), slots, 20 * PAGE_TOKENS, 0.9)
+
+
+def hold(cache: KVCache, slot: int, length: int) -> None:
+    """Random keys and values, none of them 0."""
+    cache.reserve(slot, length)
+    for layer in range(cache.geometry.layers):
+        keys_CGD, values_CGD = torch.rand(2, length, 3, 5).add(1).to(cache.geometry.dtype)
+        cache.write_span(layer, slot, 0, keys_CGD, values_CGD)
+    cache.advance(slot, length)
+
+
+def operations_on_history(what: str, pages: int) -> int:
+    cache = paged_cache(slots=3)
+    first, second = cache.acquire(), cache.acquire()
+    hold(cache, first, pages * PAGE_TOKENS + 7)
+    with Operations() as operations:
+        if what == "copy":
+            cache.copy(first, second, pages * PAGE_TOKENS + 5)
+        elif what == "rewind":
+            cache.rewind(first, 40)
+        else:
+            cache.drop(first)
+    return operations.count
+
+
+@pytest.mark.parametrize("what", ["copy", "rewind", "drop"])
+def test_a_long_history_in_pages_is_copied_and_forgotten_in_as_few_operations_as_a_short_one(what: str):
+    counts = [operations_on_history(what, pages) for pages in (3, 19)]
+    assert counts[1] <= counts[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [PAGE_TOKENS - 1, 3 * PAGE_TOKENS, 3 * PAGE_TOKENS + 5])
+def test_a_copy_in_pages_has_the_tokens_asked_for_and_nothing_beyond(length: int, dtype: torch.dtype):
+    cache = paged_cache(3, dtype)
+    source, target = cache.acquire(), cache.acquire()
+    hold(cache, source, 4 * PAGE_TOKENS)
+    cache.copy(source, target, length)
+    for layer in range(2):
+        expected = cache.read(layer, torch.tensor([source]), length)
+        held = cache.read(layer, torch.tensor([target]), 5 * PAGE_TOKENS)
+        for got_1GPD, expected_1GPD in zip(held, expected, strict=True):
+            assert torch.equal(got_1GPD[:, :, :length], expected_1GPD)
+            assert not got_1GPD[:, :, length:].any()
+
+
+@pytest.mark.parametrize("kept", [0, 1, PAGE_TOKENS, 2 * PAGE_TOKENS + 1])
+@pytest.mark.parametrize("length", [5, 3 * PAGE_TOKENS, 3 * PAGE_TOKENS + 5])
+def test_pages_given_back_are_zero_and_the_others_as_they_were(length: int, kept: int):
+    cache = paged_cache(3)
+    cut, other = cache.acquire(), cache.acquire()
+    for slot in (cut, other):
+        hold(cache, slot, length)
+    pages, others = cache.pages.of(cut).copy(), cache.pages.of(other)
+    before = cache.keys_LNGPD.clone(), cache.values_LNGPD.clone()
+    kept = min(kept, length)
+    cache.rewind(cut, kept)
+    given_back = pages[math.ceil(kept / PAGE_TOKENS) :]
+    for content_LNGPD, before_LNGPD in zip((cache.keys_LNGPD, cache.values_LNGPD), before, strict=True):
+        assert not content_LNGPD[:, given_back].any()
+        for held in (others, pages[: len(pages) - len(given_back)]):
+            assert torch.equal(content_LNGPD[:, held], before_LNGPD[:, held])
+    for slot in (cut, other):
+        cache.release(slot)
+    assert not cache.keys_LNGPD.any()
+    assert not cache.values_LNGPD.any()
 
 
 def test_dropout_is_off_in_the_engine():

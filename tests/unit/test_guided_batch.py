@@ -107,11 +107,12 @@ def test_tokens_that_were_taken_back_are_forgotten(version: ResidentVersion, mak
     assert free_slots(version) == SLOTS
 
 
-def test_a_placeholder_in_the_history_is_an_error(make_row: MakeRow) -> None:
-    batch = GuidedBatch()
-    batch.put(0, make_row([3, -1]))
-    with pytest.raises(RuntimeError, match="module:Class"):
-        batch.guide(torch.randn(1, REFERENCE_VOCAB))
+def test_a_placeholder_in_the_history_fails_the_request_and_says_what_to_do(make_row: MakeRow) -> None:
+    batch, row = GuidedBatch(), make_row([3, -1])
+    batch.put(0, row)
+    batch.guide(torch.randn(1, REFERENCE_VOCAB))
+    assert row.failure is not None
+    assert "module:Class" in row.failure["reason"]
 
 
 def test_rows_follow_their_requests_through_any_removals_moves_and_swaps(

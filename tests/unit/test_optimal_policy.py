@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qtilt.distributions import Bernoulli, Categorical
-from qtilt.tilt import kl_divergence, offsets, tilt, top_candidates
+from qtilt.tilt import kl_divergence, offsets, reference_mass, tilt, top_candidates
 
 VOCABULARY, HORIZON = 3, 3
 ATOMS = Categorical(low=-1.0, high=2.0, atoms=4)
@@ -20,8 +20,10 @@ def tilted_step(reference: list[float], distribution, value_logits: list[list[fl
     candidates = top_candidates(logits_BV, len(reference), scorable=len(reference))
     by_rank_BKA = torch.tensor([value_logits], dtype=torch.float64)[:, candidates.token_ids_BK[0]]
     offsets_BK = offsets(distribution, by_rank_BKA, inv_eta_B, method)
-    tilted_BV = tilt(logits_BV, candidates, offsets_BK, inv_eta_B * distribution.v_min, torch.ones(1))
-    return tilted_BV[0].softmax(-1).tolist(), kl_divergence(tilted_BV, logits_BV, torch.ones(1)).item()
+    floor_B, temperature_B = inv_eta_B * distribution.v_min, torch.ones(1)
+    tilted_BV = tilt(logits_BV, candidates, offsets_BK, floor_B, temperature_B)
+    mass = reference_mass(logits_BV, candidates, temperature_B)
+    return tilted_BV[0].softmax(-1).tolist(), kl_divergence(mass, candidates, offsets_BK, floor_B).item()
 
 
 def random_tree(seed: int):

@@ -43,12 +43,17 @@ PUBLIC_NAMES = {
     "qtilt.tilt": {
         "Candidates",
         "OFFSETS",
+        "OffsetRange",
+        "ReferenceMass",
         "cd_offsets",
         "kl_divergence",
+        "may_stop_scoring",
         "offsets",
         "qsharp_offsets",
+        "reference_mass",
         "tilt",
         "top_candidates",
+        "total_variation_bound",
     },
     "qtilt.value_model": {"ValueModel", "embedding_rows", "head_rows"},
 }

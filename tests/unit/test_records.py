@@ -1,28 +1,29 @@
-"""KL records: found by what was generated, summed over what was returned, gone once taken."""
+"""Records of guidance: found by what was generated, summed over what was returned, gone once taken."""
 
 import pytest
 import torch
 
+from qtilt.vllm_plugin.failure import not_numbers
 from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import Record, RecordStore
 
 
 def write_steps(record: Record, first: int, *kls: float) -> None:
     for step, kl in enumerate(kls, start=first):
-        record.write(step, torch.tensor([99.0, kl]), 1)
+        record.write(step, torch.tensor([99.0, kl]), torch.tensor([99, 10 + step]), 1)
 
 
 def test_the_sum_covers_the_returned_tokens_and_no_step_after_them() -> None:
     store, tokens = RecordStore(), [5, 6, 7]
     write_steps(store.open("t", tokens, None), 0, 1.0, 2.0, 4.0, 8.0)
-    assert store.take("t", [[5, 6]]) == [{"guided_tokens": 2, "kl": 3.0}]
+    assert store.take("t", [[5, 6]]) == [{"guided_tokens": 2, "kl": 3.0, "candidates": 10.5}]
     assert store.held == 0
 
 
 def test_steps_after_the_guided_tokens_are_not_summed() -> None:
     store, tokens = RecordStore(), [5, 6, 7]
     write_steps(store.open("t", tokens, 2), 0, 1.0, 2.0)
-    assert store.take("t", [tokens]) == [{"guided_tokens": 2, "kl": 3.0}]
+    assert store.take("t", [tokens]) == [{"guided_tokens": 2, "kl": 3.0, "candidates": 10.5}]
 
 
 def test_a_discarded_step_is_overwritten() -> None:
@@ -31,7 +32,7 @@ def test_a_discarded_step_is_overwritten() -> None:
     write_steps(record, 0, 50.0)
     write_steps(record, 0, 1.0)
     tokens.append(5)
-    assert store.take("t", [[5]]) == [{"guided_tokens": 1, "kl": 1.0}]
+    assert store.take("t", [[5]]) == [{"guided_tokens": 1, "kl": 1.0, "candidates": 10.0}]
 
 
 def test_a_discarded_step_that_a_preemption_left_behind_does_not_count() -> None:
@@ -43,22 +44,54 @@ def test_a_discarded_step_that_a_preemption_left_behind_does_not_count() -> None
         record.close()
     write_steps(store.open("t", tokens, 3), 2, 4.0)
     tokens += [7, 8]
-    assert store.take("t", [[5, 6, 7, 8]]) == [{"guided_tokens": 3, "kl": 7.0}]
+    assert store.take("t", [[5, 6, 7, 8]]) == [{"guided_tokens": 3, "kl": 7.0, "candidates": 11.0}]
 
 
 def test_a_choice_that_resumes_does_not_lend_its_discarded_step_to_an_equal_one() -> None:
     store = RecordStore()
     write_steps(store.open("t", [5, 6], None), 0, 1.0, 2.0, 64.0)  # amid its prefill
     write_steps(store.open("t", [5, 6, 7], None), 0, 1.0, 2.0, 4.0)
-    assert store.take("t", [[5, 6, 7]], more_to_come=True) == [{"guided_tokens": 3, "kl": 7.0}]
+    assert store.take("t", [[5, 6, 7]], more_to_come=True) == [{"guided_tokens": 3, "kl": 7.0, "candidates": 11.0}]
 
 
-def test_a_value_model_that_overflowed_is_an_error_and_the_trace_is_gone() -> None:
-    store = RecordStore()
-    write_steps(store.open("t", [5, 6], None), 0, 1.0, float("nan"))
-    with pytest.raises(ValueError, match="--value-dtype"):
-        store.take("t", [[5, 6]])
+def test_a_failure_concerns_what_was_returned_from_its_step_on() -> None:
+    """Not what a stop string cut off before it, and not a choice that went another way before it."""
+    store, failure = RecordStore(), not_numbers()
+    failing = store.open("t", [5, 6, 7], None)
+    write_steps(failing, 0, 1.0, 2.0, 0.0)
+    failing.fail(failure, 2)
+    write_steps(store.open("t", [5, 9, 7], None), 0, 1.0, 8.0, 16.0)
+    assert store.failures() == {"t": failure}
+    assert store.take("t", [[5, 6], [5, 6, 7], [5, 9, 7], []]) == [
+        {"guided_tokens": 2, "kl": 3.0, "candidates": 10.5},
+        failure,
+        {"guided_tokens": 3, "kl": 25.0, "candidates": 11.0},
+        {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0},
+    ]
+    assert store.failures() == {}
     assert store.held == 0
+
+
+def test_a_request_that_comes_back_has_still_failed() -> None:
+    store, failure = RecordStore(), not_numbers()
+    earlier = store.open("t", [5, 6], None)
+    earlier.fail(failure, 1)
+    earlier.close()
+    assert store.open("t", [5, 6], None).failure == failure
+    assert store.open("t", [5], None).failure is None, "the step that failed is not among these tokens"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["known in time", "known when the row has left"])
+def test_the_failure_of_a_discarded_step_is_lost_with_a_preemption(late: bool) -> None:
+    store = RecordStore()
+    earlier = store.open("t", [5, 6], None)
+    if not late:
+        earlier.fail(not_numbers(), 2)
+    earlier.close()
+    if late:
+        earlier.fail(not_numbers(), 2)
+    assert store.failures() == {}
+    assert store.open("t", [5, 6], None).failure is None
 
 
 def test_choices_of_one_trace_are_told_apart_by_their_tokens() -> None:
@@ -67,9 +100,9 @@ def test_choices_of_one_trace_are_told_apart_by_their_tokens() -> None:
     write_steps(store.open("t", [5, 9], None), 0, 1.0, 2.0)
     write_steps(store.open("t", [7, 6], None), 0, 1.0, 8.0)
     assert store.take("t", [[7, 6], [5, 6], [5, 9]], more_to_come=True) == [
-        {"guided_tokens": 2, "kl": 9.0},
-        {"guided_tokens": 2, "kl": 3.0},
-        {"guided_tokens": 2, "kl": 3.0},
+        {"guided_tokens": 2, "kl": 9.0, "candidates": 10.5},
+        {"guided_tokens": 2, "kl": 3.0, "candidates": 10.5},
+        {"guided_tokens": 2, "kl": 3.0, "candidates": 10.5},
     ]
     assert store.held == 1
     assert store.take("t", []) == []
@@ -88,7 +121,7 @@ def test_a_request_that_comes_back_goes_on_with_its_own_steps(same_list: bool) -
     record = store.open("t", resumed, None)
     write_steps(record, 3, 8.0)
     resumed.append(3)
-    assert store.take("t", [[5, 6, 7, 3]]) == [{"guided_tokens": 4, "kl": 15.0}]
+    assert store.take("t", [[5, 6, 7, 3]]) == [{"guided_tokens": 4, "kl": 15.0, "candidates": 11.5}]
 
 
 def test_a_request_that_outlives_its_trace_does_not_bring_it_back() -> None:

@@ -7,9 +7,15 @@ import torch
 
 from qtilt.distributions import Bernoulli, Categorical
 from qtilt.params import GuidanceParams
-from qtilt.tilt import Candidates, kl_divergence, offsets, tilt, top_candidates
+from qtilt.tilt import Candidates, offsets, reference_mass, tilt, top_candidates
+from qtilt.tilt import kl_divergence as kl_divergence_of_mass
 
 INF = float("inf")
+
+
+def kl_divergence(logits_BV, candidates, offsets_BK, floor_B, temperature_B):
+    mass = reference_mass(logits_BV, candidates, temperature_B)
+    return kl_divergence_of_mass(mass, candidates, offsets_BK, floor_B)
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -41,8 +47,9 @@ def test_tilted_probabilities_and_kl_equal_the_formula(distribution, method, inv
     inv_eta_B = torch.full((3,), inv_eta, dtype=torch.float64)
     temperature_B = torch.full((3,), temperature)
     offsets_BK = offsets(distribution, value_logits_BKA, inv_eta_B, method)
-    tilted_BV = tilt(logits_BV, candidates, offsets_BK, distribution.v_min * inv_eta_B, temperature_B)
-    kl_B = kl_divergence(tilted_BV, logits_BV, temperature_B)
+    floor_B = distribution.v_min * inv_eta_B
+    tilted_BV = tilt(logits_BV, candidates, offsets_BK, floor_B, temperature_B)
+    kl_B = kl_divergence(logits_BV, candidates, offsets_BK, floor_B, temperature_B)
     scale = temperature_B.clone().masked_fill(temperature_B == 0, 1.0)
     got_BV = (tilted_BV / scale.unsqueeze(-1)).softmax(-1)
 
@@ -84,9 +91,10 @@ def test_small_differences_between_huge_offsets_survive():
 def test_equal_offsets_over_the_whole_vocabulary_change_no_bit(temperature):
     logits_BV = torch.randn(2, 9)
     candidates = top_candidates(logits_BV, 9, scorable=9)
-    tilted_BV = tilt(logits_BV, candidates, torch.full((2, 9), 7.3), torch.zeros(2), torch.full((2,), temperature))
-    assert torch.equal(tilted_BV, logits_BV)
-    assert kl_divergence(tilted_BV, logits_BV, torch.full((2,), temperature)).tolist() == [0.0, 0.0]
+    offsets_BK, temperature_B = torch.full((2, 9), 7.3), torch.full((2,), temperature)
+    assert torch.equal(tilt(logits_BV, candidates, offsets_BK, torch.zeros(2), temperature_B), logits_BV)
+    kl_B = kl_divergence(logits_BV, candidates, offsets_BK, torch.zeros(2), temperature_B)
+    assert kl_B.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
 def test_offsets_at_the_floor_change_no_bit_even_for_few_candidates():
@@ -101,19 +109,19 @@ def test_masked_and_nan_logits_are_never_candidates_and_never_come_back():
     candidates = top_candidates(logits_BV, 5, scorable=5)
     assert candidates.token_ids_BK[candidates.valid_BK].tolist() == [4, 2, 0]
     assert top_candidates(logits_BV, 2, scorable=5).token_ids_BK.tolist() == [[4, 2]]
-    tilted_BV = tilt(logits_BV, candidates, torch.full((1, 5), 3.0), torch.zeros(1), torch.ones(1))
+    arguments = (candidates, torch.full((1, 5), 3.0), torch.zeros(1), torch.ones(1))
+    tilted_BV = tilt(logits_BV, *arguments)
     assert tilted_BV[0, 1].item() == -INF
     assert tilted_BV[0, 3].isnan()
-    kl = kl_divergence(tilted_BV, logits_BV, torch.ones(1))
-    assert kl.item() == pytest.approx(0.0, abs=1e-6)
+    assert kl_divergence(logits_BV, *arguments).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_row_with_one_allowed_token_has_no_kl():
     logits_BV = torch.tensor([[-INF, 0.5, -INF]])
     candidates = top_candidates(logits_BV, 2, scorable=3)
-    tilted_BV = tilt(logits_BV, candidates, torch.tensor([[9.0, 9.0]]), torch.zeros(1), torch.ones(1))
-    assert tilted_BV.softmax(-1).tolist() == [[0.0, 1.0, 0.0]]
-    assert kl_divergence(tilted_BV, logits_BV, torch.ones(1)).item() == 0.0
+    arguments = (candidates, torch.tensor([[9.0, 9.0]]), torch.zeros(1), torch.ones(1))
+    assert tilt(logits_BV, *arguments).softmax(-1).tolist() == [[0.0, 1.0, 0.0]]
+    assert kl_divergence(logits_BV, *arguments).item() == 0.0
 
 
 @pytest.mark.parametrize("absent", [-INF, float("nan")])
@@ -121,9 +129,9 @@ def test_a_row_without_any_token_has_no_kl_and_stays_as_it_is(absent):
     logits_BV = torch.full((1, 3), absent)
     candidates = top_candidates(logits_BV, 2, scorable=3)
     assert not candidates.valid_BK.any()
-    tilted_BV = tilt(logits_BV, candidates, torch.tensor([[9.0, 1.0]]), torch.zeros(1), torch.ones(1))
-    torch.testing.assert_close(tilted_BV, logits_BV, equal_nan=True)
-    assert kl_divergence(tilted_BV, logits_BV, torch.ones(1)).item() == 0.0
+    arguments = (candidates, torch.tensor([[9.0, 1.0]]), torch.zeros(1), torch.ones(1))
+    torch.testing.assert_close(tilt(logits_BV, *arguments), logits_BV, equal_nan=True)
+    assert kl_divergence(logits_BV, *arguments).item() == 0.0
 
 
 @pytest.mark.parametrize("method", ["qsharp", "cd"])
@@ -137,10 +145,26 @@ def test_the_smallest_eta_is_the_best_value_with_a_finite_kl(eta, method):
     if method == "qsharp":  # only one candidate may win anything at all
         value_logits_BKA = torch.tensor([[[0.0, -torch.inf], [0.0, -5.0], [0.0, -torch.inf]]])
     offsets_BK = offsets(distribution, value_logits_BKA, inv_eta_B, method)
-    tilted_BV = tilt(logits_BV, candidates, offsets_BK, distribution.v_min * inv_eta_B, temperature_B)
-    assert tilted_BV.softmax(-1).tolist() == [[0.0, 1.0, 0.0, 0.0]]
+    arguments = (candidates, offsets_BK, distribution.v_min * inv_eta_B, temperature_B)
+    assert tilt(logits_BV, *arguments).softmax(-1).tolist() == [[0.0, 1.0, 0.0, 0.0]]
     expected = -math.log(softmax([x / 0.7 for x in logits_BV[0].tolist()])[1])
-    assert kl_divergence(tilted_BV, logits_BV, temperature_B).item() == pytest.approx(expected, rel=1e-5)
+    assert kl_divergence(logits_BV, *arguments).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("inv_eta", [1.0, 40.0, 1000.0])
+def test_the_kl_is_exact_where_little_mass_is_scored(inv_eta: float):
+    """Unlikely candidates, nearly all mass in the rest: nothing is lost in what remains of 1."""
+    torch.manual_seed(2)
+    logits_BV = torch.randn(50, 400) * torch.linspace(0.1, 8, 50).unsqueeze(-1)
+    ranked_BV = logits_BV.argsort(-1, descending=True)
+    candidates = Candidates(ranked_BV[:, 40:60], torch.ones(50, 20, dtype=torch.bool))
+    offsets_BK, floor_B = torch.rand(50, 20, dtype=torch.float64) * inv_eta, torch.zeros(50)
+    kl_B = kl_divergence(logits_BV, candidates, offsets_BK, floor_B, torch.ones(50))
+    shift_BV = torch.zeros(50, 400, dtype=torch.float64).scatter(-1, candidates.token_ids_BK, offsets_BK)
+    log_reference_BV = logits_BV.double().log_softmax(-1)
+    log_guided_BV = (log_reference_BV + shift_BV).log_softmax(-1)
+    expected_B = (log_guided_BV.exp() * (log_guided_BV - log_reference_BV)).sum(-1)
+    torch.testing.assert_close(kl_B, expected_B, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_rows_beyond_the_scorable_vocabulary_are_never_scored():

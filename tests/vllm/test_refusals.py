@@ -9,6 +9,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import LogitsProcessors, build_logitsprocs
 
 from guided_vllm.driving import Ask, drive
+from guided_vllm.matrix import covers
 from guided_vllm.served import Served
 from guided_vllm.tiny_models import prompt
 from qtilt.vllm_plugin.config import PROCESSOR
@@ -46,6 +47,11 @@ def test_what_the_server_must_not_let_through_is_an_error_and_never_unguided(
         processor._row(sampling, None, [])
 
 
+@covers(
+    "speculative decoding",
+    engines=["sync", "async"],
+    refused="model runner V1 shows a processor no drafts: refused at start",
+)
 def test_the_engine_is_not_built_with_speculative_decoding(served: Served) -> None:
     config = SimpleNamespace(speculative_config=object())
     with pytest.raises(ValueError, match="speculative decoding"):
@@ -57,7 +63,15 @@ def test_the_engine_is_not_built_with_speculative_decoding(served: Served) -> No
     [
         ({"additional_config": {}}, "additional_config"),
         ({"speculative_config": object()}, "speculative"),
-        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "pipeline"),
+        pytest.param(
+            {"parallel_config": SimpleNamespace(pipeline_parallel_size=2, enable_batch_sharded_sampling=None)},
+            "pipeline",
+            marks=covers("pipeline parallelism", refused="not supported yet: refused at start"),
+        ),
+        (
+            {"parallel_config": SimpleNamespace(pipeline_parallel_size=1, enable_batch_sharded_sampling=True)},
+            "batch-sharded",
+        ),
         ({"model_config": SimpleNamespace(skip_tokenizer_init=True)}, "skip-tokenizer-init"),
     ],
 )
@@ -95,8 +109,9 @@ def test_a_choice_cut_short_counts_only_its_own_steps(served: Served) -> None:
     assert longer.choices[0].token_ids[:4] == shorter.choices[0].token_ids
     (cut,) = served.rpc("qtilt_take_records", guidances[0].trace_id, [longer.choices[0].token_ids[:4]])
     served.check(shorter)
-    (nothing, none_kl) = served.rpc("qtilt_take_records", "no such trace", [[]])[0].values()
-    assert (cut["guided_tokens"], nothing, none_kl) == (4, 0, 0.0)
+    assert (cut["guided_tokens"], cut["candidates"]) == (4, guidances[0].top_k)
+    (nothing,) = served.rpc("qtilt_take_records", "no such trace", [[]])
+    assert nothing == {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0}
 
 
 def _worker(served: Served) -> GuidanceWorkerExtension:

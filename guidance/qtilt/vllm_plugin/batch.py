@@ -1,20 +1,30 @@
-"""The running batch: which rows are guided, by which version, and one guided step. Knows nothing of vLLM.
+"""The running batch of vLLM's V1 model runner: which rows are guided, and by which version. Imports no vLLM.
 
-Shapes: ``B`` rows of the batch, ``G`` rows of one value-model version that are guided in this step, ``K`` candidates,
-``A`` logits of one return distribution, ``V`` vocabulary of the reference.
+A row that guidance fails on is ended as failure.py says; nothing that happens in value code reaches the rows beside it.
+
+Shapes: ``B`` rows of the batch, ``G`` rows of one value-model version that are guided in this step, ``V`` vocabulary of
+the reference.
 """
 
+import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from qtilt.device_copy import copy_to_device
 from qtilt.params import GuidanceParams
-from qtilt.tilt import kl_divergence, offsets, tilt, top_candidates
+from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers, of_exception
+from qtilt.vllm_plugin.finite_check import FiniteCheck
 from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import Record
 from qtilt.vllm_plugin.residents import ResidentVersion
+from qtilt.vllm_plugin.step import CERTAIN, RowSettings, StepSettings, guide_step, scores_in_stages
+
+logger = logging.getLogger("vllm.qtilt.batch")  # vLLM configures the loggers below its own name only
 
 
 @dataclass(eq=False)
@@ -22,7 +32,9 @@ class GuidedRow:
     """One request that asked for guidance, for as long as it is in the batch.
 
     temperature: of the sampling, 0 for greedy. output_token_ids: the model runner's live list. record: None when nobody
-    will ask for the KL. slot: in the version's value cache, held from the first guided step to the last.
+    will ask for the KL. ending_token: ends the request when it is sampled, whatever else was asked; None when no token
+    does. slot: in the version's value cache, held from the first guided step to the last. failure: why this row isn't
+    guided any more.
     """
 
     params: GuidanceParams
@@ -31,11 +43,18 @@ class GuidedRow:
     history: TokenHistory
     version: ResidentVersion
     record: Record | None
+    ending_token: int | None = None
     slot: int | None = None
+    failure: GuidanceFailure | None = None
 
     def is_guided_now(self) -> bool:
         """Whether the next token is one of those to guide."""
         return self.params.guides(len(self.output_token_ids))
+
+    @property
+    def in_stages(self) -> bool:
+        """How its candidates are scored."""
+        return scores_in_stages(self.version, self.params)
 
     def leave(self) -> None:
         """The request leaves the batch."""
@@ -49,6 +68,15 @@ class GuidedRow:
         if self.slot is not None:
             self.version.engine.release(self.slot)
             self.slot = None
+
+    def fail(self, failure: GuidanceFailure, step: int) -> None:
+        """Guidance of the token drawn after ``step`` generated ones has failed: none of this row from here on."""
+        if self.failure is not None:
+            return
+        self.failure = failure
+        if self.record is not None:
+            self.record.fail(failure, step)
+        self.release()
 
     def ready_slot(self) -> int:
         """The slot, acquired if need be, covering no more than the history.
@@ -71,6 +99,7 @@ class GuidedBatch:
 
     def __init__(self) -> None:
         self._rows: dict[int, GuidedRow] = {}
+        self._checks: deque[FiniteCheck[GuidedRow]] = deque()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -96,50 +125,87 @@ class GuidedBatch:
         self._rows.update({index: row for index, row in rows.items() if row is not None})
 
     def guide(self, logits_BV: Tensor) -> Tensor:
-        """Tilt, in place, the rows that are guided in this step; all others stay bit-identical."""
-        by_version: dict[ResidentVersion, list[int]] = {}
+        """Tilt, in place, the rows that are guided in this step; all others stay bit-identical.
+
+        Where guidance fails, or has failed before, the row gets logits that end its request.
+        """
+        self.settle()
+        together: dict[tuple[ResidentVersion, bool], list[int]] = {}
         for index, row in sorted(self._rows.items()):
-            if row.is_guided_now():
-                by_version.setdefault(row.version, []).append(index)
+            if row.failure is None and row.is_guided_now():
+                together.setdefault((row.version, row.in_stages), []).append(index)
             else:
                 row.release()
-        for version, indices in by_version.items():
-            guide_rows(version, [self._rows[index] for index in indices], indices, logits_BV)
+        for (version, _), indices in together.items():
+            self._guide_version(version, indices, logits_BV)
+        self._end_failed(logits_BV)
         return logits_BV
 
+    def settle(self, *, wait: bool = False) -> None:
+        """Act on the checks of earlier steps that have come over from the device; ``wait`` for those that haven't."""
+        while self._checks and (wait or self._checks[0].has_arrived()):
+            for row, step in self._checks.popleft().failed():
+                logger.error("the values of %s for a request are not finite numbers: it ends", row.version.label)
+                row.fail(not_numbers(), step)
 
-def guide_rows(version: ResidentVersion, rows: Sequence[GuidedRow], indices: Sequence[int], logits_BV: Tensor) -> None:
-    """History → value → offset → tilted logits for the rows of one version, in place, and their KL on record."""
-    device = logits_BV.device
-    indices_G = torch.tensor(indices, device=device)
-    top_k_G = torch.tensor([row.params.top_k for row in rows], device=device)
-    inv_eta_G = torch.tensor([row.params.inv_eta for row in rows], dtype=torch.float64, device=device)
-    temperature_G = torch.tensor([row.temperature for row in rows], dtype=torch.float64, device=device)
-    logits_GV = logits_BV[indices_G]
-    candidates = top_candidates(logits_GV, max(row.params.top_k for row in rows), version.scorable, top_k_G)
+    def _guide_version(self, version: ResidentVersion, indices: Sequence[int], logits_BV: Tensor) -> None:
+        """Rows of one version that are scored in one way. This is the edge that no error of value code crosses.
+
+        An exception leaves the logits untouched. What a forward that broke off has left in the cache goes with the
+        slots: they are given back, and emptied by that.
+        """
+        try:
+            # The engine reads neighbouring slots together.
+            indices = sorted(indices, key=lambda index: self._rows[index].ready_slot())
+            rows = [self._rows[index] for index in indices]
+            finite_G = guide_rows(version, rows, indices, logits_BV)
+            self._checks.append(FiniteCheck([(row, len(row.output_token_ids)) for row in rows], finite_G))
+        except Exception as error:
+            logger.exception("guidance failed in value model %s: %d request(s) end", version.label, len(indices))
+            for row in (self._rows[index] for index in indices):
+                row.fail(of_exception(error), len(row.output_token_ids))
+
+    def _end_failed(self, logits_BV: Tensor) -> None:
+        failed = [
+            (index, row.ending_token)
+            for index, row in self._rows.items()
+            if row.failure is not None and row.ending_token is not None
+        ]
+        if failed:
+            (failed_F2,) = copy_to_device(logits_BV.device, np.array(failed))
+            indices_F, tokens_F = failed_F2.unbind(1)
+            logits_BV[indices_F, tokens_F] = CERTAIN
+
+
+def guide_rows(
+    version: ResidentVersion, rows: Sequence[GuidedRow], indices: Sequence[int], logits_BV: Tensor
+) -> Tensor:
+    """History → value → offset → tilted logits for rows of one version, in place, and what was done on record.
+
+    They are all scored in stages, or none is. Returns which rows' guidance was finite, bool ``[G]`` on the device: the
+    others get logits that end their requests.
+    """
     slots = [row.ready_slot() for row in rows]
-    values_GKA = version.engine.value_logits(slots, [row.history for row in rows], candidates.token_ids_BK)
-    offsets_GK = _offsets_by_method(version, rows, values_GKA, inv_eta_G)
-    floor_G = version.distribution.v_min * inv_eta_G
-    tilted_GV = tilt(logits_GV, candidates, offsets_GK, floor_G, temperature_G)
-    logits_BV[indices_G] = tilted_GV
-    kl_G = kl_divergence(tilted_GV, logits_GV, temperature_G)
+    histories = [row.history for row in rows]
+
+    def score(candidates_RK: Tensor, rows_R: Tensor | None = None) -> Tensor:
+        if rows_R is None:
+            return version.engine.value_logits(slots, histories, candidates_RK)
+        positions = rows_R.tolist()
+        some = [slots[position] for position in positions], [histories[position] for position in positions]
+        return version.engine.value_logits(*some, candidates_RK)
+
+    (indices_G,) = copy_to_device(logits_BV.device, np.array(indices))
+    settings = _settings(rows, logits_BV.device)
+    guided = guide_step(version, logits_BV[indices_G], settings, score, in_stages=rows[0].in_stages)
+    logits_BV[indices_G] = guided.logits_GV
     for position, row in enumerate(rows):
         if row.record is not None:
-            row.record.write(len(row.output_token_ids), kl_G, position)
+            row.record.write(len(row.output_token_ids), guided.kl_G, guided.candidates_G, position)
+    return ~guided.kl_G.isnan()
 
 
-def _offsets_by_method(
-    version: ResidentVersion, rows: Sequence[GuidedRow], values_GKA: Tensor, inv_eta_G: Tensor
-) -> Tensor:
-    """Q/η ``[G, K]``: one forward serves all methods of the step."""
-    by_method: dict[str, list[int]] = {}
-    for position, row in enumerate(rows):
-        by_method.setdefault(row.params.method, []).append(position)
-    if len(by_method) == 1:
-        return offsets(version.distribution, values_GKA, inv_eta_G, rows[0].params.method)
-    offsets_GK = torch.empty(values_GKA.shape[:2], dtype=torch.float64, device=values_GKA.device)
-    for method, positions in by_method.items():
-        of_method = torch.tensor(positions, device=values_GKA.device)
-        offsets_GK[of_method] = offsets(version.distribution, values_GKA[of_method], inv_eta_G[of_method], method)
-    return offsets_GK
+def _settings(rows: Sequence[GuidedRow], device: torch.device) -> StepSettings:
+    settings = [RowSettings.of(row.params, row.temperature, row.ending_token) for row in rows]
+    (rows_GS,) = copy_to_device(device, np.array(settings))
+    return StepSettings.of(rows_GS, (row.params for row in rows))

@@ -28,6 +28,8 @@ class PluginConfig:
     """Most candidates a request may ask for."""
     value_dtype: str = "auto"
     """Weights and caches of the value models: one of VALUE_DTYPES; "auto" is the reference model's dtype."""
+    kv_fraction: float = 1.0
+    """Memory of a value cache, as a fraction of what all sequences need at full length: above 0 and at most 1."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.value_models, dict):
@@ -41,6 +43,10 @@ class PluginConfig:
             raise ValueError(f"max_top_k must be an integer of at least 1, got {self.max_top_k!r}")
         if self.value_dtype not in VALUE_DTYPES:
             raise ValueError(f"value_dtype must be one of {', '.join(VALUE_DTYPES)}, got {self.value_dtype!r}")
+        if isinstance(self.kv_fraction, bool) or not isinstance(self.kv_fraction, int | float):
+            raise ValueError(f"kv_fraction must be a number, got {self.kv_fraction!r}")
+        if not 0 < self.kv_fraction <= 1:
+            raise ValueError(f"kv_fraction must be above 0 and at most 1, got {self.kv_fraction!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, the value of `additional_config["qtilt"]`."""

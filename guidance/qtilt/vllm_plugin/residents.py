@@ -16,6 +16,7 @@ import torch
 from qtilt.checkpoint import Manifest, load_value_model, read_manifest
 from qtilt.distributions import ReturnDistribution
 from qtilt.engine import ValueEngine
+from qtilt.fused_forward import Kernels
 from qtilt.kv_cache import CacheGeometry, KVCache
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
 
@@ -24,12 +25,18 @@ VersionKey = tuple[str, int]
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """slots: most requests in one batch. max_length: longest sequence, in tokens. dtype: of weights and caches."""
+    """slots: most requests in one batch. max_length: longest sequence, in tokens. dtype: of weights and caches.
+
+    kv_fraction: memory of a cache, as a fraction of what ``slots`` sequences of ``max_length`` need. kernels: for
+    backbones that can be fused.
+    """
 
     slots: int
     max_length: int
     dtype: torch.dtype
     device: torch.device
+    kv_fraction: float = 1.0
+    kernels: Kernels | None = None
 
 
 @dataclass(eq=False)
@@ -46,6 +53,11 @@ class ResidentVersion:
     rows: int = field(default=0)
 
     @property
+    def label(self) -> str:
+        """NAME@VERSION."""
+        return f"{self.name}@{self.version}"
+
+    @property
     def distribution(self) -> ReturnDistribution:
         return self.manifest.distribution
 
@@ -59,9 +71,13 @@ class ResidentVersion:
             "distribution": self.manifest.distribution.to_config(),
             "provenance": self.manifest.provenance,
             "scorable_tokens": self.scorable,
+            "fused": self.engine.is_fused,
             "warnings": self.warnings,
             "rows": self.rows,
             "free_slots": self.engine.cache.free_slots,
+            "held_pages": self.engine.cache.held_pages,
+            "cache_gib": self.engine.cache.gib,
+            "dropped": self.engine.cache.dropped,
         }
 
 
@@ -126,14 +142,21 @@ class Residents:
         """Drop a prepared or resident version. Raises ValueError while rows of the running batch use it.
 
         A preempted request isn't in the batch: who discards must know that none is waiting (the server's leases do).
+        Waits for nothing.
         """
         if (name, version) in self._preparing:
             self._preparing.pop((name, version)).cancel()
             return
-        rows = self.get(name, version).rows
-        if rows:
-            raise ValueError(f"value model {name}@{version} guides {rows} running request(s), it can't be discarded")
+        resident = self.get(name, version)
+        if resident.rows:
+            raise ValueError(
+                f"value model {name}@{version} guides {resident.rows} running request(s), it can't be discarded"
+            )
         del self._resident[name, version]
+        if self._settings.device.type == "cuda":
+            steps = torch.cuda.Event(blocking=True)
+            steps.record(torch.cuda.current_stream(self._settings.device))
+            self._loader.submit(_keep_until_done, resident, steps)
 
     def _prepared(self, name: str, version: int) -> Future[ResidentVersion]:
         try:
@@ -145,10 +168,29 @@ class Residents:
         manifest = read_manifest(path)
         warnings = check_fits_reference(manifest, path, self._reference)
         model = load_value_model(path, self._settings.dtype, self._settings.device)
-        engine = ValueEngine(model, self._settings.slots, self._settings.max_length, self._caches)
+        settings = self._settings
+        engine = ValueEngine(
+            model,
+            settings.slots,
+            settings.max_length,
+            self._caches,
+            kv_fraction=settings.kv_fraction,
+            kernels=settings.kernels,
+        )
         if self._settings.device.type == "cuda":
-            # Steps run on another stream than this thread: for them too, all must be in place.
-            torch.cuda.synchronize(self._settings.device)
+            # Steps run on another stream than this thread: for them too, all must be in place. This waits for the
+            # thread's own work only, and no step waits for it.
+            torch.cuda.current_stream(self._settings.device).synchronize()
         return ResidentVersion(
             name, version, path, manifest, engine, scorable_tokens(manifest, self._reference), warnings
         )
+
+
+def _keep_until_done(version: ResidentVersion, steps: torch.cuda.Event) -> None:
+    """Hold a version until steps queued on the device are done with it.
+
+    Its memory is that of the loading thread's stream: when it is free, the next load writes into it without waiting for
+    the steps' stream. So it is freed in that thread, after them.
+    """
+    steps.synchronize()
+    del version

@@ -7,45 +7,74 @@ runs between two steps: nothing here waits for long. Arguments and results are J
 from collections.abc import Sequence
 from typing import Any
 
+from qtilt.vllm_plugin.answers import answers_errors
+from qtilt.vllm_plugin.batch import GuidedBatch
+from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt.vllm_plugin.processor import GuidanceProcessor
 from qtilt.vllm_plugin.records import GuidanceSummary
 from qtilt.vllm_plugin.residents import PreparationStatus
+from qtilt.vllm_plugin.slots import GuidedSlots
 
 
 class GuidanceWorkerExtension:
-    """Mixed into the worker by ``worker_extension_cls``. Errors are ValueError unless said otherwise."""
+    """Mixed into the worker by ``worker_extension_cls``. Errors are answers, see answers.py, unless said otherwise."""
 
     model_runner: Any
     """The worker's own."""
 
     def qtilt_describe(self) -> dict[str, Any]:
-        """What is loaded; RuntimeError when the processor isn't live in the model runner."""
+        """What is loaded. Raises RuntimeError when the processor isn't live in the model runner: then it is in none."""
         return self._qtilt_processor().describe()
 
+    @answers_errors
     def qtilt_prepare_value_model(self, name: str, version: int, path: str) -> None:
         """Begin to read and check the directory ``path`` off the step path."""
         self._qtilt_processor().residents.prepare(name, version, path)
 
+    @answers_errors
     def qtilt_prepare_status(self, name: str, version: int) -> PreparationStatus:
         """How the preparation goes."""
         return self._qtilt_processor().residents.status(name, version)
 
+    @answers_errors
     def qtilt_commit_value_model(self, name: str, version: int) -> None:
         """Make a ready version one that requests may name."""
         self._qtilt_processor().residents.commit(name, version)
 
+    @answers_errors
     def qtilt_discard_value_model(self, name: str, version: int) -> None:
         """Drop a prepared version, or a resident one that guides no running request."""
         self._qtilt_processor().residents.discard(name, version)
 
+    @answers_errors
     def qtilt_take_records(
         self, trace_id: str, returned: Sequence[Sequence[int]], more_to_come: bool = False
-    ) -> list[GuidanceSummary]:
-        """One summary per returned token sequence, then forget the trace unless more is to come; ``[]`` forgets it."""
-        return self._qtilt_processor().records.take(trace_id, returned, more_to_come)
+    ) -> list[GuidanceSummary | GuidanceFailure]:
+        """Per returned token sequence its summary, or why its guidance failed.
+
+        Then forget the trace unless more is to come; ``[]`` forgets it.
+        """
+        processor = self._qtilt_processor()
+        if isinstance(processor.batch, GuidedBatch):
+            processor.batch.settle(wait=True)
+        return processor.records.take(trace_id, returned, more_to_come)
+
+    @answers_errors
+    def qtilt_failures(self) -> dict[str, GuidanceFailure]:
+        """The traces, not taken yet, of which a request has failed."""
+        processor = self._qtilt_processor()
+        if isinstance(processor.batch, GuidedBatch):
+            processor.batch.settle()
+        else:
+            processor.batch.look_for_failures()
+        return processor.records.failures()
 
     def _qtilt_processor(self) -> GuidanceProcessor:
-        for processor in self.model_runner.input_batch.logitsprocs.all:
+        runner = self.model_runner
+        on_v2 = hasattr(runner, "req_states")
+        for processor in runner.sampler.logits_processors if on_v2 else runner.input_batch.logitsprocs.all:
             if isinstance(processor, GuidanceProcessor):
+                if isinstance(processor.batch, GuidedSlots):
+                    processor.batch.drop_absent(runner.req_states.index_to_req_id)
                 return processor
         raise RuntimeError("the guidance processor isn't live in vLLM's model runner: every request would be unguided")

@@ -76,6 +76,7 @@ def _open_session(request: GuidedRequest, raw_request: Request) -> GuidedSession
         params,
         lease,
         state.worker,
+        state.watch,
         state.metrics,
         choices_per_prompt=request.n or 1,
         returns_tokens=request.returns_tokens,

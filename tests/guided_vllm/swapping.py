@@ -1,16 +1,17 @@
 """A second version comes in while requests run: each request is exact for the version it started with."""
 
-import time
 from pathlib import Path
 
 import pytest
 
 from guided_vllm.driving import Ask, drive
-from guided_vllm.served import Served
+from guided_vllm.matrix import covers
+from guided_vllm.served import Served, await_preparation
 from guided_vllm.tiny_models import VALUE_MODELS, make_tokenizer, make_value_model, prompt
 from qtilt.distributions import Bernoulli
 
 
+@covers("two versions at once, during a swap")
 @pytest.mark.parametrize(("value_model", "family"), [("v-bernoulli", "llama"), ("q-bernoulli", "llama")])
 def test_requests_keep_their_version_through_a_swap(
     served: Served, tmp_path: Path, value_model: str, family: str
@@ -96,16 +97,6 @@ def test_differing_added_tokens_are_a_warning(served: Served, tmp_path: Path) ->
     assert extra["scorable_tokens"] == served.scorable
     assert "<extra>" in extra["warnings"][0]
     served.rpc("qtilt_discard_value_model", "extra", 1)
-
-
-def await_preparation(served: Served, name: str, version: int) -> dict[str, str | None]:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        status: dict[str, str | None] = served.rpc("qtilt_prepare_status", name, version)
-        if status["state"] != "loading":
-            return status
-        time.sleep(0.02)
-    raise TimeoutError(f"{name}@{version} is still loading")
 
 
 def resident_versions(served: Served) -> set[tuple[str, int]]:

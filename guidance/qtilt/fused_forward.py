@@ -1,0 +1,105 @@
+"""The forward of Llama-like decoders with a serving engine's kernels: less than half of the operations.
+
+Shapes: ``T`` packed tokens (see packing.py), ``H`` query heads and ``G`` key/value heads of size ``D``, ``n`` numbers
+that are normalised together, ``P`` positions.
+"""
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers import PreTrainedModel
+
+from qtilt.attention import AttentionStep
+from qtilt.cpu_linear import linear
+
+FUSED = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
+"""The classes of transformers that compute what :class:`FusedForward` does.
+
+Every backbone is measured nevertheless (exactness.py), in half precision only for what is far beyond rounding.
+"""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NORM_MULTIPLE = 16
+"""On CPUs the kernels normalise multiples of so many numbers only."""
+
+
+class Kernels(Protocol):
+    """What vLLM brings along for CPUs and GPUs (``vllm._custom_ops``). All write in place."""
+
+    def rms_norm(self, out_Tn: Tensor, hidden_Tn: Tensor, weight: Tensor, epsilon: float, /) -> None:
+        """Write what is normalised to ``out_Tn``."""
+
+    def fused_add_rms_norm(self, hidden_Tn: Tensor, residual_Tn: Tensor, weight: Tensor, epsilon: float, /) -> None:
+        """Add ``hidden_Tn`` to ``residual_Tn``, and normalise the sum into ``hidden_Tn``."""
+
+    def rotary_embedding(
+        self, positions_T: Tensor, query: Tensor, key: Tensor, head_size: int, rotation_PD: Tensor, is_neox: bool, /
+    ) -> None:
+        """Turn ``query [T, H·D]`` and ``key [T, G·D]``; the table has cosines, then sines, of half a head each."""
+
+
+class FusedForward:
+    """A backbone's hidden states by its own weights, for one packed step.
+
+    positions: how many the rotation is tabulated for. Raises ValueError for a backbone that isn't of this kind.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, kernels: Kernels, positions: int) -> None:
+        if not can_fuse(backbone):
+            raise ValueError(f"{type(backbone).__name__} can't be fused: see can_fuse")
+        self._backbone = cast(Any, backbone)  # no class has what the four have in common
+        self._kernels = kernels
+        weight: Tensor = self._backbone.embed_tokens.weight
+        positions_1P = torch.arange(positions, device=weight.device).unsqueeze(0)
+        turns = self._backbone.rotary_emb(weight, positions_1P)
+        # The second half of a head turns by the same angles.
+        self._rotation_PD = torch.cat([turn_1PD[0].chunk(2, dim=-1)[0] for turn_1PD in turns], dim=-1)
+
+    def __call__(self, input_ids_T: Tensor, position_ids_T: Tensor, step: AttentionStep) -> Tensor:
+        """Hidden states ``[T, hidden]`` after the last norm."""
+        hidden: Tensor = self._backbone.embed_tokens(input_ids_T)
+        residual = torch.zeros_like(hidden)
+        for layer in self._backbone.layers:
+            self._add_and_norm(hidden, residual, layer.input_layernorm)
+            hidden = self._attend(layer.self_attn, hidden, position_ids_T, step)
+            self._add_and_norm(hidden, residual, layer.post_attention_layernorm)
+            gate = silu(linear(layer.mlp.gate_proj, hidden))
+            hidden = linear(layer.mlp.down_proj, gate.mul_(linear(layer.mlp.up_proj, hidden)))
+        self._add_and_norm(hidden, residual, self._backbone.norm)
+        return hidden
+
+    def _attend(self, attention: Any, hidden: Tensor, position_ids_T: Tensor, step: AttentionStep) -> Tensor:
+        query, key = linear(attention.q_proj, hidden), linear(attention.k_proj, hidden)
+        value = linear(attention.v_proj, hidden)
+        if hasattr(attention, "q_norm"):
+            query, key = self._norm_heads(query, attention.q_norm), self._norm_heads(key, attention.k_norm)
+        self._kernels.rotary_embedding(position_ids_T, query, key, attention.head_dim, self._rotation_PD, True)
+        query_1HTD, key_1GTD, value_1GTD = (
+            packed.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1).unsqueeze(0)
+            for packed in (query, key, value)
+        )
+        out_1THD = step.attend(attention, query_1HTD, key_1GTD, value_1GTD, attention.scaling, {})
+        return linear(attention.o_proj, out_1THD[0].flatten(1))
+
+    def _add_and_norm(self, hidden: Tensor, residual: Tensor, norm: Any) -> None:
+        self._kernels.fused_add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)
+
+    def _norm_heads(self, packed: Tensor, norm: Any) -> Tensor:
+        """Each head by itself."""
+        heads = packed.view(-1, len(norm.weight))
+        out = torch.empty_like(heads)
+        self._kernels.rms_norm(out, heads, norm.weight, norm.variance_epsilon)
+        return out.view_as(packed)
+
+
+def can_fuse(backbone: PreTrainedModel) -> bool:
+    """Whether :class:`FusedForward` is the backbone's forward, and the kernels take its sizes and dtype."""
+    if type(backbone).__name__ not in FUSED or backbone.config.hidden_act != "silu" or backbone.dtype not in DTYPES:
+        return False
+    modules = list(backbone.named_modules())
+    is_plain = all(type(module) is nn.Linear for name, module in modules if name.endswith("_proj"))
+    return is_plain and all(
+        module.weight.numel() % NORM_MULTIPLE == 0 for name, module in modules if name.endswith("norm")
+    )

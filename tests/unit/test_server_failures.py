@@ -1,0 +1,108 @@
+"""Who notices that a running request has failed: one question for all of them, and none when nothing runs."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers, of_exception
+from qtilt_server.failures import FailureWatch, GuidanceFailedError
+from qtilt_server.schema import ChoiceGuidance
+from qtilt_server.worker import GuidanceWorker
+
+POLL_S = 0.001
+
+
+class Engine:
+    """Two ranks that answer each call with the next of the answers, the last one over and over."""
+
+    errored = False
+
+    def __init__(self, *answers: Sequence[Any] | Exception) -> None:
+        self._answers = list(answers)
+        self._called = asyncio.Event()
+
+    async def is_asked(self, times: int) -> None:
+        """Until that many more calls have come."""
+        for _ in range(times):
+            self._called.clear()
+            await asyncio.wait_for(self._called.wait(), 10)
+
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        self._called.set()
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return list(answer)
+
+
+class Ended:
+    """What the watch has ended."""
+
+    def __init__(self) -> None:
+        self.failures: list[GuidanceFailure] = []
+        self.happened = asyncio.Event()
+
+    async def __call__(self, failure: GuidanceFailure) -> None:
+        self.failures.append(failure)
+        self.happened.set()
+
+
+def test_a_failed_request_is_ended_once_and_the_others_are_watched_on() -> None:
+    engine = Engine([{}, {}], [{}, {"a": not_numbers()}])
+
+    async def scenario() -> None:
+        watch, ended, other = FailureWatch(GuidanceWorker(engine), POLL_S), Ended(), Ended()
+        watch.add("a", ended)
+        watch.add("b", other)
+        await asyncio.wait_for(ended.happened.wait(), 10)
+        await engine.is_asked(times=3)
+        watch.remove("a")
+        watch.remove("b")
+        assert ended.failures == [not_numbers()]
+        assert other.failures == []
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_asked_while_nothing_runs() -> None:
+    engine = Engine([{}, {}])
+
+    async def scenario() -> None:
+        watch = FailureWatch(GuidanceWorker(engine), POLL_S)
+        for _ in range(2):
+            watch.add("a", Ended())
+            await engine.is_asked(times=1)
+            watch.remove("a")
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.gather(*others)  # it ends by itself, and begins again with the next request
+            assert watch._polling is not None
+            assert watch._polling.done()
+
+    asyncio.run(scenario())
+
+
+def test_a_question_that_fails_is_asked_again() -> None:
+    engine = Engine(RuntimeError("busy"), [{"a": not_numbers()}, {}])
+
+    async def scenario() -> None:
+        watch, ended = FailureWatch(GuidanceWorker(engine), POLL_S), Ended()
+        watch.add("a", ended)
+        await asyncio.wait_for(ended.happened.wait(), 10)
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_on_any_rank_is_a_failure() -> None:
+    """A rank that ran out of memory alone has sampled otherwise than the first."""
+    done, failure = {"guided_tokens": 2, "kl": 0.5, "candidates": 3.5}, of_exception(MemoryError("one\ntwo"))
+    assert failure == {"kind": "exception", "reason": "MemoryError: one"}
+    engine = Engine([[done, done], [done, failure]])
+    records = asyncio.run(GuidanceWorker(engine).read_records("a", [[1, 2], [3, 4]], more_to_come=False))
+    assert records == [ChoiceGuidance(guided_tokens=2, kl=0.5, candidates=3.5), failure]
+
+
+def test_the_error_names_the_value_model_and_the_reason_in_one_line() -> None:
+    error = GuidanceFailedError("value@2", of_exception(ValueError("first " + "x" * 1000 + "\nsecond")))
+    assert str(error).startswith("guidance failed in value model value@2: ValueError: first xxx")
+    assert len(str(error)) < 300
+    assert error.status_code == 500
