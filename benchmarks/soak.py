@@ -9,10 +9,10 @@ each other; prompts longer than a step's tokens, so that prefills come in chunks
 that value caches drop histories. The prefix cache is on.
 
 Clients ask one request after the other, at random: completions and chats, whole and streamed, unguided and guided by a
-V-type and a Q-type value model, lengths, η, top_k, methods, temperatures, seeds, stop strings, several choices and
-prompts. A fifth of them go away: before the answer, in the middle of a stream, by closing the connection or resetting
-it. Some requests are malformed. A publisher swaps the versions of both value models every few seconds; 409, when two
-versions are still in use, is an answer like any other and counted.
+V-type and a Q-type value model, lengths, η, top_k, methods, tolerances, temperatures, seeds, stop strings, several
+choices and prompts. A fifth of them go away: before the answer, in the middle of a stream, by closing the connection or
+resetting it. Some requests are malformed. A publisher swaps the versions of both value models every few seconds; 409,
+when two versions are still in use, is an answer like any other and counted.
 
 Checked: every response (status, choices, what it says of its guidance, a version that was active at some time of the
 request); a sampled share against plain Hugging Face forwards (soaking/exactness.py: log-probabilities to 1e-4, KL);
@@ -21,7 +21,6 @@ memory hasn't grown by more than --most-growth MiB since the warm-up, and that a
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -30,6 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+LEAST_MINUTES = 0.5
+"""Within less there are too few samples of memory for a window after the warm-up."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,8 +45,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for soak.json and the server's log")
     parsed = parser.parse_args(arguments)
-    if parsed.minutes <= 0 or parsed.clients < 8:
-        parser.error("expected --minutes above 0 and at least 8 --clients")
+    if not parsed.minutes >= LEAST_MINUTES or parsed.clients < 8:
+        parser.error(f"expected at least {LEAST_MINUTES} --minutes and 8 --clients")
     return parsed
 
 
@@ -54,19 +55,18 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     sys.path.append(str(ROOT / "tests"))  # the models, the server's process and the oracle of the tests
-    from soaking.findings import Findings, table
+    from soaking.findings import Findings, reported
     from soaking.run import soak
 
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
     findings = Findings()
-    with tempfile.TemporaryDirectory(prefix="qtilt-soak-") as folder:
+    with (
+        reported(findings, vars(arguments), arguments.out),
+        tempfile.TemporaryDirectory(prefix="qtilt-soak-") as folder,
+    ):
         soak(arguments, Path(folder).resolve(), findings)
-    report = {"arguments": {name: str(value) for name, value in vars(arguments).items()}, **findings.to_json()}
-    if arguments.out is not None:
-        (arguments.out / "soak.json").write_text(json.dumps(report, indent=1))
-    print(table(report))
-    return 0 if report["passed"] else 1
+    return 1 if findings.problems else 0
 
 
 if __name__ == "__main__":

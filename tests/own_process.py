@@ -1,8 +1,8 @@
 """Tests that need a process of their own: one pytest runs their folder, and the pytest that was asked reports them.
 
-They are collected, selected, reported and counted as any others; what is asked on the command line beyond the choice
-of tests reaches them only as far as ``_command`` passes it on. To debug them, run pytest with ``QTILT_TEST_PROCESS``
-set to the folder's name: they then run in that very process.
+It runs beside the other tests, from the start on. They are collected, selected, reported and counted as any others;
+what is asked on the command line beyond the choice of tests reaches them only as far as ``_command`` passes it on. To
+debug them, run pytest with ``QTILT_TEST_PROCESS`` set to the folder's name: they then run in that very process.
 """
 
 import json
@@ -12,7 +12,9 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from queue import Queue
+from threading import Thread
+from typing import Any, TextIO
 
 import pytest
 
@@ -39,12 +41,16 @@ class OwnProcess:
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
     @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        mine = list(filter(self._is_mine, session.items))
+        if mine and not session.testsfailed and not session.config.option.collectonly:
+            self.running = _Running(session.config, self.folder.name, mine)
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         if not self._is_mine(item):
             return None
-        if self.running is None:
-            mine = list(filter(self._is_mine, item.session.items))
-            self.running = _Running(item.config, self.folder.name, mine)
+        assert self.running is not None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in self.running.reports(item):
             item.ihook.pytest_runtest_logreport(report=report)
@@ -78,7 +84,16 @@ class _Running:
             stderr=subprocess.STDOUT,
         )
         os.close(writing)
-        self.lines = os.fdopen(reading)
+        # Read at once, for the other process waits where the pipe is full. None: it has ended.
+        self.lines = Queue[str | None]()
+        self.reader = Thread(target=self._read, args=(os.fdopen(reading),))
+        self.reader.start()
+
+    def _read(self, pipe: TextIO) -> None:
+        with pipe:
+            for line in pipe:
+                self.lines.put(line)
+        self.lines.put(None)
 
     def _command(self, items: list[pytest.Item]) -> list[str]:
         config, options = self.config, self.config.option
@@ -92,8 +107,9 @@ class _Running:
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """Of the item's phases, when all have come; one failure that shows the log if the process ends before."""
         while item.nodeid not in self.finished:
-            line = self.lines.readline()
-            if not line:
+            line = self.lines.get()
+            if line is None:
+                self.lines.put(None)  # for the items after this one
                 return [*self._received(item), self._ended(item)]
             message = json.loads(line)
             if "finished" in message:
@@ -122,7 +138,7 @@ class _Running:
             self.process.wait(timeout=60)
         finally:
             self.process.kill()
-            self.lines.close()
+            self.reader.join()
             self.log.close()
 
 

@@ -1,5 +1,6 @@
 """An answer as a client got it, whole or in chunks, and what can be said against it without computing anything."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from soaking.versions import Published
 
 HTTP_OK, HTTP_BAD_REQUEST = 200, 400
 END = len(ALPHABET)
+FIRST_SCORED = 2
+"""Candidates that a tolerance scores before it asks whether the others must be."""
 
 
 @dataclass
@@ -50,6 +53,13 @@ class Answer:
     applied: dict[str, Any] | None = None
     is_complete: bool = False
 
+    def read(self, content: str | bytes) -> None:
+        """A whole answer, or a chunk of one, as it came; one that is not as the HTTP API says is the answer's error."""
+        try:
+            self.add(json.loads(content))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            self.error = f"unreadable, {error!r}: {content[:300]!r}"
+
     def add(self, body: dict[str, Any]) -> None:
         """A whole answer, or a chunk of one."""
         if "error" in body:
@@ -62,6 +72,15 @@ class Answer:
     def prompt_of(self, index: int) -> list[int]:
         """Choices are numbered prompt by prompt."""
         return self.ask.prompts[index // self.ask.n]
+
+
+def json_object(content: str | bytes) -> dict[str, Any]:
+    """The body of a response; empty where it is no JSON object."""
+    try:
+        body = json.loads(content)
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
 
 
 def names_a_version_that_left(answer: Answer, published: Published) -> bool:
@@ -96,6 +115,8 @@ def _about_choice(ask: Ask, choice: Choice) -> list[str]:
         found.append(f"{count} tokens of {ask.max_tokens}, finish_reason {choice.finish_reason}")
     if "logprobs" in ask.body and len(choice.logprobs) != count:
         found.append(f"{len(choice.logprobs)} log-probabilities for {count} tokens")
+    if len(choice.all_logprobs) not in (0, count):
+        found.append(f"{len(choice.all_logprobs)} times the log-probabilities of all tokens for {count} tokens")
     if END in choice.token_ids[:-1] and not ask.body.get("ignore_eos"):
         found.append("tokens after the end token")
     return found
@@ -110,19 +131,34 @@ def _about_guidance(answer: Answer, published: Published) -> list[str]:
     asked = DEFAULTS | ask.guidance
     asked["top_k"] = min(asked["top_k"], TOKENS)
     found += [
-        f"{key} is {applied[key]}, asked for {asked[key]}"
-        for key in ("eta", "top_k", "method")
-        if applied[key] != asked[key]
+        f"{key} is {applied.get(key)}, asked for {asked[key]}"
+        for key in ("eta", "top_k", "method", "tolerance")
+        if applied.get(key) != asked[key]
     ]
-    found += _about_version(ask.wanted, applied["value_model"], answer, published)
+    found += _about_version(ask.wanted, str(applied.get("value_model")), answer, published)
     limit = ask.guidance.get("guided_tokens", math.inf)
     for index, choice in sorted(answer.choices.items()):
         guidance = choice.guidance or {}
-        if guidance.get("guided_tokens") != min(len(choice.token_ids), limit):
+        guided_tokens = min(len(choice.token_ids), limit)
+        if guidance.get("guided_tokens") != guided_tokens:
             found.append(f"choice {index}: {guidance} for {len(choice.token_ids)} tokens")
-        elif not -1e-4 < guidance["kl"] < math.inf:
-            found.append(f"choice {index}: its KL is {guidance['kl']}")
+        if not -1e-4 < _figure(guidance, "kl") < math.inf:
+            found.append(f"choice {index}: its KL is {guidance.get('kl')}")
+        fewest, most = _candidates(asked["top_k"], asked["tolerance"]) if guided_tokens else (0, 0)
+        if not fewest <= _figure(guidance, "candidates") <= most:
+            found.append(f"choice {index}: {guidance.get('candidates')} candidates, expected {fewest} to {most}")
     return found
+
+
+def _figure(guidance: dict[str, Any], key: str) -> float:
+    """NaN where there is no number."""
+    figure = guidance.get(key)
+    return figure if isinstance(figure, (int, float)) else math.nan
+
+
+def _candidates(top_k: int, tolerance: float) -> tuple[int, int]:
+    """How many a guided step scores at least and at most."""
+    return (min(FIRST_SCORED, top_k) if tolerance > 0 else top_k), top_k
 
 
 def _about_version(wanted: str, said: str, answer: Answer, published: Published) -> list[str]:
@@ -131,7 +167,7 @@ def _about_version(wanted: str, said: str, answer: Answer, published: Published)
         return [] if said == wanted else [f"{said} answered a request for {wanted}"]
     if name != wanted:
         return [f"{said} answered a request for {wanted}"]
-    if not published[name].was_active(int(number), answer.sent, answer.ended):
+    if not number.isdecimal() or not published[name].was_active(int(number), answer.sent, answer.ended):
         return [f"{said} wasn't active at any time of the request"]
     return []
 

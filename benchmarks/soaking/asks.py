@@ -11,13 +11,14 @@ from soaking.versions import Published
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MAX_TOP_K = 64
-DEFAULTS = {"value_model": "value", "eta": 0.2, "top_k": 8, "method": "qsharp"}
+DEFAULTS = {"value_model": "value", "eta": 0.2, "top_k": 8, "method": "qsharp", "tolerance": 0.0}
 CHARACTERS = ALPHABET[:37]
 """Letters, digits and the space: no text of them spells a special token."""
 USER, ASSISTANT = len(ALPHABET) + 2, len(ALPHABET) + 3
 COMMON_PREFIXES = 8
 COMMON_PREFIX_TOKENS = 64
 """Two blocks of the server's prefix cache."""
+TOLERANCES = [0, 1e-3, 0.1]
 LONGEST_PROMPT = 120
 LONGEST_ANSWER = 64
 MAX_MODEL_LEN = 192
@@ -164,6 +165,8 @@ class Asker:
             block["method"] = self.random.choice(["qsharp", "cd"])
         if self.random.random() < 0.3:
             block["guided_tokens"] = self.random.choice([0, 1, 5, 20, 1000])
+        if self.random.random() < 0.5:
+            block["tolerance"] = self.random.choice(TOLERANCES)
         return block
 
     def _completion(self, body: dict[str, Any], logprobs: str) -> tuple[str, list[list[int]]]:
@@ -218,6 +221,7 @@ BAD_BLOCKS: list[Any] = [
     {"top_k": MAX_TOP_K + 1},
     {"method": "vas"},
     {"guided_tokens": -1},
+    {"tolerance": 1},
     {"value_model": "nobody"},
     {"value_model": "value@99999"},
     {"value_model": "value@one"},

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from guided_vllm.oracle import Guided, expected_steps
-from real_server.models import TOKENS
+from real_server.models import TOKENS, VOCAB
 
 PROBABILITY_TOLERANCE = 5e-5
 LOGPROB_TOLERANCE, LOGPROB_RELATIVE = 1e-4, 2e-5
 KL_TOLERANCE, KL_RELATIVE = 1e-4, 1e-5
+CANDIDATES_RELATIVE = 1e-6
 HOPELESS = -20.0
 """Below this log-probability only the probability is compared."""
 
@@ -28,7 +31,7 @@ class Sample:
     """One choice. directory: of the value model's version that the answer names, None without guidance.
 
     logprobs: of the generated tokens; all_logprobs: per generated token those of all tokens; either may be empty.
-    applied: ``guidance`` of the answer. kl: as reported.
+    applied: ``guidance`` of the answer. kl, candidates: as reported.
     """
 
     reference: Path
@@ -41,6 +44,7 @@ class Sample:
     logprobs: list[float]
     all_logprobs: list[dict[int, float]]
     kl: float | None
+    candidates: float | None
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,17 @@ def compare(sample: Sample) -> Difference:
     guided = None
     if sample.directory is not None and sample.applied is not None:
         applied = sample.applied
-        guided = Guided(sample.directory, applied["eta"], applied["top_k"], applied["method"], sample.guided_tokens)
-    steps = expected_steps(sample.reference, sample.prompt, sample.token_ids, guided, sample.temperature, TOKENS)
+        settings = (applied["eta"], applied["top_k"], applied["method"], sample.guided_tokens, applied["tolerance"])
+        guided = Guided(sample.directory, *settings)
+    steps = expected_steps(
+        sample.reference,
+        sample.prompt,
+        sample.token_ids,
+        guided,
+        sample.temperature,
+        TOKENS,
+        reported=_reported(sample),
+    )
     complaints: list[str] = []
     largest = 0.0
     for count, step in enumerate(steps):
@@ -92,7 +105,24 @@ def compare(sample: Sample) -> Difference:
     kl_difference = 0.0 if sample.kl is None else abs(sample.kl - expected_kl)
     if not kl_difference <= KL_TOLERANCE + KL_RELATIVE * expected_kl:
         complaints.append(f"the KL is {sample.kl}, expected {expected_kl}")
+    scored = [step.candidates for step in steps if step.candidates]
+    expected_mean = sum(scored) / len(scored) if scored else 0.0
+    if sample.candidates is not None and not math.isclose(
+        sample.candidates, expected_mean, rel_tol=CANDIDATES_RELATIVE
+    ):
+        complaints.append(f"{sample.candidates} candidates in the mean, expected {expected_mean}")
     return Difference(largest, kl_difference, len(steps) if sample.logprobs else 0, tuple(complaints))
+
+
+def _reported(sample: Sample) -> list[Tensor] | None:
+    """Per generated token the log-probabilities ``[V]`` that came, NaN for those that didn't; None without any."""
+    if sample.all_logprobs:
+        known = sample.all_logprobs
+    elif sample.logprobs:
+        known = [{token: logprob} for token, logprob in zip(sample.token_ids, sample.logprobs, strict=True)]
+    else:
+        return None
+    return [torch.tensor([each.get(token, math.nan) for token in range(VOCAB)], dtype=torch.float64) for each in known]
 
 
 def _compare_step(reported: dict[int, float], expected: dict[int, float]) -> tuple[float, str | None]:

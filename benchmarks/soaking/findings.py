@@ -1,10 +1,13 @@
 """What a soak found: counts of what happened, and problems, of which there should be none."""
 
+import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from soaking.exactness import Difference
@@ -61,6 +64,21 @@ class Findings:
             **self.facts,
             "problems": self.problems,
         }
+
+
+@contextmanager
+def reported(findings: Findings, arguments: dict[str, Any], out: Path | None) -> Iterator[None]:
+    """However the block ends, write soak.json into ``out``, if given, and print the table."""
+    try:
+        yield
+    except BaseException as error:
+        findings.problem(f"broken off: {error!r}")
+        raise
+    finally:
+        report = {"arguments": {name: str(value) for name, value in arguments.items()}, **findings.to_json()}
+        if out is not None:
+            (out / "soak.json").write_text(json.dumps(report, indent=1))
+        print(table(report))
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:

@@ -78,7 +78,7 @@ def check_answers(server: RunningServer, asker: Asker, reference: Path, findings
             answer = Answer(ask, time.monotonic())
             response = server.post(ask.path, ask.body)
             answer.status, answer.ended, answer.is_complete = response.status_code, time.monotonic(), True
-            answer.add(response.json())
+            answer.read(response.content)
             wrong = complaints(answer, asker.published)
             for complaint in wrong:
                 findings.problem(f"after the load: {complaint}")

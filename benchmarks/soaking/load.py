@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from soaking.answers import Answer, complaints, names_a_version_that_left
+from soaking.answers import Answer, complaints, json_object, names_a_version_that_left
 from soaking.asks import Ask, Asker, Leaving
 from soaking.exactness import Sample, compare
 from soaking.findings import Findings
@@ -82,13 +82,13 @@ class Load:
         if response.status_code == HTTP_CONFLICT:
             self.findings.counts["swaps refused: two versions in use (409)"] += 1
             return
+        if response.status_code != HTTP_OK or json_object(response.content).get("version") != number:
+            said_so = f"{response.status_code}: {response.text[:300]}"
+            self.findings.problem(f"publishing {body} as {number} was answered with {said_so}")
+            return
         self.published[name].published(number, time.monotonic())
         self.findings.swap_s.append(time.monotonic() - started)
         self.findings.counts["swaps"] += 1
-        self.findings.expect(
-            response.status_code == HTTP_OK and response.json()["version"] == number,
-            f"publishing {body} as {number} was answered with {response.status_code}: {response.text}",
-        )
 
     async def _ask_and_check(self, ask: Ask, rng: random.Random) -> None:
         answer = Answer(ask, time.monotonic())
@@ -116,7 +116,7 @@ class Load:
         else:
             response = await self.http.post(ask.path, json=ask.body)
             answer.status = response.status_code
-            answer.add(response.json())
+            answer.read(response.content)
             answer.is_complete = True
         answer.ended = time.monotonic()
 
@@ -124,7 +124,7 @@ class Load:
         """All of it, or so many chunks."""
         answer.status = response.status_code
         if response.status_code != HTTP_OK:
-            answer.add(json.loads(await response.aread()))
+            answer.read(await response.aread())
             return
         events = (line.removeprefix("data: ") async for line in response.aiter_lines() if line.startswith("data: "))
         read = 0
@@ -132,7 +132,7 @@ class Load:
             if event == "[DONE]":
                 answer.is_complete = True
                 return
-            answer.add(json.loads(event))
+            answer.read(event)
             read += 1
             if chunks is not None and read >= chunks:
                 return
@@ -154,12 +154,13 @@ class Load:
             self.findings.problem(_broken_off(answer, error))
             return
         answer.ended = time.monotonic()
-        if answer.is_complete:
-            self.findings.counts["were to leave, answered before"] += 1
-        elif not names_a_version_that_left(answer, self.published):
-            self.findings.counts["left during a stream"] += 1
-            is_good = answer.status == HTTP_OK and answer.error is None
-            self.findings.expect(is_good, f"status {answer.status}: {answer.error}: {said(ask)}")
+        if names_a_version_that_left(answer, self.published):
+            return
+        what = "were to leave, answered before" if answer.is_complete else "left during a stream"
+        self.findings.counts[what] += 1
+        is_whole = answer.is_complete or leaves.after_chunks is not None
+        is_good = answer.status == HTTP_OK and answer.error is None and is_whole
+        self.findings.expect(is_good, f"status {answer.status}: {answer.error}, complete: {is_whole}: {said(ask)}")
 
     async def _abort(self, ask: Ask, leaves: Leaving) -> None:
         """Reset the connection at the given time, whatever has come until then."""
@@ -190,7 +191,7 @@ class Load:
             return
         self.findings.counts["malformed, refused"] += 1
         self.findings.expect(
-            response.is_client_error and "error" in response.json(),
+            response.is_client_error and "error" in json_object(response.content),
             f"a malformed request was answered with {response.status_code}, {response.text[:300]}: {said_so}",
         )
 
@@ -223,6 +224,7 @@ def samples(answer: Answer, published: Published, reference: Path) -> list[Sampl
             logprobs=choice.logprobs if has_logprobs else [],
             all_logprobs=choice.all_logprobs if has_logprobs else [],
             kl=choice.guidance["kl"] if choice.guidance is not None else None,
+            candidates=choice.guidance["candidates"] if choice.guidance is not None else None,
         )
         for index, choice in sorted(answer.choices.items())
     ]

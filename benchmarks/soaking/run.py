@@ -30,6 +30,8 @@ BLOCKS_PER_SEQUENCE = 1.6
 """Sequences have about 3 blocks: they preempt each other."""
 SWAP_TIMEOUT_S = 8
 MEMORY_WINDOW_S = 15.0
+SHORTEST_SERIES_S = 20.0
+"""A window of a sixth of it holds a sample at least."""
 PROGRESS_EVERY_S = 30.0
 ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
@@ -155,6 +157,9 @@ def check_what_happened(arguments: argparse.Namespace, server: RunningServer, fi
 def check_memory(arguments: argparse.Namespace, memory: MemorySeries, findings: Findings) -> None:
     """From the end of the warm-up (a minute, or a third of a shorter load) to the end of the load."""
     duration = memory.seconds[-1]
+    if duration < SHORTEST_SERIES_S:
+        findings.problem(f"the load ended after {duration:.0f} s: too early to say whether memory grows")
+        return
     warm_up = min(60.0, duration / 3)
     window = min(MEMORY_WINDOW_S, duration / 6)
     first, last = memory.ends(warm_up, window)

@@ -145,6 +145,8 @@ class Trace:
                     if finished:
                         await self._fetch([choice.index for choice in finished], more_to_come=not output.finished)
                     yield output
+            if self._failure is not None and not self._forgotten:
+                raise self._session.fail(self._failure)
         finally:
             self._session.watch.remove(self.params.trace_id)
             self._session.engine_stopped()

@@ -165,6 +165,7 @@ def test_a_crowd_that_queues_is_preempted_amid_prefills_and_partly_aborted_leave
             served.rpc("qtilt_take_records", ask.guidance.trace_id, [])
 
 
+@covers("`tolerance`")
 def test_a_tolerance_bounds_the_distance_to_full_guidance_and_saves_candidates(served: Served) -> None:
     """Beside requests without; the records, checked too, are of the policy that was sampled from."""
     settings = [(1.0, 0.3), (0.5, 0.02), (0.5, 1e-3), (0.0, 1e-3), (1.7, 0.1), (0.7, 1e-12)]

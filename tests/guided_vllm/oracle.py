@@ -36,6 +36,8 @@ class Guided:
     tolerance: float = 0.0
 
 
+OFFSET_ROUNDING = 1e-4
+"""By so much Q/η may be off in float32 when a tolerance decides whether further candidates are scored."""
 TIE = 3e-5
 """Logits that differ by less may change places in float32: 6e-6 has, with the reference split between two workers."""
 
@@ -127,7 +129,7 @@ class Step(NamedTuple):
 def step_distributions(
     reference_V: Tensor, history: list[int], guided: Guided | None, temperature: float, scorable: int
 ) -> list[Step]:
-    """One step; ``reference_V`` holds −inf where masked. Two where rounding decides which token is scored last."""
+    """One step; ``reference_V`` holds −inf where masked. Several where rounding decides which tokens are scored."""
     if guided is None:
         return [Step(log_softmax(reference_V / (temperature or 1.0)), 0.0, reference_V, 0)]
     allowed = [token for token in range(scorable) if torch.isfinite(reference_V[token])]
@@ -136,22 +138,37 @@ def step_distributions(
     for last, following in pairwise(allowed[guided.top_k - 1 : guided.top_k + 1]):
         if float(reference_V[last] - reference_V[following]) < TIE:
             candidates.append([*allowed[: guided.top_k - 1], following])
-    return [_guided_step(reference_V, history, guided, temperature, each) for each in candidates]
+    return [step for each in candidates for step in _guided_steps(reference_V, history, guided, temperature, each)]
 
 
-def _guided_step(
+def _guided_steps(
     reference_V: Tensor, history: list[int], guided: Guided, temperature: float, candidates: list[int]
-) -> Step:
+) -> list[Step]:
+    """One, or two where rounding decides whether all ``candidates`` are scored: the likelier one first."""
     scale = temperature if temperature > 0 else 1.0
     reference = log_softmax(reference_V / scale)
     oracle = value_oracle(guided.directory)
     offsets_K, floor = oracle.offsets(history, candidates, guided.eta, guided.method)
+    counts = [len(candidates)]
     if guided.tolerance > 0 and oracle.type == "v":
         offsets = dict(zip(candidates, offsets_K.tolist(), strict=True))
-        ends = floor, oracle.highest_return / guided.eta
+        highest = oracle.highest_return / guided.eta
         masses = reference.exp().tolist()
-        candidates = scored_in_stages(masses, candidates, offsets, *ends, guided.tolerance, greedy=temperature == 0)
-        offsets_K = offsets_K[: len(candidates)]
+        # The bound, and what an unscored candidate could reach, grow with the highest offset.
+        either = [
+            scored_in_stages(
+                masses, candidates, offsets, floor, highest + rounding, guided.tolerance, greedy=temperature == 0
+            )
+            for rounding in (0.0, -OFFSET_ROUNDING, OFFSET_ROUNDING)
+        ]
+        counts = list(dict.fromkeys(map(len, either)))
+    return [_step(reference_V, reference, candidates[:count], offsets_K[:count], floor, scale) for count in counts]
+
+
+def _step(
+    reference_V: Tensor, reference: Tensor, candidates: list[int], offsets_K: Tensor, floor: float, scale: float
+) -> Step:
+    """``candidates`` are scored. reference: log-probabilities of ``reference_V`` at temperature ``scale``."""
     offsets_V = torch.full_like(reference_V, floor)
     offsets_V[candidates] = offsets_K
     tilted = log_softmax(reference_V / scale + offsets_V)
@@ -172,7 +189,7 @@ def expected_steps(
 ) -> list[Step]:
     """Of every generated token. ``adjust`` changes the raw logits first.
 
-    reported: log-probabilities ``[V]`` of every step, which decide where rounding may.
+    reported: log-probabilities ``[V]`` of every step, NaN where unknown, which decide where rounding may.
     """
     logits_LV = reference_oracle(reference).logits([*prompt, *generated])
     steps = []
@@ -185,6 +202,6 @@ def expected_steps(
         either = step_distributions(reference_V, [*prompt, *generated[:count]], applies, temperature, scorable)
         if reported is not None:
             probs_V = reported[count].exp()
-            either.sort(key=lambda step, probs_V=probs_V: float((step.log_probs_V.exp() - probs_V).abs().sum()))
+            either.sort(key=lambda step, probs_V=probs_V: float((step.log_probs_V.exp() - probs_V).abs().nansum()))
         steps.append(either[0])
     return steps

@@ -1,13 +1,22 @@
 """Who notices that a running request has failed: one question for all of them, and none when nothing runs."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
+import pytest
+from prometheus_client import REGISTRY
+from vllm.outputs import CompletionOutput, RequestOutput
+
+from qtilt.params import GuidanceParams
 from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers, of_exception
 from qtilt_server.failures import FailureWatch, GuidanceFailedError
+from qtilt_server.metrics import GuidanceMetrics
+from qtilt_server.registry import Lease, ResidentVersion
 from qtilt_server.schema import ChoiceGuidance
+from qtilt_server.session import GuidedSession
 from qtilt_server.worker import GuidanceWorker
+from vllm import SamplingParams
 
 POLL_S = 0.001
 
@@ -20,6 +29,9 @@ class Engine:
     def __init__(self, *answers: Sequence[Any] | Exception) -> None:
         self._answers = list(answers)
         self._called = asyncio.Event()
+
+    def will_answer(self, *answers: Sequence[Any] | Exception) -> None:
+        self._answers = list(answers)
 
     async def is_asked(self, times: int) -> None:
         """Until that many more calls have come."""
@@ -106,3 +118,76 @@ def test_the_error_names_the_value_model_and_the_reason_in_one_line() -> None:
     assert str(error).startswith("guidance failed in value model value@2: ValueError: first xxx")
     assert len(str(error)) < 300
     assert error.status_code == 500
+
+
+@pytest.fixture
+def metrics() -> Iterator[GuidanceMetrics]:
+    made = GuidanceMetrics()
+    yield made
+    for metric in vars(made).values():
+        REGISTRY.unregister(metric)
+
+
+def session_on(engine: Engine, metrics: GuidanceMetrics, poll_s: float) -> GuidedSession:
+    version, worker = ResidentVersion("value", 1, "value", "v", {}, 10), GuidanceWorker(engine)
+    watch = FailureWatch(worker, poll_s)
+    params = GuidanceParams("value", 1, 0.2, 8)
+    return GuidedSession(params, Lease(version), worker, watch, metrics, choices_per_prompt=1, returns_tokens=True)
+
+
+def output(*token_ids: int, finish_reason: str | None = None) -> RequestOutput:
+    choice = CompletionOutput(0, "", list(token_ids), None, None, finish_reason=finish_reason)
+    return RequestOutput("request", None, [1], None, [choice], finished=finish_reason is not None)
+
+
+def test_a_failure_is_raised_when_the_engine_ends_an_aborted_request_without_another_output(
+    metrics: GuidanceMetrics,
+) -> None:
+    engine = Engine([{}, {}])
+
+    async def scenario() -> None:
+        session = session_on(engine, metrics, POLL_S)
+        trace, aborted = session.open_trace(), asyncio.Event()
+
+        async def outputs() -> AsyncGenerator[RequestOutput, None]:
+            yield output(1)
+            failure = {trace.params.trace_id: not_numbers()}
+            engine.will_answer([failure, failure])
+            await asyncio.wait_for(aborted.wait(), 10)
+
+        async def abort() -> None:
+            aborted.set()
+
+        followed = trace.follow(outputs(), SamplingParams(), abort)
+        assert not (await anext(followed)).finished
+        with pytest.raises(GuidanceFailedError, match="value@1"):
+            await anext(followed)
+        assert session.failed
+        session.close()
+        assert session.version.leases == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_behind_the_last_returned_token_leaves_a_finished_answer_as_it_is(metrics: GuidanceMetrics) -> None:
+    """The engine may have gone on to tokens that aren't returned."""
+    done = {"guided_tokens": 2, "kl": 0.5, "candidates": 3.5}
+    engine = Engine([[done], [done]])
+
+    async def scenario() -> None:
+        session = session_on(engine, metrics, poll_s=60)
+        trace = session.open_trace()
+
+        async def outputs() -> AsyncGenerator[RequestOutput, None]:
+            yield output(1, 2, finish_reason="length")
+            await session.watch._watched[trace.params.trace_id](not_numbers())
+
+        async def abort() -> None:
+            pass
+
+        came = [each async for each in trace.follow(outputs(), SamplingParams(), abort)]
+        assert len(came) == 1
+        assert session.choice(0) == ChoiceGuidance(guided_tokens=2, kl=0.5, candidates=3.5)
+        assert not session.failed
+
+    asyncio.run(scenario())

@@ -1,24 +1,38 @@
 """What the soak would find: every kind of wrong answer is complained about, a right one isn't."""
 
+import argparse
+import asyncio
+import json
 import math
 import os
 import random
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from guided_vllm.oracle import Guided, expected_steps
+from guided_vllm import oracle
+from guided_vllm.oracle import Guided, Step, expected_steps, reference_oracle, step_distributions, value_oracle
 from real_server.models import ALPHABET, TOKENS, make_reference, make_value_model
+from shortened_guidance import bound
 from soaking.answers import Answer, Choice, complaints, names_a_version_that_left
-from soaking.asks import CHAT, COMPLETIONS, Ask, Asker
+from soaking.asks import CHAT, COMPLETIONS, Ask, Asker, Leaving
 from soaking.exactness import Sample, compare
+from soaking.findings import Findings, reported
+from soaking.load import Load
 from soaking.memory import MemorySeries, processes, resident_mib
+from soaking.run import check_memory
 from soaking.versions import Published, Versions
 
 END = len(ALPHABET)
+SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
+GUIDANCE = {"guided_tokens": 3, "kl": 0.1, "candidates": float(TOKENS)}
 
 
 @pytest.fixture
@@ -65,11 +79,8 @@ def test_a_version_may_be_gone_once_two_later_ones_were_asked_for(published: Pub
 @pytest.fixture
 def answer() -> Answer:
     body = {"stream": True, "n": 2, "max_tokens": 3, "logprobs": 0, "guidance": {"eta": 0.5, "top_k": 64}}
-    choices = {
-        index: Choice([1, 2, END], [-1.0, -2.0, -3.0], [], "stop", {"guided_tokens": 3, "kl": 0.1})
-        for index in range(2)
-    }
-    applied = {"value_model": "value@2", "eta": 0.5, "top_k": TOKENS, "method": "qsharp"}
+    choices = {index: Choice([1, 2, END], [-1.0, -2.0, -3.0], [], "stop", GUIDANCE) for index in range(2)}
+    applied = {"value_model": "value@2", "eta": 0.5, "top_k": TOKENS, "method": "qsharp", "tolerance": 0.0}
     return Answer(Ask(COMPLETIONS, body, [[1]]), 15.0, 16.0, 200, None, choices, applied, is_complete=True)
 
 
@@ -105,11 +116,19 @@ def asked(**guidance: Any) -> Callable[[Answer], None]:
         (choice_changed(token_ids=[1, 2, 3, 4]), "4 tokens of 3"),
         (choice_changed(token_ids=[1, END, 2]), "after the end token"),
         (choice_changed(logprobs=[-1.0]), "1 log-probabilities for 3 tokens"),
-        (choice_changed(guidance={"guided_tokens": 2, "kl": 0.1}), "for 3 tokens"),
-        (choice_changed(guidance={"guided_tokens": 3, "kl": math.nan}), "KL is nan"),
+        (choice_changed(all_logprobs=[{1: -1.0}]), "1 times the log-probabilities of all tokens for 3 tokens"),
+        (choice_changed(guidance=GUIDANCE | {"guided_tokens": 2}), "for 3 tokens"),
+        (choice_changed(guidance=GUIDANCE | {"kl": math.nan}), "KL is nan"),
+        (choice_changed(guidance={"guided_tokens": 3, "candidates": 5.0}), "KL is None"),
+        (choice_changed(guidance={"guided_tokens": 3, "kl": 0.1}), "None candidates"),
+        (choice_changed(guidance=GUIDANCE | {"candidates": TOKENS - 0.5}), f"{TOKENS - 0.5} candidates"),
+        (choice_changed(guidance=GUIDANCE | {"candidates": TOKENS + 0.5}), f"{TOKENS + 0.5} candidates"),
         (changed(applied=None), "without guidance"),
         (applied_changed(eta=0.2), "eta is 0.2"),
         (applied_changed(top_k=64), "top_k is 64"),
+        (applied_changed(tolerance=0.1), "tolerance is 0.1, asked for 0.0"),
+        (changed(applied={}), "tolerance is None"),
+        (applied_changed(value_model="value@two"), "value@two wasn't active"),
         (applied_changed(value_model="value@1"), "value@1 wasn't active"),
         (applied_changed(value_model="value@3"), "value@3 wasn't active"),
         (applied_changed(value_model="graded@1"), "graded@1 answered a request for value"),
@@ -122,6 +141,101 @@ def test_a_wrong_answer_is_complained_about(
 ) -> None:
     change(answer)
     assert complaint in "\n".join(complaints(answer, published))
+
+
+@pytest.mark.parametrize(("candidates", "is_right"), [(1.5, False), (2.0, True), (7.3, True), (TOKENS + 1, False)])
+def test_a_tolerance_scores_two_candidates_or_more(
+    answer: Answer, published: Published, candidates: float, is_right: bool
+) -> None:
+    asked(eta=0.5, top_k=64, tolerance=0.1)(answer)
+    applied_changed(tolerance=0.1)(answer)
+    choice_changed(guidance=GUIDANCE | {"candidates": candidates})(answer)
+    assert (complaints(answer, published) == []) is is_right
+
+
+def test_no_candidates_are_scored_for_tokens_that_are_not_guided(answer: Answer, published: Published) -> None:
+    asked(eta=0.5, top_k=64, guided_tokens=0)(answer)
+    for choice in answer.choices.values():
+        choice.guidance = {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0}
+    assert complaints(answer, published) == []
+
+
+BROKEN = [
+    (500, "Internal Server Error"),
+    (502, ""),
+    (500, '{"detail": "broken"}'),
+    (500, '{"error": "broken"}'),
+    (200, "[1]"),
+    (200, '{"choices": [{"text": "no index"}]}'),
+    (200, 'data: {"choices"\n\ndata: [DONE]\n\n'),
+]
+
+
+def on_broken_server(scenario: Callable[[Load], Awaitable[None]], status: int, body: str, published: Published) -> None:
+    """With a load whose server answers everything with the same."""
+
+    async def run() -> None:
+        transport = httpx.MockTransport(lambda request: httpx.Response(status, text=body))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            with ThreadPoolExecutor(1) as checker:
+                load = Load(http, published, Findings(), checker, Path("reference"), {}, 1.0, asyncio.Event())
+                await scenario(load)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("status", "body"), BROKEN)
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_a_broken_server_says_is_a_problem_and_ends_no_client(
+    published: Published, status: int, body: str, streams: bool
+) -> None:
+    ask = Ask(COMPLETIONS, {"stream": streams, "max_tokens": 3}, [[1]])
+    left = replace(ask, leaves=Leaving(after_s=60.0))
+
+    async def scenario(load: Load) -> None:
+        await load._ask_and_check(ask, random.Random(0))
+        assert len(load.findings.problems) > 0
+        known = len(load.findings.problems)
+        await load._ask_and_leave(left, left.leaves)
+        await load._publish("value", Path("new"))
+        await load._misbehave(Asker(random.Random(0), "model", published))
+        assert len(load.findings.problems) >= known + 3
+        assert published["value"].active == 2
+
+    on_broken_server(scenario, status, body, published)
+
+
+def test_an_unreadable_answer_says_what_came(published: Published) -> None:
+    answer = Answer(Ask(COMPLETIONS, {"stream": False, "max_tokens": 3}, [[1]]), 0.0, 1.0, 500, is_complete=True)
+    answer.read(b"Internal Server Error")
+    (complaint,) = complaints(answer, published)
+    assert complaint.startswith("status 500: unreadable, JSONDecodeError")
+    assert "Internal Server Error" in complaint
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no server"), KeyboardInterrupt()])
+def test_a_soak_that_breaks_off_leaves_its_report(tmp_path: Path, error: BaseException) -> None:
+    findings = Findings()
+    findings.counts["answered"] = 7
+    with pytest.raises(type(error)), reported(findings, {"minutes": 1.0}, tmp_path):
+        raise error
+    report = json.loads((tmp_path / "soak.json").read_text())
+    assert not report["passed"]
+    assert report["counts"] == {"answered": 7}
+    assert report["arguments"] == {"minutes": "1.0"}
+    assert report["problems"] == [f"broken off: {error!r}"]
+
+
+def test_a_soak_too_short_to_see_memory_grow_is_refused() -> None:
+    done = subprocess.run([sys.executable, SOAK, "--minutes", "0.2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith("soak.py: error: expected at least 0.5 --minutes and 8 --clients\n")
+
+
+def test_a_load_that_ended_early_says_so() -> None:
+    findings = Findings()
+    check_memory(argparse.Namespace(most_growth=64.0), MemorySeries(0, 3.0, [0.0, 3.0], [{"a": 1.0}] * 2), findings)
+    assert findings.problems == ["the load ended after 3 s: too early to say whether memory grows"]
 
 
 def test_only_a_version_that_left_may_be_refused(answer: Answer, published: Published) -> None:
@@ -161,11 +275,12 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     make_value_model(folder / "other", 2)
     prompt, token_ids = [1, 2, 3], [4, 5, 6, 7]
     steps = expected_steps(reference, prompt, token_ids, Guided(value, 0.5, 8, "qsharp", 3), 0.7, TOKENS)
+    assert [step.candidates for step in steps] == [8, 8, 8, 0]
     all_logprobs = [{index: each + 1e-6 for index, each in enumerate(step.log_probs_V.tolist())} for step in steps]
     return Sample(
         reference=reference,
         directory=value,
-        applied={"value_model": "value@1", "eta": 0.5, "top_k": 8, "method": "qsharp"},
+        applied={"value_model": "value@1", "eta": 0.5, "top_k": 8, "method": "qsharp", "tolerance": 0.0},
         guided_tokens=3,
         temperature=0.7,
         prompt=prompt,
@@ -173,6 +288,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
         logprobs=[step[token] for step, token in zip(all_logprobs, token_ids, strict=True)],
         all_logprobs=all_logprobs,
         kl=sum(step.kl for step in steps),
+        candidates=8.0,
     )
 
 
@@ -194,6 +310,8 @@ def off_by(sample: Sample, difference: float) -> list[float]:
         (lambda exact: {"logprobs": off_by(exact, 1e-3), "all_logprobs": []}, "token 7 has log-probability"),
         (lambda exact: {"logprobs": off_by(exact, math.nan), "all_logprobs": []}, "token 7 has log-probability nan"),
         (lambda exact: {"kl": exact.kl + 1e-3}, "the KL is"),
+        (lambda exact: {"candidates": 7.5}, "7.5 candidates"),
+        (lambda exact: {"applied": exact.applied | {"tolerance": 0.99}}, "8.0 candidates in the mean, expected 2.0"),
         (lambda exact: {"directory": exact.directory.with_name("other")}, "probability"),
         (lambda exact: {"directory": None, "applied": None, "kl": None}, "probability"),
         (lambda exact: {"prompt": [1, 2, 4]}, "probability"),
@@ -207,6 +325,62 @@ def test_an_inexact_sample_is_complained_about(sample: Sample, change: Any, comp
     assert complaint in "\n".join(compare(replace(sample, **change(sample))).complaints)
 
 
+def of_one_step(sample: Sample, step: Step, tolerance: float) -> Sample:
+    """As a server that took this step would report it."""
+    all_logprobs = [dict(enumerate(step.log_probs_V.tolist()))]
+    return replace(
+        sample,
+        applied={**(sample.applied or {}), "tolerance": tolerance},
+        token_ids=sample.token_ids[:1],
+        logprobs=[all_logprobs[0][sample.token_ids[0]]],
+        all_logprobs=all_logprobs,
+        kl=step.kl,
+        candidates=float(step.candidates),
+    )
+
+
+def test_rounding_may_decide_whether_a_tolerance_is_met_and_only_there(sample: Sample) -> None:
+    assert sample.directory is not None
+    logits_V = reference_oracle(sample.reference).logits(sample.prompt)[-1]
+    ranked = logits_V[:TOKENS].argsort(descending=True)[:8].tolist()
+    offsets_K, lowest = value_oracle(sample.directory).offsets(sample.prompt, ranked, 0.5, "qsharp")
+    masses = (logits_V / 0.7).softmax(0).tolist()
+    threshold = float(bound(masses, dict(zip(ranked, offsets_K.tolist(), strict=True)), ranked[:2], lowest, 1 / 0.5))
+
+    def steps(tolerance: float) -> dict[int, Step]:
+        guided = Guided(sample.directory, 0.5, 8, "qsharp", None, tolerance)
+        found = step_distributions(logits_V, sample.prompt, guided, 0.7, TOKENS)
+        return {step.candidates: step for step in found}
+
+    assert list(steps(0.99 * threshold)) == [8]
+    assert list(steps(1.01 * threshold)) == [2]
+    either = steps(threshold)
+    assert either.keys() == {2, 8}
+    for step in either.values():
+        exact = of_one_step(sample, step, threshold)
+        for each in (exact, replace(exact, all_logprobs=[])):
+            assert compare(each).complaints == ()
+    assert compare(of_one_step(sample, either[8], 1.01 * threshold)).complaints
+    assert compare(of_one_step(sample, either[2], 0.99 * threshold)).complaints
+
+
+def test_either_of_two_tokens_may_be_the_last_candidate_where_they_tie(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sample.directory is not None
+    logits_V = reference_oracle(sample.reference).logits(sample.prompt)[-1]
+    guided = Guided(sample.directory, 0.5, 8, "qsharp", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(oracle, "TIE", math.inf)
+        either = step_distributions(logits_V, sample.prompt, guided, 0.7, TOKENS)
+        assert len(either) == 2
+        for step in either:
+            assert compare(of_one_step(sample, step, 0.0)).complaints == ()
+    first, second = (compare(of_one_step(sample, step, 0.0)).complaints for step in either)
+    assert not first
+    assert second, "these two differ by more than rounding"
+
+
 def test_random_requests_are_what_they_say_they_are(published: Published) -> None:
     asker = Asker(random.Random(0), "model", published)
     asks = [asker.ask() for _ in range(300)]
@@ -218,6 +392,7 @@ def test_random_requests_are_what_they_say_they_are(published: Published) -> Non
     assert {ask.n for ask in asks} == {1, 2, 3, 4}
     assert {ask.body["stream"] for ask in asks} == {True, False}
     assert 0.15 < sum(ask.leaves is not None for ask in asks) / len(asks) < 0.3
+    assert {ask.guidance.get("tolerance") for ask in asks if ask.guidance} == {None, 0, 1e-3, 0.1}
     named = {ask.wanted for ask in asks if ask.guidance is not None}
     assert named == {"value", "value@1", "value@2"}
 
