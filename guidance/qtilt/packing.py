@@ -90,47 +90,49 @@ class PackedStep:
         """Cache the histories' new keys and values, then attend: ``[1, T, H, D]``. See :class:`AttentionStep`."""
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         query_THD, key_TGD, value_TGD = (packed[0].transpose(0, 1) for packed in (query, key, value))
-        out_THD = torch.empty(query_THD.shape, dtype=query.dtype, device=query.device)
-        first = 0
+        outs, first = [], 0
         for span, visible_CE in zip(self.spans, self.visible_by_span, strict=True):
             part = slice(first, first + len(span.token_ids_C))
             self.cache.write_span(layer, span.slot, span.start, key_TGD[part], value_TGD[part])
             key_1GED, value_1GED = self.cache.read(layer, slice(span.slot, span.slot + 1), span.end)
             out_1HCD = attend_span(query[:, :, part], key_1GED, value_1GED, visible_CE, scaling)
-            out_THD[part] = out_1HCD[0].transpose(0, 1)
+            outs.append(out_1HCD[0].transpose(0, 1))
             first = part.stop
         if self.last is not None:
-            query_BRHD, key_BRGD, value_BRGD, out_BRHD = (
-                packed[first:].unflatten(0, (len(self.last.slots_B), -1))
-                for packed in (query_THD, key_TGD, value_TGD, out_THD)
+            query_BRHD, key_BRGD, value_BRGD = (
+                packed[first:].unflatten(0, (len(self.last.slots_B), -1)) for packed in (query_THD, key_TGD, value_TGD)
             )
-            self._attend_tails(layer, query_BRHD, key_BRGD, value_BRGD, out_BRHD, scaling)
+            outs.append(self._attend_tails(layer, query_BRHD, key_BRGD, value_BRGD, scaling).flatten(0, 1))
+        out_THD = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out_THD.unsqueeze(0)
 
     def _attend_tails(
-        self, layer: int, query_BRHD: Tensor, key_BRGD: Tensor, value_BRGD: Tensor, out_BRHD: Tensor, scaling: float
-    ) -> None:
-        """Write the tails' attention into ``out_BRHD``."""
+        self, layer: int, query_BRHD: Tensor, key_BRGD: Tensor, value_BRGD: Tensor, scaling: float
+    ) -> Tensor:
+        """The tails' attention ``[B, R, H, D]``."""
         assert self.last is not None
         last_key_BGD, last_value_BGD, spoilt_B = key_BRGD[:, 0], value_BRGD[:, 0], None
         if self.last.has_drafts:
             last_key_BGD, last_value_BGD, spoilt_B = only_numbers(last_key_BGD, last_value_BGD)
         self.cache.write_last(layer, self.last.slots_B, self.last.positions_B, last_key_BGD, last_value_BGD)
         kv_heads, tail = key_BRGD.shape[2:0:-1]
-        lse_BRH = torch.empty(out_BRHD.shape[:-1], device=out_BRHD.device)
-        for tails in self.tail_rows:
-            key_WGPD, value_WGPD = self.cache.read(layer, tails.slots, tails.length)
-            # A key/value head's queries are one matrix: its keys are read once for all of them.
-            query_WGRSD = query_BRHD[tails.rows].unflatten(2, (kv_heads, -1)).transpose(1, 2)
-            query_WGQD = query_WGRSD.flatten(2, 3)
-            out_WGQD, lse_WGQ = attend_prefix(query_WGQD, key_WGPD, value_WGPD, tails.mask_W11P, scaling)
-            out_BRHD[tails.rows] = out_WGQD.unflatten(2, (tail, -1)).transpose(1, 2).flatten(2, 3)
-            lse_BRH[tails.rows] = lse_WGQ.unflatten(2, (tail, -1)).transpose(1, 2).flatten(2, 3)
+        # A key/value head's queries are one matrix: its keys are read once for all of them.
+        query_BGQD = query_BRHD.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+        parts = [
+            attend_prefix(
+                query_BGQD[tails.rows], *self.cache.read(layer, tails.slots, tails.length), tails.mask_W11P, scaling
+            )
+            for tails in self.tail_rows
+        ]
+        out_BGQD, lse_BGQ = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
+        out_BRHD: Tensor = out_BGQD.unflatten(2, (tail, -1)).transpose(1, 2).flatten(2, 3)
         if tail > 1:
+            lse_BRH = lse_BGQ.unflatten(2, (tail, -1)).transpose(1, 2).flatten(2, 3)
             own = (slice(None), slice(1, None))
             merge_own_(out_BRHD[own], lse_BRH[own], query_BRHD[own], key_BRGD[own], value_BRGD[own], scaling)
         if spoilt_B is not None:
-            out_BRHD += spoilt_B[:, None, None, None]
+            out_BRHD = out_BRHD + spoilt_B[:, None, None, None]
+        return out_BRHD
 
 
 def only_numbers(key_BGD: Tensor, value_BGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
