@@ -234,6 +234,8 @@ class GuidedSlots:
         Returns how many tokens that are. Requests of one trace are samples of one prompt (records.py); which others
         begin alike, only the device knows.
         """
+        if not request.params.trace_id:
+            return 0
         cache = request.version.engine.cache
         # Nothing is cached yet of the token before the one that is drawn in this step.
         available = {
@@ -242,7 +244,7 @@ class GuidedSlots:
             if other.params.trace_id == request.params.trace_id and other.version is request.version
         }
         source, common = max(available.items(), key=lambda item: item[1])
-        if common < SHORTEST or not request.params.trace_id:
+        if common < SHORTEST:
             return 0
         if any(span.slot == source for span in spans):
             request.version.engine.extend(spans)
