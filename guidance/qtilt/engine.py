@@ -17,12 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qtilt.compiled_forward import CompiledForward, can_compile
 from qtilt.cpu_linear import onednn_linears, slow_linears
 from qtilt.device_copy import copy_to_device
-from qtilt.exactness import check_forward, engine_attention, measure_geometry
+from qtilt.exactness import check_forward, check_packed, engine_attention, measure_geometry
 from qtilt.fused_forward import FusedForward, Kernels, can_fuse
 from qtilt.kv_cache import CacheGeometry, KVCache
-from qtilt.packing import LastTokens, PackedStep, Span, pack
+from qtilt.packing import LastTokens, PackedAttention, PackedStep, Span, pack
 from qtilt.shared_prefixes import SharedPrefixes
 from qtilt.value_model import ValueModel
 
@@ -56,7 +57,8 @@ class ValueEngine:
     added. ``kv_fraction`` is the part of the worst case's memory that a new cache gets: histories that it can't hold
     together are computed in turn, and what was dropped is computed again. ``max_new_tokens`` bounds the new tokens of
     one forward, and with it the memory a step needs for a long catch-up, which then takes several forwards.
-    With ``kernels``, backbones that can be fused are.
+    Backbones of the kinds that allow it run on ``kernels``, or as one compiled function (``is_compiled``: its library
+    has been loaded).
 
     Raises ValueError for a backbone the engine is not exact on, positions that don't cover ``max_length``, or a shared
     cache that is too small.
@@ -71,6 +73,7 @@ class ValueEngine:
         max_new_tokens: int = 8192,
         kv_fraction: float = 1.0,
         kernels: Kernels | None = None,
+        is_compiled: bool = False,
     ) -> None:
         if max_length > model.max_positions:
             raise ValueError(
@@ -89,7 +92,8 @@ class ValueEngine:
         # A mask of four dimensions is passed through untouched: no mask is built and, in GPT-2, no ids are compared
         # with the padding token on the device.
         self._any_mask = torch.zeros(1, 1, 1, 1, device=self.cache.geometry.device)
-        self._fused = self._fuse(kernels)
+        self._compiled = self._compile() if is_compiled else None
+        self._fused = self._fuse(kernels) if self._compiled is None else None
 
     def _own_or_shared_cache(
         self, caches: MutableMapping[CacheGeometry, KVCache], slots: int, fraction: float
@@ -112,10 +116,20 @@ class ValueEngine:
         check_forward(self.model.backbone, fused)
         return fused
 
+    def _compile(self) -> CompiledForward | None:
+        backbone = self.model.backbone
+        if not can_compile(backbone, self.cache.geometry):
+            return None
+        compiled = CompiledForward(backbone, self.cache.geometry, min(self.max_length + 1, self.model.max_positions))
+        check_packed(backbone, compiled, self.cache.geometry)
+        return compiled
+
     @property
-    def is_fused(self) -> bool:
-        """Whether the backbone runs on the kernels."""
-        return self._fused is not None
+    def forward(self) -> str:
+        """What runs the backbone: ``compiled``, ``fused`` (on the kernels) or ``transformers``."""
+        if self._compiled is not None:
+            return "compiled"
+        return "transformers" if self._fused is None else "fused"
 
     def acquire(self, slot: int | None = None) -> int:
         """An empty slot for a new history, this one if given. Raises ValueError when it, or all, are in use."""
@@ -286,15 +300,18 @@ class ValueEngine:
 
     def _hidden(self, step: PackedStep) -> Tensor:
         """Hidden states ``[T, H]`` of all packed tokens."""
+        if self._compiled is not None:
+            return self._compiled(step)
+        attention = PackedAttention(step)
         if self._fused is not None:
-            return self._fused(step.input_ids_T, step.position_ids_T, step)
+            return self._fused(step.input_ids_T, step.position_ids_T, attention)
         with engine_attention(self.model.backbone), onednn_linears(self._slow_linears):
             outputs = self.model.backbone(
                 input_ids=step.input_ids_T.unsqueeze(0),
                 position_ids=step.position_ids_T.unsqueeze(0),
                 attention_mask=self._any_mask,
                 use_cache=False,
-                attention_step=step,
+                attention_step=attention,
             )
         return outputs.last_hidden_state[0]  # type: ignore[no-any-return]
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qtilt.attention import ATTENTION_NAME, AttentionStep, attend_span, register_attention
-from qtilt.kv_cache import CacheGeometry
+from qtilt.kv_cache import CacheGeometry, KVCache
+from qtilt.packing import PackedStep, Span, pack
 
 # The probe's two packed sequences: of different lengths, so that any mixing between or inside them shows.
 PROBE_LENGTHS = (5, 3)
@@ -101,6 +102,16 @@ def check_forward(backbone: PreTrainedModel, forward: Callable[[Tensor, Tensor, 
     ids_T, positions_T = _probe_tokens(backbone)
     hidden_TH = forward(ids_T, positions_T, AttentionProbe(max(PROBE_LENGTHS)))
     _check_same(hidden_TH, _plain_hidden(backbone, ids_T), f"{type(backbone).__name__} computes something else")
+
+
+@torch.inference_mode()
+def check_packed(backbone: PreTrainedModel, forward: Callable[[PackedStep], Tensor], geometry: CacheGeometry) -> None:
+    """:func:`check_forward` of one that attends, and caches, by itself."""
+    cache = KVCache(geometry, len(PROBE_LENGTHS), max(PROBE_LENGTHS))
+    ids_T, _ = _probe_tokens(backbone)
+    spans = [Span(slot, 0, ids_C) for slot, ids_C in enumerate(ids_T.split(PROBE_LENGTHS))]
+    complaint = f"{type(backbone).__name__} computes something else"
+    _check_same(forward(pack(cache, spans)), _plain_hidden(backbone, ids_T), complaint)
 
 
 def _refuse_config(config: PretrainedConfig, max_length: int) -> None:

@@ -51,11 +51,7 @@ class FusedForward:
             raise ValueError(f"{type(backbone).__name__} can't be fused: see can_fuse")
         self._backbone = cast(Any, backbone)  # no class has what the four have in common
         self._kernels = kernels
-        weight: Tensor = self._backbone.embed_tokens.weight
-        positions_1P = torch.arange(positions, device=weight.device).unsqueeze(0)
-        turns = self._backbone.rotary_emb(weight, positions_1P)
-        # The second half of a head turns by the same angles.
-        self._rotation_PD = torch.cat([turn_1PD[0].chunk(2, dim=-1)[0] for turn_1PD in turns], dim=-1)
+        self._rotation_PD = rotation_table(backbone, positions)
 
     def __call__(self, input_ids_T: Tensor, position_ids_T: Tensor, step: AttentionStep) -> Tensor:
         """Hidden states ``[T, hidden]`` after the last norm."""
@@ -92,6 +88,14 @@ class FusedForward:
         out = torch.empty_like(heads)
         self._kernels.rms_norm(out, heads, norm.weight, norm.variance_epsilon)
         return out.view_as(packed)
+
+
+def rotation_table(backbone: PreTrainedModel, positions: int) -> Tensor:
+    """Cosines, then sines, of half a head: ``[P, D]``. The second half turns by the same angles."""
+    body = cast(Any, backbone)
+    positions_1P = torch.arange(positions, device=backbone.device).unsqueeze(0)
+    turns = body.rotary_emb(body.embed_tokens.weight, positions_1P)
+    return torch.cat([turn_1PD[0].chunk(2, dim=-1)[0] for turn_1PD in turns], dim=-1).detach()
 
 
 def can_fuse(backbone: PreTrainedModel) -> bool:

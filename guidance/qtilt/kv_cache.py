@@ -50,6 +50,8 @@ class Pages:
         self.allocated = self.total + (1 if self.in_one_piece else 2)
         self.table_SM = torch.full((slots + 1, self.per_slot), self._empty, device=device)
         self.table_SM[slots] = nobodys
+        if self.in_one_piece:
+            self.table_SM[:slots, 0] = torch.arange(slots, device=device)
 
     @property
     def free(self) -> int:

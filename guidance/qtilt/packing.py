@@ -69,20 +69,28 @@ class TailRows:
 
 @dataclass(frozen=True, slots=True)
 class PackedStep:
-    """The device tensors of one packed forward, and what its attention layers do with them."""
+    """The tokens of one packed forward ``[T]``: those of the spans, then the tails of the rows to score."""
 
     cache: KVCache
     input_ids_T: Tensor
     position_ids_T: Tensor
     spans: Sequence[Span]
-    visible_by_span: Sequence[Tensor | None]
     last: LastTokens | None
-    tail_rows: Sequence[TailRows]
 
     @property
     def span_tokens(self) -> int:
         """N."""
         return sum(len(span.token_ids_C) for span in self.spans)
+
+
+class PackedAttention:
+    """What attention layers do in one packed forward: see :class:`AttentionStep`."""
+
+    def __init__(self, step: PackedStep) -> None:
+        device = step.cache.geometry.device
+        self.cache, self.spans, self.last = step.cache, step.spans, step.last
+        self.visible_by_span = [_visible(span, device) for span in step.spans]
+        self.tail_rows = [] if step.last is None else _tail_rows(step.cache, step.last)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, extras: dict[str, Any]
@@ -165,15 +173,7 @@ def pack(
             tail_positions_BR = torch.cat([tail_positions_BR, after_BK], dim=1)
         input_ids.append(tail_ids_BR.flatten())
         positions.append(tail_positions_BR.flatten())
-    return PackedStep(
-        cache=cache,
-        input_ids_T=torch.cat(input_ids),
-        position_ids_T=torch.cat(positions),
-        spans=spans,
-        visible_by_span=[_visible(span, device) for span in spans],
-        last=last,
-        tail_rows=[] if last is None else _tail_rows(cache, last),
-    )
+    return PackedStep(cache, torch.cat(input_ids), torch.cat(positions), spans, last)
 
 
 def _visible(span: Span, device: torch.device) -> Tensor | None:

@@ -31,6 +31,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.worker.gpu.sample import logits_processor as v2
 
 from qtilt.checkpoint import fingerprint_tokenizer
+from qtilt.compiled_library import load_library
 from qtilt.params import GuidanceParams
 from qtilt.vllm_plugin.batch import GuidedBatch, GuidedRow
 from qtilt.vllm_plugin.compatibility import Reference
@@ -252,4 +253,17 @@ def _engine_settings(vllm_config: VllmConfig, config: PluginConfig, device: torc
         device=device,
         kv_fraction=config.kv_fraction,
         kernels=_custom_ops,
+        is_compiled=_compile_forward(dtype, device),
     )
+
+
+def _compile_forward(dtype: torch.dtype, device: torch.device) -> bool:
+    """Compile the forward for CPUs, where one thread's calls and memory are what a step waits for."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return False
+    try:
+        load_library()
+    except RuntimeError as error:
+        logger.warning("value models run slower than they could: %s", error)
+        return False
+    return True

@@ -1,0 +1,63 @@
+"""Compiles llama_forward.cpp with this machine's compiler, once, and loads it into torch."""
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
+
+SOURCE = Path(__file__).with_name("llama_forward.cpp")
+INSTRUCTIONS = {
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+}
+"""What the compiler may use, by what torch says of the CPU. Others have no compiled forward."""
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
+
+
+@cache
+def load_library() -> None:
+    """Make ``torch.classes.qtilt`` known. Compiling takes some ten seconds, and is kept in the user's cache folder.
+
+    Raises RuntimeError that says why it can't be.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in INSTRUCTIONS:
+        raise RuntimeError(f"the compiled forward needs a CPU with {' or '.join(INSTRUCTIONS)}, this one has {capability}")
+    flags = [*FLAGS, *INSTRUCTIONS[capability], f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    key = [SOURCE.read_text(), torch.__version__, get_cxx_compiler(), *flags]
+    library = cache_folder() / f"llama_forward-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        _compile(flags, library)
+    torch.ops.load_library(library)
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qtilt"
+
+
+def _compile(flags: list[str], library: Path) -> None:
+    """Several processes may do so at once: each puts a whole file in place."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            compiled, linked = Path(folder, "compiled.o"), Path(folder, "linked.so")
+            includes = [argument for path in include_paths() for argument in ("-isystem", path)]
+            _run([get_cxx_compiler(), *flags, *includes, "-c", str(SOURCE), "-o", str(compiled)])
+            # Without -fopenmp: the threads are to be those of the OpenMP that torch has brought along.
+            paths = [f"-L{path}" for path in library_paths()]
+            _run([get_cxx_compiler(), "-shared", str(compiled), *paths, "-lc10", "-ltorch_cpu", "-o", str(linked)])
+            linked.replace(library)
+    except OSError as error:
+        raise RuntimeError(f"the forward can't be compiled: {error}") from error
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the forward can't be compiled, {command[0]} says: {done.stderr.strip()[-2000:]}")
