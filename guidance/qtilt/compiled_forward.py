@@ -80,6 +80,12 @@ class CompiledForward:
         return hidden_TE
 
 
+def candidate_logits(head: nn.Linear, hidden_BH: Tensor, candidates_BK: Tensor, atoms: int) -> Tensor:
+    """What :meth:`ValueModel.head_logits` gives for a Q-type head in float32 on a CPU."""
+    logits_BKA: Tensor = torch.ops.qtilt.candidate_logits(hidden_BH, head.weight, head.bias, candidates_BK, atoms)
+    return logits_BKA
+
+
 def can_compile(backbone: PreTrainedModel, geometry: CacheGeometry) -> bool:
     """Whether :class:`CompiledForward` is the backbone's forward."""
     is_float32 = geometry.device.type == "cpu" and geometry.dtype == torch.float32

@@ -4,11 +4,10 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
+from torch import Tensor
 
 SOURCE = Path(__file__).with_name("llama_forward.cpp")
 INSTRUCTIONS = {
@@ -19,21 +18,39 @@ INSTRUCTIONS = {
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
 
 
-@cache
+_loaded: list[Path] = []
+
+
 def load_library() -> None:
-    """Make ``torch.classes.qtilt`` known. Compiling takes some ten seconds, and is kept in the user's cache folder.
+    """Have torch know it, from here on. Compiling takes some ten seconds, and is kept in the user's cache folder.
 
     Raises RuntimeError that says why it can't be.
     """
+    if _loaded:
+        return
+    from torch.utils.cpp_extension import get_cxx_compiler  # half a second
+
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in INSTRUCTIONS:
-        raise RuntimeError(f"the compiled forward needs a CPU with {' or '.join(INSTRUCTIONS)}, this one has {capability}")
+        raise RuntimeError(f"the compiled forward needs a CPU with {' or '.join(INSTRUCTIONS)}, this one: {capability}")
     flags = [*FLAGS, *INSTRUCTIONS[capability], f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     key = [SOURCE.read_text(), torch.__version__, get_cxx_compiler(), *flags]
     library = cache_folder() / f"llama_forward-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     if not library.exists():
-        _compile(flags, library)
+        _compile(get_cxx_compiler(), flags, library)
     torch.ops.load_library(library)
+    _loaded.append(library)
+
+
+def top_k(rows_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest numbers of each row, falling, and where they are: by the library where it can, else by torch.
+
+    The rows have no NaN.
+    """
+    if _loaded and rows_BV.device.type == "cpu" and rows_BV.dtype == torch.float32:
+        values_BK, places_BK = torch.ops.qtilt.top_k(rows_BV, k)
+        return values_BK, places_BK
+    return torch.topk(rows_BV, k)
 
 
 def cache_folder() -> Path:
@@ -41,17 +58,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qtilt"
 
 
-def _compile(flags: list[str], library: Path) -> None:
+def _compile(compiler: str, flags: list[str], library: Path) -> None:
     """Several processes may do so at once: each puts a whole file in place."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             compiled, linked = Path(folder, "compiled.o"), Path(folder, "linked.so")
             includes = [argument for path in include_paths() for argument in ("-isystem", path)]
-            _run([get_cxx_compiler(), *flags, *includes, "-c", str(SOURCE), "-o", str(compiled)])
+            _run([compiler, *flags, *includes, "-c", str(SOURCE), "-o", str(compiled)])
             # Without -fopenmp: the threads are to be those of the OpenMP that torch has brought along.
             paths = [f"-L{path}" for path in library_paths()]
-            _run([get_cxx_compiler(), "-shared", str(compiled), *paths, "-lc10", "-ltorch_cpu", "-o", str(linked)])
+            _run([compiler, "-shared", str(compiled), *paths, "-lc10", "-ltorch_cpu", "-o", str(linked)])
             linked.replace(library)
     except OSError as error:
         raise RuntimeError(f"the forward can't be compiled: {error}") from error

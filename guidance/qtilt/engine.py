@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qtilt.compiled_forward import CompiledForward, can_compile
+from qtilt.compiled_forward import CompiledForward, can_compile, candidate_logits
 from qtilt.cpu_linear import onednn_linears, slow_linears
 from qtilt.device_copy import copy_to_device
 from qtilt.exactness import check_forward, check_packed, engine_attention, measure_geometry
@@ -186,6 +186,8 @@ class ValueEngine:
 
     def parts(self, lengths: Sequence[int]) -> list[slice]:
         """Cuts rows with histories of these lengths, in order, into as few parts as the cache holds one at a time."""
+        if self.cache.fits(lengths):
+            return [slice(0, len(lengths))]
         cuts, first = [], 0
         for row in range(1, len(lengths)):
             if not self.cache.fits(lengths[first : row + 1]):
@@ -217,7 +219,10 @@ class ValueEngine:
         if self.model.type == "v":
             tails_BRH = self._forward(spans, last, candidates_BK).unflatten(0, (len(last.slots_B), -1))
             return self.model.head_logits(tails_BRH[:, 1:])
-        return self.model.head_logits(self._forward(spans, last, None), candidates_BK)
+        hidden_BH = self._forward(spans, last, None)
+        if self._compiled is not None:
+            return candidate_logits(self.model.head, hidden_BH, candidates_BK, self.model.distribution.num_logits)
+        return self.model.head_logits(hidden_BH, candidates_BK)
 
     @torch.inference_mode()
     def extend(self, spans: Sequence[Span]) -> None:

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -34,6 +35,13 @@ constexpr int64_t PANEL = 2 * LANES;
 constexpr int TILE = LANES == 16 ? 12 : 6;
 // Numbers of a cache line.
 constexpr int64_t LINE = 16;
+// Fewer queries than this are multiplied by keys as they lie; for more it pays to turn the keys into a panel first.
+constexpr int64_t QUERIES_OF_A_PANEL = 5;
+// Groups of numbers for each of the largest that are looked for, and in all: fewer wait for each other.
+constexpr int64_t GROUPS_OF_ONE = 3;
+constexpr int64_t FEWEST_GROUPS = 8 * LANES;
+// Rows of a Q-type head that are asked for before they are read.
+constexpr int64_t FETCHED_AHEAD = 4;
 // Tokens of a span that are one block of attention.
 constexpr int64_t SPAN_TOKENS = 16;
 constexpr float INF = std::numeric_limits<float>::infinity();
@@ -49,6 +57,16 @@ void fetch(const float* first, int64_t count) {
 
 float sum(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+
+float max(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
+}
+
+float dot(const float* a, const float* b, int64_t size) {
+  Vec products(0);
+  for (int64_t d = 0; d < size; d += LANES) products = at::vec::fmadd(Vec::loadu(a + d), Vec::loadu(b + d), products);
+  return sum(products);
 }
 
 // sums[i][j] += Σ_k a[i, k] · b[k, j] for a tile of rows and one panel. `ahead`: PANEL/2 · depth numbers to come next.
@@ -204,17 +222,16 @@ class BlockAttention {
     panel_ = own_weight_Q_ + queries;
   }
 
-  // qkv_C, out_CHD: of the block's first token. `next`: keys that are read after this.
+  // qkv_C, out_CHD: of the block's first token.
   void operator()(
-      const float* qkv_C, float* out_CHD, const Block& block, int64_t head, const Cache& cache, float scaling,
-      const float* next) {
+      const float* qkv_C, float* out_CHD, const Block& block, int64_t head, const Cache& cache, float scaling) {
     const int64_t group = heads_.group(), size = heads_.size, queries = block.tokens * group;
     const int64_t longest = block.visible + (block.is_span ? block.tokens - 1 : 0);
     for (int64_t i = 0; i < queries; i++) {
       const float* query = qkv_C + i / group * heads_.width() + (head * group + i % group) * size;
       for (int64_t d = 0; d < size; d++) queries_QD_[i * size + d] = query[d] * scaling;
     }
-    score(block.slot, head, cache, queries, longest, next);
+    score(block.slot, head, cache, queries, longest);
     for (int64_t i = 0; i < queries; i++) {
       const int64_t token = i / group;
       const bool sees_itself = !block.is_span && token > 0;
@@ -226,27 +243,40 @@ class BlockAttention {
   }
 
  private:
-  // Scores of all queries at all positions, from a panel of keys after the other.
-  void score(int64_t slot, int64_t head, const Cache& cache, int64_t queries, int64_t longest, const float* next) {
+  // Scores of all queries at all positions, as many positions at once as a panel has columns.
+  void score(int64_t slot, int64_t head, const Cache& cache, int64_t queries, int64_t longest) {
     const int64_t size = heads_.size;
     for (int64_t start = 0; start < longest; start += PANEL) {
       const int64_t count = std::min(PANEL, longest - start), at = cache.offset(slot, head, start);
-      const bool is_last = start + PANEL >= longest;
+      // The values are read next; keys come from memory in order, which the processor sees by itself.
       fetch(cache.values_NGPD + at, count * size);
-      fetch(is_last ? next : cache.keys_NGPD + cache.offset(slot, head, start + PANEL), PANEL * size);
-      for (int64_t c = 0; c < count; c += LANES)
-        for (int64_t d = 0; d < size; d += LANES)
-          at::vec::transpose_mxn<float>(
-              cache.keys_NGPD + at + c * size + d, size, panel_ + d * PANEL + c, PANEL, std::min(LANES, count - c),
-              LANES);
-      for_tiles(queries, [&]<int ROWS>(int64_t first) {
-        Vec sums[ROWS][2];
-        for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = Vec(0);
-        multiply<ROWS, false>(queries_QD_ + first * size, size, panel_, PANEL, size, sums);
-        for (int i = 0; i < ROWS; i++)
-          for (int j = 0; j < 2; j++) sums[i][j].store(weights_QP_ + (first + i) * width_ + start + j * LANES);
-      });
+      const float* keys_CD = cache.keys_NGPD + at;
+      if (queries < QUERIES_OF_A_PANEL)
+        score_by_key(keys_CD, count, queries, weights_QP_ + start);
+      else
+        score_by_panel(keys_CD, count, queries, weights_QP_ + start);
     }
+  }
+
+  void score_by_key(const float* keys_CD, int64_t count, int64_t queries, float* scores_QP) const {
+    const int64_t size = heads_.size;
+    for (int64_t c = 0; c < count; c++)
+      for (int64_t i = 0; i < queries; i++) scores_QP[i * width_ + c] = dot(queries_QD_ + i * size, keys_CD + c * size, size);
+  }
+
+  void score_by_panel(const float* keys_CD, int64_t count, int64_t queries, float* scores_QP) const {
+    const int64_t size = heads_.size;
+    for (int64_t c = 0; c < count; c += LANES)
+      for (int64_t d = 0; d < size; d += LANES)
+        at::vec::transpose_mxn<float>(
+            keys_CD + c * size + d, size, panel_ + d * PANEL + c, PANEL, std::min(LANES, count - c), LANES);
+    for_tiles(queries, [&]<int ROWS>(int64_t first) {
+      Vec sums[ROWS][2];
+      for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = Vec(0);
+      multiply<ROWS, false>(queries_QD_ + first * size, size, panel_, PANEL, size, sums);
+      for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < 2; j++) sums[i][j].store(scores_QP + (first + i) * width_ + j * LANES);
+    });
   }
 
   // Scores of a query → e^(score − the largest), 0 where nothing is visible, and what is to be multiplied by.
@@ -256,13 +286,10 @@ class BlockAttention {
     std::fill(weights_P + visible, weights_P + end, -INF);
     Vec largest = Vec::loadu(weights_P);
     for (int64_t p = LANES; p < end; p += LANES) largest = at::vec::maximum(largest, Vec::loadu(weights_P + p));
-    float most = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, largest);
+    float most = max(largest);
     float own = -INF;
     if (own_key_D) {
-      Vec products(0);
-      for (int64_t d = 0; d < heads_.size; d += LANES)
-        products = at::vec::fmadd(Vec::loadu(queries_QD_ + query * heads_.size + d), Vec::loadu(own_key_D + d), products);
-      own = sum(products);
+      own = dot(queries_QD_ + query * heads_.size, own_key_D, heads_.size);
       most = own > most || std::isnan(own) ? own : most;
     }
     Vec total(0);
@@ -446,11 +473,9 @@ class LlamaForward : public torch::CustomClassHolder {
       BlockAttention attend_block(heads_, tokens, longest);
       for (int64_t part = begin; part < end; part++) {
         const Block& block = blocks[part / heads_.kv];
-        const int64_t next = std::min(part + 1, end - 1);
         attend_block(
             qkv + block.first * heads_.width(), out + block.first * heads_.query * heads_.size, block,
-            part % heads_.kv, cache, scaling,
-            cache.keys_NGPD + cache.offset(blocks[next / heads_.kv].slot, next % heads_.kv, 0));
+            part % heads_.kv, cache, scaling);
       }
     });
   }
@@ -462,10 +487,84 @@ class LlamaForward : public torch::CustomClassHolder {
   std::vector<Layer> layers_;
 };
 
+// A Q-type head's logits of candidates [B, K, A]. hidden [B, E], weight [V·A, E], bias [V·A], candidates [B, K].
+Tensor candidate_logits(const Tensor& hidden, const Tensor& weight, const Weights& bias, const Tensor& candidates, int64_t atoms) {
+  const int64_t rows = candidates.size(0), count = candidates.size(1), size = hidden.size(1);
+  Tensor logits_BKA = at::empty({rows, count, atoms}, hidden.options());
+  const float *hidden_BE = read(hidden), *weight_NE = read(weight), *bias_N = read(bias);
+  const int64_t* ids_BK = candidates.const_data_ptr<int64_t>();
+  float* logits = write(logits_BKA);
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * count; i < end * count; i++) {
+      if (i + FETCHED_AHEAD < end * count) fetch(weight_NE + ids_BK[i + FETCHED_AHEAD] * atoms * size, atoms * size);
+      for (int64_t atom = 0; atom < atoms; atom++) {
+        const int64_t n = ids_BK[i] * atoms + atom;
+        logits[i * atoms + atom] = dot(hidden_BE + i / count * size, weight_NE + n * size, size) + (bias_N ? bias_N[n] : 0);
+      }
+    }
+  });
+  return logits_BKA;
+}
+
+struct Found {
+  float value;
+  int64_t place;
+
+  bool operator<(const Found& other) const { return value != other.value ? value > other.value : place < other.place; }
+};
+
+// The k largest numbers of a row in order, the first of equal ones.
+//
+// The row is dealt out to some times k groups: as many numbers as groups have a larger one are at least as large as the
+// k-th largest of the groups' largest, so what is less than that needn't be looked at. No branch depends on the rest.
+void find_largest(const float* x, int64_t size, int64_t k, std::vector<float>& largest, std::vector<Found>& found) {
+  const int64_t groups = std::max(FEWEST_GROUPS, (GROUPS_OF_ONE * k + LANES - 1) / LANES * LANES);
+  float least = -INF;
+  if (groups <= size) {
+    largest.assign(x, x + groups);
+    for (int64_t i = groups; i + groups <= size; i += groups)
+      for (int64_t j = 0; j < groups; j += LANES)
+        at::vec::maximum(Vec::loadu(&largest[j]), Vec::loadu(x + i + j)).store(&largest[j]);
+    std::nth_element(largest.begin(), largest.begin() + k - 1, largest.end(), std::greater<>());
+    least = largest[k - 1];
+  }
+  found.clear();
+  int64_t equal = 0, i = 0;
+  const auto keep = [&](int64_t at) {
+    if (x[at] > least || (x[at] == least && equal++ < k)) found.push_back({x[at], at});
+  };
+  for (; i + LANES <= size; i += LANES)
+    for (int hits = ~(Vec::loadu(x + i) >= Vec(least)).zero_mask() & ((1 << LANES) - 1); hits; hits &= hits - 1)
+      keep(i + __builtin_ctz(hits));
+  for (; i < size; i++) keep(i);
+  std::partial_sort(found.begin(), found.begin() + k, found.end());
+}
+
+// The k largest numbers of each row, which has no NaN, and where they are.
+std::tuple<Tensor, Tensor> top_k(const Tensor& rows, int64_t k) {
+  const int64_t count = rows.size(0), size = rows.size(1);
+  Tensor values = at::empty({count, k}, rows.options());
+  Tensor places = at::empty({count, k}, rows.options().dtype(at::kLong));
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> largest;
+    std::vector<Found> found;
+    for (int64_t row = begin; row < end; row++) {
+      find_largest(read(rows) + row * rows.stride(0), size, k, largest, found);
+      for (int64_t i = 0; i < k; i++) {
+        write(values)[row * k + i] = found[i].value;
+        places.mutable_data_ptr<int64_t>()[row * k + i] = found[i].place;
+      }
+    }
+  });
+  return {values, places};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(qtilt, library) {
   library.def("lanes() -> int", []() { return LANES; });
+  library.def("top_k(Tensor rows, int k) -> (Tensor, Tensor)", top_k);
+  library.def("candidate_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor candidates, int atoms) -> Tensor", candidate_logits);
   library.class_<LlamaForward>("LlamaForward")
       .def(torch::init<Tensor, Tensor, Tensor, int64_t, int64_t, int64_t, int64_t, double>())
       .def("add_layer", &LlamaForward::add_layer)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qtilt.compiled_library import top_k
 from qtilt.distributions import ReturnDistribution
 
 
@@ -38,7 +39,7 @@ def top_candidates(logits_BV: Tensor, k: int, scorable: int, top_k_B: Tensor | N
     scorable = min(scorable, logits_BV.shape[-1])
     scorable_logits = logits_BV[:, :scorable]
     finite_logits = scorable_logits.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-    top_logits_BK, token_ids_BK = finite_logits.topk(min(k, scorable), dim=-1)
+    top_logits_BK, token_ids_BK = top_k(finite_logits, min(k, scorable))
     valid_BK = top_logits_BK.isfinite()
     if top_k_B is not None:
         rank_K = torch.arange(valid_BK.shape[-1], device=valid_BK.device)
