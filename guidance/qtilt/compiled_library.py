@@ -42,15 +42,26 @@ def load_library() -> None:
     _loaded.append(library)
 
 
-def top_k(rows_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest numbers of each row, falling, and where they are: by the library where it can, else by torch.
-
-    The rows have no NaN.
-    """
-    if _loaded and rows_BV.device.type == "cpu" and rows_BV.dtype == torch.float32:
+def top_finite(rows_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest numbers of each row, falling, and where they are; what isn't finite counts as −inf."""
+    if _takes(rows_BV):
         values_BK, places_BK = torch.ops.qtilt.top_k(rows_BV, k)
         return values_BK, places_BK
-    return torch.topk(rows_BV, k)
+    return rows_BV.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).topk(k, dim=-1)
+
+
+def log_sum_exp(rows_BV: Tensor, scale_B: Tensor) -> Tensor:
+    """ln Σ e^(x/scale) of each row, float64 ``[B]`` as ``scale_B``; what isn't finite counts as −inf."""
+    if _takes(rows_BV):
+        sums_B: Tensor = torch.ops.qtilt.log_sum_exp(rows_BV, scale_B)
+        return sums_B
+    scaled_BV = rows_BV / scale_B.to(rows_BV.dtype).unsqueeze(-1)
+    return scaled_BV.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).logsumexp(-1).double()
+
+
+def _takes(rows_BV: Tensor) -> bool:
+    on_cpu = rows_BV.device.type == "cpu" and rows_BV.dtype == torch.float32
+    return bool(_loaded) and on_cpu and rows_BV.stride(-1) == 1
 
 
 def cache_folder() -> Path:

@@ -32,17 +32,13 @@ from qtilt.value_model import ValueModel
 class Row:
     """One history in a step: its slot, how many of its tokens the cache holds, and the tokens it lacks, one at least.
 
-    The last token is always run: where the cache has it, it is computed again.
+    The last token is always run: where the cache has it, it is computed again. length: tokens in the history.
     """
 
     slot: int
     start: int
     new_token_ids: Sequence[int]
-
-    @property
-    def length(self) -> int:
-        """Tokens in the history."""
-        return self.start + len(self.new_token_ids)
+    length: int
 
     def advance(self, count: int) -> None:
         """The cache has got the next ``count`` tokens."""
@@ -84,6 +80,9 @@ class ValueEngine:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         self.model = model.eval()
         self.max_length = max_length
+        # A V-type candidate has a position too.
+        self._longest = max_length if model.type == "q" else min(max_length, model.max_positions - 1)
+        self._vocab_size = model.vocab_size
         self.max_new_tokens = max_new_tokens
         self.cache = self._own_or_shared_cache({} if caches is None else caches, slots, kv_fraction)
         self._mine: set[int] = set()
@@ -233,22 +232,21 @@ class ValueEngine:
     def _row(self, slot: int, history: Sequence[int]) -> Row:
         """The history's part that must be run: what the cache lacks, and its last token in any case."""
         covered, length = self.covered(slot), len(history)
-        longest = self.max_length if self.model.type == "q" else min(self.max_length, self.model.max_positions - 1)
         if length == 0:
             raise ValueError(f"the history of slot {slot} is empty, one token is the least")
-        if not covered <= length <= longest:
+        if not covered <= length <= self._longest:
             raise ValueError(
                 f"the history of slot {slot} has {length} tokens, expected {covered} (already covered: rewind first) "
-                f"to {longest}"
+                f"to {self._longest}"
             )
         start = min(covered, length - 1)
         new_token_ids = history[start:]
-        if min(new_token_ids) < 0 or max(new_token_ids) >= self.model.vocab_size:
+        if min(new_token_ids) < 0 or max(new_token_ids) >= self._vocab_size:
             raise ValueError(
                 f"the history of slot {slot} has token ids from {min(new_token_ids)} to {max(new_token_ids)}, the "
-                f"value model's are 0 to {self.model.vocab_size - 1}"
+                f"value model's are 0 to {self._vocab_size - 1}"
             )
-        return Row(slot, start, new_token_ids)
+        return Row(slot, start, new_token_ids, length)
 
     def _share_prefixes(self, rows: Sequence[Row]) -> None:
         """Copy what a new history has in common with others, those of this step included: samples of one prompt."""
@@ -280,7 +278,7 @@ class ValueEngine:
                 take = min(room, len(row.new_token_ids) - 1)
                 room -= take
                 if take:
-                    parts.append(Row(row.slot, row.start, row.new_token_ids[:take]))
+                    parts.append(Row(row.slot, row.start, row.new_token_ids[:take], row.start + take))
                     row.advance(take)
             for part in parts:
                 self.cache.reserve(part.slot, part.length)
@@ -293,8 +291,12 @@ class ValueEngine:
         """All that a forward needs to know of the rows, in one copy."""
         for row in rows:
             self.cache.reserve(row.slot, row.length)
-        parts = [Row(row.slot, row.start, row.new_token_ids[:-1]) for row in rows if len(row.new_token_ids) > 1]
-        last_3B = np.array([(row.slot, row.length - 1, row.new_token_ids[-1]) for row in rows], dtype=np.int64).T
+        parts = [
+            Row(row.slot, row.start, row.new_token_ids[:-1], row.length - 1) for row in rows if len(row.new_token_ids) > 1
+        ]
+        last_3B = np.array(
+            [[row.slot for row in rows], [row.length - 1 for row in rows], [row.new_token_ids[-1] for row in rows]]
+        )
         tokens_N, last = copy_to_device(self.cache.geometry.device, _new_tokens(parts), last_3B)
         return _spans(parts, tokens_N), LastTokens(last[0], last[1], last[2], max(row.length for row in rows))
 

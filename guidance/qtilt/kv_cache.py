@@ -225,7 +225,8 @@ class KVCache:
     def reserve(self, slot: int, length: int) -> None:
         """Note that positions below ``length`` are about to be written. Raises ValueError without room for them."""
         assert self._covered[slot] <= length <= self.max_length, f"slot {slot} to hold {length} of {self.max_length}"
-        self.pages.take(slot, length)
+        if not self.pages.in_one_piece:
+            self.pages.take(slot, length)
         self._written[slot] = max(self._written[slot], length)
         self._clock += 1
         self._used[slot] = self._clock

@@ -513,7 +513,9 @@ struct Found {
   bool operator<(const Found& other) const { return value != other.value ? value > other.value : place < other.place; }
 };
 
-// The k largest numbers of a row in order, the first of equal ones.
+Vec only_finite(const Vec& x) { return Vec::blendv(Vec(-INF), x, x.abs() < Vec(INF)); }
+
+// The k largest numbers of a row in order, the first of equal ones; what isn't finite counts as −inf.
 //
 // The row is dealt out to some times k groups: as many numbers as groups have a larger one are at least as large as the
 // k-th largest of the groups' largest, so what is less than that needn't be looked at. No branch depends on the rest.
@@ -521,26 +523,52 @@ void find_largest(const float* x, int64_t size, int64_t k, std::vector<float>& l
   const int64_t groups = std::max(FEWEST_GROUPS, (GROUPS_OF_ONE * k + LANES - 1) / LANES * LANES);
   float least = -INF;
   if (groups <= size) {
-    largest.assign(x, x + groups);
-    for (int64_t i = groups; i + groups <= size; i += groups)
+    largest.assign(groups, -INF);
+    for (int64_t i = 0; i + groups <= size; i += groups)
       for (int64_t j = 0; j < groups; j += LANES)
-        at::vec::maximum(Vec::loadu(&largest[j]), Vec::loadu(x + i + j)).store(&largest[j]);
+        at::vec::maximum(Vec::loadu(&largest[j]), only_finite(Vec::loadu(x + i + j))).store(&largest[j]);
     std::nth_element(largest.begin(), largest.begin() + k - 1, largest.end(), std::greater<>());
     least = largest[k - 1];
   }
   found.clear();
   int64_t equal = 0, i = 0;
   const auto keep = [&](int64_t at) {
-    if (x[at] > least || (x[at] == least && equal++ < k)) found.push_back({x[at], at});
+    const float number = std::isfinite(x[at]) ? x[at] : -INF;
+    if (number > least || (number == least && equal++ < k)) found.push_back({number, at});
   };
   for (; i + LANES <= size; i += LANES)
-    for (int hits = ~(Vec::loadu(x + i) >= Vec(least)).zero_mask() & ((1 << LANES) - 1); hits; hits &= hits - 1)
+    for (int hits = ~(only_finite(Vec::loadu(x + i)) >= Vec(least)).zero_mask() & ((1 << LANES) - 1); hits; hits &= hits - 1)
       keep(i + __builtin_ctz(hits));
   for (; i < size; i++) keep(i);
   std::partial_sort(found.begin(), found.begin() + k, found.end());
 }
 
-// The k largest numbers of each row, which has no NaN, and where they are.
+// ln Σ e^(x/scale) of each row, float64 [B]; what isn't finite counts as −inf.
+Tensor log_sum_exp(const Tensor& rows, const Tensor& scales) {
+  const int64_t count = rows.size(0), size = rows.size(1), whole = size / LANES * LANES;
+  Tensor result = at::empty({count}, scales.options());
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const float* x = read(rows) + row * rows.stride(0);
+      const double scale = scales.const_data_ptr<double>()[row];
+      Vec largest(-INF);
+      for (int64_t i = 0; i < whole; i += LANES) largest = at::vec::maximum(largest, only_finite(Vec::loadu(x + i)));
+      float most = max(largest);
+      for (int64_t i = whole; i < size; i++) most = std::isfinite(x[i]) ? std::max(most, x[i]) : most;
+      const Vec shift(most), factor(static_cast<float>(1 / scale));
+      Vec total(0);
+      for (int64_t i = 0; i < whole; i += LANES)
+        total = total + ((only_finite(Vec::loadu(x + i)) - shift) * factor).exp_u20();
+      double sum_of_row = sum(total);
+      for (int64_t i = whole; i < size; i++)
+        if (std::isfinite(x[i])) sum_of_row += std::exp((x[i] - most) / scale);
+      result.mutable_data_ptr<double>()[row] = most == -INF ? -INF : most / scale + std::log(sum_of_row);
+    }
+  });
+  return result;
+}
+
+// The k largest numbers of each row, and where they are.
 std::tuple<Tensor, Tensor> top_k(const Tensor& rows, int64_t k) {
   const int64_t count = rows.size(0), size = rows.size(1);
   Tensor values = at::empty({count, k}, rows.options());
@@ -564,6 +592,7 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& rows, int64_t k) {
 TORCH_LIBRARY(qtilt, library) {
   library.def("lanes() -> int", []() { return LANES; });
   library.def("top_k(Tensor rows, int k) -> (Tensor, Tensor)", top_k);
+  library.def("log_sum_exp(Tensor rows, Tensor scales) -> Tensor", log_sum_exp);
   library.def("candidate_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor candidates, int atoms) -> Tensor", candidate_logits);
   library.class_<LlamaForward>("LlamaForward")
       .def(torch::init<Tensor, Tensor, Tensor, int64_t, int64_t, int64_t, int64_t, double>())

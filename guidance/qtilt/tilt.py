@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtilt.compiled_library import top_k
+from qtilt.compiled_library import log_sum_exp, top_finite
 from qtilt.distributions import ReturnDistribution
 
 
@@ -37,10 +37,8 @@ def top_candidates(logits_BV: Tensor, k: int, scorable: int, top_k_B: Tensor | N
     Tokens with a logit of −inf or NaN never count. ``top_k_B`` narrows single rows below k.
     """
     scorable = min(scorable, logits_BV.shape[-1])
-    scorable_logits = logits_BV[:, :scorable]
-    finite_logits = scorable_logits.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-    top_logits_BK, token_ids_BK = top_k(finite_logits, min(k, scorable))
-    valid_BK = top_logits_BK.isfinite()
+    top_logits_BK, token_ids_BK = top_finite(logits_BV[:, :scorable], min(k, scorable))
+    valid_BK = top_logits_BK > -torch.inf
     if top_k_B is not None:
         rank_K = torch.arange(valid_BK.shape[-1], device=valid_BK.device)
         valid_BK = valid_BK & (rank_K < top_k_B.unsqueeze(-1))
@@ -113,10 +111,10 @@ class ReferenceMass(NamedTuple):
 
 def reference_mass(logits_BV: Tensor, candidates: Candidates, temperature_B: Tensor) -> ReferenceMass:
     """From the full vocabulary, once. T = 0 is measured at T = 1; −inf and NaN logits have no mass."""
-    scaled_BV = logits_BV / _scale(temperature_B).to(logits_BV.dtype).unsqueeze(-1)
-    scaled_BV.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-    log_mass_BK = scaled_BV.log_softmax(-1).gather(-1, candidates.token_ids_BK).double()
-    log_mass_BK = log_mass_BK.masked_fill(~candidates.valid_BK, -torch.inf)
+    scale_B = _scale(temperature_B).double()
+    log_normaliser_B1 = log_sum_exp(logits_BV, scale_B).unsqueeze(-1)
+    scaled_BK = logits_BV.gather(-1, candidates.token_ids_BK).double() / scale_B.unsqueeze(-1)
+    log_mass_BK = (scaled_BK - log_normaliser_B1).masked_fill(~candidates.valid_BK, -torch.inf)
     rest_B1 = 1 - log_mass_BK.exp().sum(-1, keepdim=True)
     return ReferenceMass(log_mass_BK, rest_B1.masked_fill(rest_B1 < _ROUNDING, 0.0).log())
 

@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class GuidedRow:
         """Whether the next token is one of those to guide."""
         return self.params.guides(len(self.output_token_ids))
 
-    @property
+    @cached_property
     def in_stages(self) -> bool:
         """How its candidates are scored."""
         return scores_in_stages(self.version, self.params)
@@ -94,18 +95,42 @@ class GuidedRow:
         return self.slot
 
 
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Rows of one version that are guided together, and what of it stays while nothing else changes.
+
+    They are all scored in stages, or none is. where: in the batch, in this order; a slice if they lie side by side.
+    """
+
+    rows: list[GuidedRow]
+    indices: list[int]
+    where: slice | Tensor
+    settings: StepSettings
+
+    @classmethod
+    def of(cls, rows: list[GuidedRow], indices: list[int], device: torch.device) -> "Together":
+        """The settings of the rows, and where they are, go to the device."""
+        settings = [RowSettings.of(row.params, row.temperature, row.ending_token) for row in rows]
+        rows_GS, indices_G = copy_to_device(device, np.array(settings), np.array(indices, dtype=np.float64))
+        side_by_side = slice(indices[0], indices[0] + len(indices))
+        where = side_by_side if indices == list(range(side_by_side.start, side_by_side.stop)) else indices_G.long()
+        return cls(rows, indices, where, StepSettings.of(rows_GS, [row.params for row in rows]))
+
+
 class GuidedBatch:
     """Rows by their index in the batch. Requests without guidance have no row, and their logits aren't touched."""
 
     def __init__(self) -> None:
         self._rows: dict[int, GuidedRow] = {}
         self._checks: deque[FiniteCheck[GuidedRow]] = deque()
+        self._together: dict[tuple[ResidentVersion, bool], Together] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def put(self, index: int, row: GuidedRow | None) -> None:
         """The request at ``index`` is now ``row`` (None: one without guidance); what was there has left."""
+        self._together.clear()
         if (previous := self._rows.pop(index, None)) is not None:
             previous.leave()
         if row is not None:
@@ -121,6 +146,7 @@ class GuidedBatch:
 
     def swap(self, first: int, second: int) -> None:
         """Exchange the requests of two indices."""
+        self._together.clear()
         rows = {second: self._rows.pop(first, None), first: self._rows.pop(second, None)}
         self._rows.update({index: row for index, row in rows.items() if row is not None})
 
@@ -136,8 +162,8 @@ class GuidedBatch:
                 together.setdefault((row.version, row.in_stages), []).append(index)
             else:
                 row.release()
-        for (version, _), indices in together.items():
-            self._guide_version(version, indices, logits_BV)
+        for key, indices in together.items():
+            self._guide_version(key, indices, logits_BV)
         self._end_failed(logits_BV)
         return logits_BV
 
@@ -148,7 +174,7 @@ class GuidedBatch:
                 logger.error("the values of %s for a request are not finite numbers: it ends", row.version.label)
                 row.fail(not_numbers(), step)
 
-    def _guide_version(self, version: ResidentVersion, indices: Sequence[int], logits_BV: Tensor) -> None:
+    def _guide_version(self, key: tuple[ResidentVersion, bool], indices: Sequence[int], logits_BV: Tensor) -> None:
         """Rows of one version that are scored in one way. This is the edge that no error of value code crosses.
 
         An exception leaves the logits untouched. What a forward that broke off has left in the cache goes with the
@@ -156,14 +182,21 @@ class GuidedBatch:
         """
         try:
             # The engine reads neighbouring slots together.
-            indices = sorted(indices, key=lambda index: self._rows[index].ready_slot())
-            rows = [self._rows[index] for index in indices]
-            finite_G = guide_rows(version, rows, indices, logits_BV)
-            self._checks.append(FiniteCheck([(row, len(row.output_token_ids)) for row in rows], finite_G))
+            together = self._find_together(key, sorted(indices, key=lambda index: self._rows[index].ready_slot()), logits_BV)
+            finite_G = guide_rows(key[0], together, logits_BV)
+            self._checks.append(FiniteCheck([(row, len(row.output_token_ids)) for row in together.rows], finite_G))
         except Exception as error:
-            logger.exception("guidance failed in value model %s: %d request(s) end", version.label, len(indices))
+            logger.exception("guidance failed in value model %s: %d request(s) end", key[0].label, len(indices))
             for row in (self._rows[index] for index in indices):
                 row.fail(of_exception(error), len(row.output_token_ids))
+
+    def _find_together(self, key: tuple[ResidentVersion, bool], indices: list[int], logits_BV: Tensor) -> Together:
+        """From step to step it is mostly the same rows."""
+        found = self._together.get(key)
+        if found is None or found.indices != indices:
+            found = Together.of([self._rows[index] for index in indices], indices, logits_BV.device)
+            self._together[key] = found
+        return found
 
     def _end_failed(self, logits_BV: Tensor) -> None:
         failed = [
@@ -177,15 +210,13 @@ class GuidedBatch:
             logits_BV[indices_F, tokens_F] = CERTAIN
 
 
-def guide_rows(
-    version: ResidentVersion, rows: Sequence[GuidedRow], indices: Sequence[int], logits_BV: Tensor
-) -> Tensor:
+def guide_rows(version: ResidentVersion, together: Together, logits_BV: Tensor) -> Tensor:
     """History → value → offset → tilted logits for rows of one version, in place, and what was done on record.
 
-    They are all scored in stages, or none is. Returns which rows' guidance was finite, bool ``[G]`` on the device: the
-    others get logits that end their requests.
+    Returns which rows' guidance was finite, bool ``[G]`` on the device: the others get logits that end their requests.
     """
-    slots = [row.ready_slot() for row in rows]
+    rows = together.rows
+    slots = [row.slot for row in rows if row.slot is not None]
     histories = [row.history for row in rows]
 
     def score(candidates_RK: Tensor, rows_R: Tensor | None = None) -> Tensor:
@@ -195,17 +226,11 @@ def guide_rows(
         some = [slots[position] for position in positions], [histories[position] for position in positions]
         return version.engine.value_logits(*some, candidates_RK)
 
-    (indices_G,) = copy_to_device(logits_BV.device, np.array(indices))
-    settings = _settings(rows, logits_BV.device)
-    guided = guide_step(version, logits_BV[indices_G], settings, score, in_stages=rows[0].in_stages)
-    logits_BV[indices_G] = guided.logits_GV
+    guided = guide_step(
+        version, logits_BV[together.where], together.settings, score, in_stages=rows[0].in_stages
+    )
+    logits_BV[together.where] = guided.logits_GV
     for position, row in enumerate(rows):
         if row.record is not None:
             row.record.write(len(row.output_token_ids), guided.kl_G, guided.candidates_G, position)
     return ~guided.kl_G.isnan()
-
-
-def _settings(rows: Sequence[GuidedRow], device: torch.device) -> StepSettings:
-    settings = [RowSettings.of(row.params, row.temperature, row.ending_token) for row in rows]
-    (rows_GS,) = copy_to_device(device, np.array(settings))
-    return StepSettings.of(rows_GS, (row.params for row in rows))

@@ -26,7 +26,8 @@ class TokenHistory(Sequence[int]):
     def __getitem__(self, index: slice) -> list[int]: ...
     def __getitem__(self, index: int | slice) -> int | list[int]:
         if isinstance(index, slice):
-            return [min(token, self._last_row) for token in self._join(*index.indices(len(self)))]
+            last_row = self._last_row
+            return [token if token < last_row else last_row for token in self._join(*index.indices(len(self)))]
         index = range(len(self))[index]
         prompt_length = len(self._prompt)
         token = self._prompt[index] if index < prompt_length else self._output[index - prompt_length]
@@ -36,4 +37,6 @@ class TokenHistory(Sequence[int]):
         if step != 1:
             raise ValueError(f"a token history is sliced with step 1, not {step}")
         prompt_length = len(self._prompt)
+        if start >= prompt_length:
+            return self._output[start - prompt_length : stop - prompt_length]
         return self._prompt[start:stop] + self._output[max(start - prompt_length, 0) : max(stop - prompt_length, 0)]

@@ -71,9 +71,12 @@ class RowSettings(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """The settings of a step's rows ``[G]`` on the device, and what the host must know of all of them."""
+    """The settings of a step's rows ``[G]`` on the device, and what the host must know of all of them.
 
-    top_k_G: Tensor
+    top_k_G: None when it is ``max_top_k`` for all.
+    """
+
+    top_k_G: Tensor | None
     inv_eta_G: Tensor
     method_G: Tensor
     temperature_G: Tensor
@@ -88,15 +91,16 @@ class StepSettings:
         """rows_GS: float64 ``[G, len(RowSettings)]``. params: those of all rows, in any order."""
         top_k_G, inv_eta_G, method_G, temperature_G, tolerance_G, ending_token_G, guided_below_G = rows_GS.unbind(1)
         asked = list(params)
+        top_ks = {each.top_k for each in asked}
         return cls(
-            top_k_G=top_k_G.long(),
+            top_k_G=top_k_G.long() if len(top_ks) > 1 else None,
             inv_eta_G=inv_eta_G,
             method_G=method_G,
             temperature_G=temperature_G,
             tolerance_G=tolerance_G,
             ending_token_G=ending_token_G.long(),
             guided_below_G=guided_below_G,
-            max_top_k=max(each.top_k for each in asked),
+            max_top_k=max(top_ks),
             methods=frozenset(each.method for each in asked),
         )
 
@@ -158,7 +162,7 @@ def guide_step(
     offsets_GK = torch.where(finite_G.unsqueeze(-1), offsets_GK, floor_G.unsqueeze(-1))
     tilted_GV = tilt(logits_GV, candidates, offsets_GK, floor_G, settings.temperature_G)
     kl_G = kl_divergence(mass, candidates, offsets_GK, floor_G)
-    finite_G = finite_G & kl_G.isfinite()
+    finite_G = finite_G & (kl_G < math.inf)
     tilted_GV = end_unless(finite_G, tilted_GV, settings.ending_token_G)
     return GuidedLogits(tilted_GV, kl_G.masked_fill(~finite_G, math.nan), is_scored_GK.sum(-1))
 
