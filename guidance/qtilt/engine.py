@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qtilt.compiled_forward import CompiledForward, can_compile, candidate_logits
+from qtilt.compiled.llama_forward import CompiledForward, can_compile, candidate_logits
 from qtilt.cpu_linear import onednn_linears, slow_linears
 from qtilt.device_copy import copy_to_device
 from qtilt.exactness import check_forward, check_packed, engine_attention, measure_geometry

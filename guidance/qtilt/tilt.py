@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtilt.compiled_library import log_sum_exp, top_finite
+from qtilt.compiled import library
 from qtilt.distributions import ReturnDistribution
 
 
@@ -36,8 +36,12 @@ def top_candidates(logits_BV: Tensor, k: int, scorable: int, top_k_B: Tensor | N
 
     Tokens with a logit of −inf or NaN never count. ``top_k_B`` narrows single rows below k.
     """
+    if library.takes(logits_BV):
+        return Candidates(*torch.ops.qtilt.top_candidates(logits_BV, k, scorable, top_k_B))
     scorable = min(scorable, logits_BV.shape[-1])
-    top_logits_BK, token_ids_BK = top_finite(logits_BV[:, :scorable], min(k, scorable))
+    scorable_logits = logits_BV[:, :scorable]
+    finite_logits = scorable_logits.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    top_logits_BK, token_ids_BK = finite_logits.topk(min(k, scorable), dim=-1)
     valid_BK = top_logits_BK > -torch.inf
     if top_k_B is not None:
         rank_K = torch.arange(valid_BK.shape[-1], device=valid_BK.device)
@@ -79,6 +83,9 @@ def tilt(
     Only differences of offsets matter, so each row is shifted by its largest: a row of equal offsets comes back
     bit-identical, and large 1/η costs no precision where the mass is. −inf and NaN logits stay as they are.
     """
+    if library.takes(logits_BV):
+        tilted_BV: Tensor = torch.ops.qtilt.tilt(logits_BV, *candidates, offsets_BK, floor_B, temperature_B)
+        return tilted_BV
     offsets_BK, floor_B1 = _below_the_largest(candidates, offsets_BK, floor_B)
     scale_B1 = _scale(temperature_B).double().unsqueeze(-1)
     tilted_BV = logits_BV + (scale_B1 * floor_B1).to(logits_BV.dtype)
@@ -111,10 +118,12 @@ class ReferenceMass(NamedTuple):
 
 def reference_mass(logits_BV: Tensor, candidates: Candidates, temperature_B: Tensor) -> ReferenceMass:
     """From the full vocabulary, once. T = 0 is measured at T = 1; −inf and NaN logits have no mass."""
-    scale_B = _scale(temperature_B).double()
-    log_normaliser_B1 = log_sum_exp(logits_BV, scale_B).unsqueeze(-1)
-    scaled_BK = logits_BV.gather(-1, candidates.token_ids_BK).double() / scale_B.unsqueeze(-1)
-    log_mass_BK = (scaled_BK - log_normaliser_B1).masked_fill(~candidates.valid_BK, -torch.inf)
+    if library.takes(logits_BV):
+        return ReferenceMass(*torch.ops.qtilt.reference_mass(logits_BV, *candidates, temperature_B))
+    scaled_BV = logits_BV / _scale(temperature_B).to(logits_BV.dtype).unsqueeze(-1)
+    scaled_BV.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    log_mass_BK = scaled_BV.log_softmax(-1).gather(-1, candidates.token_ids_BK).double()
+    log_mass_BK = log_mass_BK.masked_fill(~candidates.valid_BK, -torch.inf)
     rest_B1 = 1 - log_mass_BK.exp().sum(-1, keepdim=True)
     return ReferenceMass(log_mass_BK, rest_B1.masked_fill(rest_B1 < _ROUNDING, 0.0).log())
 
@@ -129,6 +138,9 @@ def kl_divergence(mass: ReferenceMass, candidates: Candidates, offsets_BK: Tenso
     With offsets o and Z = E_reference[e^o], the KL is E_guided[o − ln Z]: the vocabulary is read once, for the
     reference's normaliser, and all tokens that aren't candidates are one outcome M with the mass that is left.
     """
+    if library.is_loaded() and floor_B.device.type == "cpu":
+        kl_B: Tensor = torch.ops.qtilt.kl_divergence(*mass, candidates.valid_BK, offsets_BK, floor_B)
+        return kl_B
     offsets_BK, floor_B1 = _below_the_largest(candidates, offsets_BK, floor_B)
     offsets_BM = torch.cat([offsets_BK, floor_B1], dim=-1)
     log_weight_BM = torch.cat(mass, dim=-1) + offsets_BM

@@ -31,7 +31,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.worker.gpu.sample import logits_processor as v2
 
 from qtilt.checkpoint import fingerprint_tokenizer
-from qtilt.compiled_library import load_library
+from qtilt.compiled import library
 from qtilt.params import GuidanceParams
 from qtilt.vllm_plugin.batch import GuidedBatch, GuidedRow
 from qtilt.vllm_plugin.compatibility import Reference
@@ -262,7 +262,7 @@ def _compile_forward(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cpu" or dtype != torch.float32:
         return False
     try:
-        load_library()
+        library.load()
     except RuntimeError as error:
         logger.warning("value models run slower than they could: %s", error)
         return False

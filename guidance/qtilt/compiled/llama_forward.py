@@ -23,7 +23,7 @@ HEAD_MULTIPLE = 16
 
 
 class CompiledForward:
-    """A backbone's hidden states for one packed step. The library must have been loaded (compiled_library.py).
+    """A backbone's hidden states for one packed step. The library must have been loaded (library.py).
 
     positions: how many the rotation is tabulated for. Raises ValueError for a backbone that isn't of this kind.
     """

@@ -1,0 +1,104 @@
+// Matrix products, of few rows and of many: T tokens, N outputs and K inputs of a layer.
+//
+// Weights lie in panels, in the order in which they are read, and each panel is read once for all rows. For few rows that
+// is as fast as memory gives them, because the next panel is asked for while this one is multiplied.
+#pragma once
+
+#include "vectors.h"
+
+namespace qtilt {
+
+// Columns of a product that are computed together; a weight is packed in panels [K, PANEL] of so many outputs.
+constexpr int64_t PANEL = 2 * LANES;
+// Rows of a product that are computed together: their sums, two vectors a row, fill the registers.
+constexpr int TILE = LANES == 16 ? 12 : 6;
+
+// sums[i][j] += Σ_k a[i, k] · b[k, j] for a tile of rows and one panel. `ahead`: PANEL/2 · depth numbers to come next.
+template <int ROWS, bool FETCH>
+inline __attribute__((always_inline)) void multiply(
+    const float* a, int64_t row, const float* b, int64_t b_row, int64_t depth, Vec (&sums)[ROWS][2],
+    const float* ahead = nullptr) {
+  // A local copy, and loops without a branch: else the sums don't stay in registers.
+  Vec local[ROWS][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++) local[i][0] = sums[i][0], local[i][1] = sums[i][1];
+  for (int64_t k = 0; k < depth; k++) {
+    if constexpr (FETCH) __builtin_prefetch(ahead + k * LANES);
+    const Vec left = Vec::loadu(b + k * b_row), right = Vec::loadu(b + k * b_row + LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++) {
+      const Vec x(a[i * row + k]);
+      local[i][0] = at::vec::fmadd(x, left, local[i][0]);
+      local[i][1] = at::vec::fmadd(x, right, local[i][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++) sums[i][0] = local[i][0], sums[i][1] = local[i][1];
+}
+
+template <int ROWS, typename F>
+inline void call_with_rows(int64_t rows, int64_t first, const F& f) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) return f.template operator()<ROWS>(first);
+    call_with_rows<ROWS - 1>(rows, first, f);
+  }
+}
+
+// f<ROWS>(first) for rows 0 to `rows`, cut into tiles of nearly equal size.
+template <typename F>
+inline void for_tiles(int64_t rows, const F& f) {
+  const int64_t tiles = (rows + TILE - 1) / TILE;
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int64_t first = rows * tile / tiles;
+    call_with_rows<TILE>(rows * (tile + 1) / tiles - first, first, f);
+  }
+}
+
+// What becomes of a product. GATE: a panel is LANES outputs of the gate and the same of what it lets through.
+enum class Then { WRITE, ADD, GATE };
+
+// A layer: weight [panels, K, PANEL], bias [panels, PANEL], both padded with zeros (native_forward.py packs them).
+struct Linear {
+  Tensor weight;
+  Weights bias;
+
+  template <Then then>
+  void operator()(const float* x_TK, float* out_TN, int64_t tokens, int64_t outputs) const {
+    const int64_t panels = weight.size(0), depth = weight.size(1);
+    const float *weights = read(weight), *biases = read(bias);
+    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; panel++) {
+        const float* b = weights + panel * depth * PANEL;
+        const float* next = panel + 1 < end ? b + depth * PANEL : b;
+        Vec offset[2] = {Vec(0), Vec(0)};
+        if (biases)
+          for (int j = 0; j < 2; j++) offset[j] = Vec::loadu(biases + panel * PANEL + j * LANES);
+        for_tiles(tokens, [&]<int ROWS>(int64_t first) {
+          Vec sums[ROWS][2];
+          for (int i = 0; i < ROWS; i++) sums[i][0] = offset[0], sums[i][1] = offset[1];
+          // The first tile asks for one half of the next panel, the others for the other half.
+          multiply<ROWS, true>(x_TK + first * depth, depth, b, PANEL, depth, sums, next + (first ? depth * LANES : 0));
+          for (int i = 0; i < ROWS; i++) finish<then>(sums[i], out_TN + (first + i) * outputs, panel, outputs);
+        });
+      }
+    });
+  }
+
+  template <Then then>
+  static void finish(const Vec (&sums)[2], float* out_N, int64_t panel, int64_t outputs) {
+    if constexpr (then == Then::GATE) {
+      const Vec gate = sums[0];
+      const int64_t first = panel * LANES;
+      (gate / (Vec(1) + gate.neg().exp_u20()) * sums[1]).store(out_N + first, std::min(LANES, outputs - first));
+      return;
+    }
+    for (int j = 0; j < 2; j++) {
+      const int64_t first = panel * PANEL + j * LANES, count = std::min(LANES, outputs - first);
+      if (count <= 0) return;
+      const Vec before = then == Then::ADD ? Vec::loadu(out_N + first, count) : Vec(0);
+      (before + sums[j]).store(out_N + first, count);
+    }
+  }
+};
+
+}  // namespace qtilt

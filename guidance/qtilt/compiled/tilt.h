@@ -1,0 +1,188 @@
+// What guidance/qtilt/tilt.py says, for logits in float32 on a CPU: there it is defined and explained, here it is a few
+// calls a step instead of fifty. Names, shapes and arguments are those; numbers a row that aren't finite count as −inf.
+#pragma once
+
+
+#include <functional>
+
+#include "vectors.h"
+
+namespace qtilt {
+
+// Groups of numbers for each of the largest that are looked for, and in all: fewer would wait for each other.
+constexpr int64_t GROUPS_OF_ONE = 3;
+constexpr int64_t FEWEST_GROUPS = 8 * LANES;
+// Mass that a float32 softmax can't tell from none.
+constexpr double ROUNDING = 1e-6;
+constexpr double LOG_OF_NOTHING = -std::numeric_limits<double>::infinity();
+
+struct Found {
+  float value;
+  int64_t place;
+
+  bool operator<(const Found& other) const { return value != other.value ? value > other.value : place < other.place; }
+};
+
+Vec only_finite(const Vec& x) { return Vec::blendv(Vec(-INF), x, x.abs() < Vec(INF)); }
+
+float only_finite(float x) { return std::isfinite(x) ? x : -INF; }
+
+// The k largest numbers of a row in order, the first of equal ones.
+//
+// The row is dealt out to some times k groups: as many numbers as groups have a larger one are at least as large as the
+// k-th largest of the groups' largest, so what is less than that needn't be looked at. No branch depends on the rest.
+void find_largest(const float* x, int64_t size, int64_t k, std::vector<float>& largest, std::vector<Found>& found) {
+  const int64_t groups = std::max(FEWEST_GROUPS, (GROUPS_OF_ONE * k + LANES - 1) / LANES * LANES);
+  float least = -INF;
+  if (groups <= size) {
+    largest.assign(groups, -INF);
+    for (int64_t i = 0; i + groups <= size; i += groups)
+      for (int64_t j = 0; j < groups; j += LANES)
+        at::vec::maximum(Vec::loadu(&largest[j]), only_finite(Vec::loadu(x + i + j))).store(&largest[j]);
+    std::nth_element(largest.begin(), largest.begin() + k - 1, largest.end(), std::greater<>());
+    least = largest[k - 1];
+  }
+  found.clear();
+  int64_t equal = 0, i = 0;
+  const auto keep = [&](int64_t at) {
+    const float number = only_finite(x[at]);
+    if (number > least || (number == least && equal++ < k)) found.push_back({number, at});
+  };
+  for (; i + LANES <= size; i += LANES)
+    for (int hits = ~(only_finite(Vec::loadu(x + i)) >= Vec(least)).zero_mask() & ((1 << LANES) - 1); hits;
+         hits &= hits - 1)
+      keep(i + __builtin_ctz(hits));
+  for (; i < size; i++) keep(i);
+  std::partial_sort(found.begin(), found.begin() + k, found.end());
+}
+
+std::tuple<Tensor, Tensor> top_candidates(
+    const Tensor& logits_BV, int64_t k, int64_t scorable, const std::optional<Tensor>& top_k_B) {
+  const int64_t rows = logits_BV.size(0), size = std::min(scorable, logits_BV.size(1)), count = std::min(k, size);
+  Tensor token_ids_BK = at::empty({rows, count}, logits_BV.options().dtype(at::kLong));
+  Tensor valid_BK = at::empty({rows, count}, logits_BV.options().dtype(at::kBool));
+  const int64_t* top_ks = top_k_B ? top_k_B->const_data_ptr<int64_t>() : nullptr;
+  int64_t* ids = token_ids_BK.mutable_data_ptr<int64_t>();
+  bool* valid = valid_BK.mutable_data_ptr<bool>();
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> largest;
+    std::vector<Found> found;
+    for (int64_t b = begin; b < end; b++) {
+      find_largest(read(logits_BV) + b * logits_BV.stride(0), size, count, largest, found);
+      for (int64_t i = 0; i < count; i++) {
+        ids[b * count + i] = found[i].place;
+        valid[b * count + i] = found[i].value > -INF && (!top_ks || i < top_ks[b]);
+      }
+    }
+  });
+  return {token_ids_BK, valid_BK};
+}
+
+// ln Σ e^(x/scale) of a row.
+double log_sum_exp(const float* x, int64_t size, double scale) {
+  const int64_t whole = size / LANES * LANES;
+  Vec largest(-INF), total(0);
+  for (int64_t i = 0; i < whole; i += LANES) largest = at::vec::maximum(largest, only_finite(Vec::loadu(x + i)));
+  float most = max(largest);
+  for (int64_t i = whole; i < size; i++) most = std::max(most, only_finite(x[i]));
+  if (most == -INF) return LOG_OF_NOTHING;
+  const Vec shift(most), factor(static_cast<float>(1 / scale));
+  for (int64_t i = 0; i < whole; i += LANES)
+    total = total + ((only_finite(Vec::loadu(x + i)) - shift) * factor).exp_u20();
+  double sum_of_row = sum(total);
+  for (int64_t i = whole; i < size; i++) sum_of_row += std::exp((only_finite(x[i]) - most) / scale);
+  return most / scale + std::log(sum_of_row);
+}
+
+double scale_of(double temperature) { return temperature > 0 ? temperature : 1; }
+
+std::tuple<Tensor, Tensor> reference_mass(
+    const Tensor& logits_BV, const Tensor& token_ids_BK, const Tensor& valid_BK, const Tensor& temperature_B) {
+  const int64_t rows = token_ids_BK.size(0), count = token_ids_BK.size(1);
+  Tensor candidates_BK = at::empty({rows, count}, logits_BV.options().dtype(at::kDouble));
+  Tensor rest_B1 = at::empty({rows, 1}, candidates_BK.options());
+  const Tensor temperatures_B = temperature_B.to(at::kDouble).contiguous();
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b++) {
+      const float* logits = read(logits_BV) + b * logits_BV.stride(0);
+      const int64_t* ids = token_ids_BK.const_data_ptr<int64_t>() + b * count;
+      const bool* valid = valid_BK.const_data_ptr<bool>() + b * count;
+      double* candidates = candidates_BK.mutable_data_ptr<double>() + b * count;
+      const double scale = scale_of(temperatures_B.const_data_ptr<double>()[b]);
+      const double log_normaliser = log_sum_exp(logits, logits_BV.size(1), scale);
+      double rest = 1;
+      for (int64_t i = 0; i < count; i++) {
+        candidates[i] = valid[i] ? logits[ids[i]] / scale - log_normaliser : LOG_OF_NOTHING;
+        rest -= std::exp(candidates[i]);
+      }
+      rest_B1.mutable_data_ptr<double>()[b] = rest < ROUNDING ? LOG_OF_NOTHING : std::log(rest);
+    }
+  });
+  return {candidates_BK, rest_B1};
+}
+
+// The offsets of a row's candidates [K] and, last, that of all other tokens, shifted so that the largest is 0.
+void below_the_largest(const double* offsets_K, const bool* valid_K, int64_t count, double floor, double* shifted) {
+  double largest = LOG_OF_NOTHING;
+  for (int64_t i = 0; i < count; i++) {
+    shifted[i] = valid_K[i] ? offsets_K[i] : floor;
+    largest = shifted[i] <= largest || std::isnan(largest) ? largest : shifted[i];
+  }
+  shifted[count] = floor;
+  for (int64_t i = 0; i <= count; i++) shifted[i] -= largest;
+}
+
+Tensor tilt(
+    const Tensor& logits_BV, const Tensor& token_ids_BK, const Tensor& valid_BK, const Tensor& offsets_BK,
+    const Tensor& floor_B, const Tensor& temperature_B) {
+  const int64_t rows = token_ids_BK.size(0), count = token_ids_BK.size(1), size = logits_BV.size(1);
+  Tensor tilted_BV = at::empty({rows, size}, logits_BV.options());
+  const Tensor offsets = offsets_BK.to(at::kDouble).contiguous(), floors = floor_B.to(at::kDouble).contiguous();
+  const Tensor temperatures = temperature_B.to(at::kDouble).contiguous();
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> shifted(count + 1);
+    for (int64_t b = begin; b < end; b++) {
+      const float* logits = read(logits_BV) + b * logits_BV.stride(0);
+      const int64_t* ids = token_ids_BK.const_data_ptr<int64_t>() + b * count;
+      float* tilted = write(tilted_BV) + b * size;
+      const double scale = scale_of(temperatures.const_data_ptr<double>()[b]);
+      below_the_largest(
+          offsets.const_data_ptr<double>() + b * count, valid_BK.const_data_ptr<bool>() + b * count, count,
+          floors.const_data_ptr<double>()[b], shifted.data());
+      const float others = static_cast<float>(scale * shifted[count]);
+#pragma omp simd
+      for (int64_t v = 0; v < size; v++) tilted[v] = logits[v] + others;
+      for (int64_t i = 0; i < count; i++) tilted[ids[i]] = logits[ids[i]] + static_cast<float>(scale * shifted[i]);
+    }
+  });
+  return tilted_BV;
+}
+
+Tensor kl_divergence(
+    const Tensor& candidates_BK, const Tensor& rest_B1, const Tensor& valid_BK, const Tensor& offsets_BK,
+    const Tensor& floor_B) {
+  const int64_t rows = candidates_BK.size(0), count = candidates_BK.size(1);
+  Tensor kl_B = at::empty({rows}, candidates_BK.options());
+  const Tensor offsets = offsets_BK.to(at::kDouble).contiguous(), floors = floor_B.to(at::kDouble).contiguous();
+  std::vector<double> shifted(count + 1), log_weight(count + 1);
+  const double* masses = candidates_BK.const_data_ptr<double>();
+  for (int64_t b = 0; b < rows; b++) {
+    below_the_largest(
+        offsets.const_data_ptr<double>() + b * count, valid_BK.const_data_ptr<bool>() + b * count, count,
+        floors.const_data_ptr<double>()[b], shifted.data());
+    double most = LOG_OF_NOTHING, total = 0, kl = 0;
+    for (int64_t i = 0; i <= count; i++) {
+      const double log_mass = i < count ? masses[b * count + i] : rest_B1.const_data_ptr<double>()[b];
+      log_weight[i] = log_mass == LOG_OF_NOTHING ? LOG_OF_NOTHING : log_mass + shifted[i];
+      most = log_weight[i] <= most || std::isnan(most) ? most : log_weight[i];
+    }
+    for (int64_t i = 0; i <= count; i++) total += log_weight[i] == LOG_OF_NOTHING ? 0 : std::exp(log_weight[i] - most);
+    const double log_z = most + std::log(total);
+    for (int64_t i = 0; i <= count; i++)
+      if (log_weight[i] != LOG_OF_NOTHING) kl += std::exp(log_weight[i] - log_z) * (shifted[i] - log_z);
+    kl_B.mutable_data_ptr<double>()[b] = std::isnan(kl) ? kl : std::max(kl, 0.0);
+  }
+  return kl_B;
+}
+
+}  // namespace qtilt

@@ -1,0 +1,51 @@
+// What all of these files are written with. The innermost dimension of every tensor is contiguous.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <vector>
+
+namespace qtilt {
+
+using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+using Weights = std::optional<Tensor>;
+
+constexpr int64_t LANES = Vec::size();
+// Numbers of a cache line.
+constexpr int64_t LINE = 16;
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+
+inline const float* read(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
+inline const float* read(const Weights& weights) { return weights ? read(*weights) : nullptr; }
+inline float* write(Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
+
+inline void fetch(const float* first, int64_t count) {
+  for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(first + i);
+}
+
+inline float sum(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+
+inline float max(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
+}
+
+inline float dot(const float* a, const float* b, int64_t size) {
+  Vec products(0);
+  for (int64_t d = 0; d < size; d += LANES) products = at::vec::fmadd(Vec::loadu(a + d), Vec::loadu(b + d), products);
+  return sum(products);
+}
+
+}  // namespace qtilt
