@@ -39,7 +39,7 @@ SMALL = "small operations (norms, rotation, activation)"
 # By the operator's name, first match. Products and attention are what they are wherever they occur.
 ATTENTION = re.compile(r"attention")
 PRODUCT = re.compile(
-    r"::_?(linear|mm|addmm|bmm|baddbmm|matmul|einsum|_linear_pointwise|_mkl_linear|.*gemm.*|onednn_mm)"
+    r"::_?(linear|mm|addmm|bmm|baddbmm|matmul|einsum|_linear_pointwise|_mkl_linear|.*gemm.*|onednn_mm|candidate_logits)"
 )
 COPY = re.compile(
     r"::(index|_index_put|gather|scatter|copy_|clone|cat|stack|contiguous|_to_copy|to$|repeat|expand_as|embedding|pad|"

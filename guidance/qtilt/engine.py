@@ -292,7 +292,9 @@ class ValueEngine:
         for row in rows:
             self.cache.reserve(row.slot, row.length)
         parts = [
-            Row(row.slot, row.start, row.new_token_ids[:-1], row.length - 1) for row in rows if len(row.new_token_ids) > 1
+            Row(row.slot, row.start, row.new_token_ids[:-1], row.length - 1)
+            for row in rows
+            if len(row.new_token_ids) > 1
         ]
         last_3B = np.array(
             [[row.slot for row in rows], [row.length - 1 for row in rows], [row.new_token_ids[-1] for row in rows]]

@@ -27,9 +27,11 @@ def test_every_kind_of_value_model_is_exact_at_several_temperatures_and_eta(
         served.check(answer)
 
 
-def test_backbones_run_on_vllms_kernels_where_they_can(served: Served) -> None:
-    fused = {entry["name"]: entry["fused"] for entry in served.rpc("qtilt_describe")["value_models"]}
-    assert fused == {name: family != "gpt2" for name, (_, _, family) in VALUE_MODELS.items()}
+def test_backbones_run_compiled_where_they_can(served: Served) -> None:
+    forwards = {entry["name"]: entry["forward"] for entry in served.rpc("qtilt_describe")["value_models"]}
+    assert forwards == {
+        name: "transformers" if family == "gpt2" else "compiled" for name, (_, _, family) in VALUE_MODELS.items()
+    }
 
 
 @covers("staggered arrivals", "guided beside unguided", "two value models at once")

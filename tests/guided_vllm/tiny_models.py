@@ -84,7 +84,7 @@ def backbone_config(family: str, positions: int) -> PreTrainedConfig:
     grouped = {"num_key_value_heads": 2, "intermediate_size": 96}
     configs = {
         "gpt2": partial(GPT2Config),
-        "llama": partial(LlamaConfig, head_dim=12, **grouped),
+        "llama": partial(LlamaConfig, head_dim=48, **grouped),
         "qwen3": partial(Qwen3Config, head_dim=16, **grouped),
     }
     return configs[family](**sizes)

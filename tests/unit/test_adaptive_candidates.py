@@ -34,6 +34,8 @@ from qtilt.vllm_plugin.records import RecordStore
 from qtilt.vllm_plugin.residents import EngineSettings, Residents, ResidentVersion
 from shortened_guidance import STAGES
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 RANGES = [(0.0, 10.0), (-3.0, 0.5), (2.0, 2.001), (0.0, 1e-9), (0.0, 800.0), (-2000.0, -1000.0), (0.0, 1e5)]
 
 

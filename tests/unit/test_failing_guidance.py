@@ -20,6 +20,8 @@ from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import RecordStore
 from qtilt.vllm_plugin.residents import EngineSettings, Residents, ResidentVersion
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 SLOTS = 6
 END = 17
 HEALTHY, POISONED = prompt(4, seed=1), [*prompt(3, seed=2), POISON, 5]

@@ -17,6 +17,8 @@ from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import RecordStore
 from qtilt.vllm_plugin.residents import EngineSettings, Residents, ResidentVersion
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 SLOTS = 6
 
 MakeRow = Callable[..., GuidedRow]

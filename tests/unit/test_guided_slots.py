@@ -29,6 +29,8 @@ from qtilt.vllm_plugin.slots import GuidedSlots, SlotRequest
 from qtilt.vllm_plugin.stays import Stay, StayLog
 from qtilt.vllm_plugin.step import RowSettings
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 SLOTS, LENGTH = 4, 64
 END = 17
 CPU = torch.device("cpu")

@@ -10,6 +10,8 @@ from qtilt.params import GuidanceParams
 from qtilt.tilt import Candidates, offsets, reference_mass, tilt, top_candidates
 from qtilt.tilt import kl_divergence as kl_divergence_of_mass
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 INF = float("inf")
 
 

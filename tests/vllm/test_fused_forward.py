@@ -41,7 +41,7 @@ def llama3_rope(head_dim: int) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whatever_happens_between_steps(family: str, value_type: str) -> None:
     run = Histories(make_value_model(family, value_type), kernels=_custom_ops)
-    assert run.engine.is_fused
+    assert run.engine.forward == "fused"
     run.wander(steps=25)
 
 
@@ -51,7 +51,7 @@ def test_rotations_of_any_size_and_kind(head_dim: int) -> None:
     model = ValueModel.from_backbone(backbone, "v", DISTRIBUTIONS["bernoulli"], 0.5).eval()
     torch.nn.init.normal_(model.head.bias)
     run = Histories(model, kernels=_custom_ops)
-    assert run.engine.is_fused
+    assert run.engine.forward == "fused"
     run.check(*run.start(POSITIONS - 1, 40, 1))
 
 
@@ -71,7 +71,7 @@ def test_half_precision_is_no_further_from_float32_than_transformers_own_operati
 
 def test_other_backbones_run_as_they_are() -> None:
     model = make_value_model("gpt2", "v")
-    assert not ValueEngine(model, 1, 8, kernels=_custom_ops).is_fused
+    assert ValueEngine(model, 1, 8, kernels=_custom_ops).forward == "transformers"
     with pytest.raises(ValueError, match=r"GPT2Model can't be fused"):
         FusedForward(model.backbone, _custom_ops, 8)
     for change in ({"hidden_act": "gelu"}, {"hidden_size": 24}):

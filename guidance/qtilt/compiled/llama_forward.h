@@ -86,7 +86,7 @@ class LlamaForward : public torch::CustomClassHolder {
     const int64_t* id = ids.const_data_ptr<int64_t>();
     for (int64_t t = 0; t < tokens; t++)
       std::copy_n(read(embedding_) + id[t] * hidden_size_, hidden_size_, residual + t * hidden_size_);
-    const std::vector<Block> blocks = cut_blocks(tokens, spans, slots, last_positions);
+    const std::vector<Block> blocks = cut_blocks(tokens, spans, slots.contiguous(), last_positions.contiguous());
     Cache cache{nullptr, nullptr, table.const_data_ptr<int64_t>(), table.size(1), keys_LNGPD.size(3), heads_.kv, heads_.size};
     for (size_t number = 0; number < layers_.size(); number++) {
       const Layer& layer = layers_[number];
@@ -127,6 +127,7 @@ class LlamaForward : public torch::CustomClassHolder {
   }
 
   void norm_rows(const float* x, const Tensor& weight, float* out, int64_t tokens) const {
+    QTILT_EVENT("norm");
     at::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++)
         rms_norm(x + t * hidden_size_, read(weight), out + t * hidden_size_, hidden_size_, epsilon_);
@@ -135,6 +136,7 @@ class LlamaForward : public torch::CustomClassHolder {
 
   // Queries and keys are normalised, where the layer does so, and turned by their positions.
   void turn(const Layer& layer, const Tensor& positions, float* qkv, int64_t tokens) const {
+    QTILT_EVENT("rotation");
     const int64_t* position = positions.const_data_ptr<int64_t>();
     const float *query_norm = read(layer.query_norm), *key_norm = read(layer.key_norm);
     at::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
@@ -161,6 +163,7 @@ class LlamaForward : public torch::CustomClassHolder {
 
   void attend(
       const std::vector<Block>& blocks, const float* qkv, float* out, const Cache& cache, float scaling) const {
+    QTILT_EVENT("attention");
     int64_t tokens = 0, longest = 0;
     for (const Block& block : blocks) {
       tokens = std::max(tokens, block.tokens);

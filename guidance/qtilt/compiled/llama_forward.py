@@ -99,8 +99,8 @@ def _panels(layers: Sequence[nn.Linear], *, alternating: bool = False) -> tuple[
     none has.
     """
     lanes = torch.ops.qtilt.lanes()
-    weights = [layer.weight for layer in layers]
-    biases = [layer.bias for layer in layers if layer.bias is not None]
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     if alternating:
         weights, biases = ([_padded(each, lanes).unflatten(0, (-1, lanes)) for each in of] for of in (weights, biases))
         weight_NK = torch.stack(weights, dim=1).flatten(0, 2)

@@ -64,6 +64,7 @@ struct Linear {
 
   template <Then then>
   void operator()(const float* x_TK, float* out_TN, int64_t tokens, int64_t outputs) const {
+    QTILT_EVENT("linear");
     const int64_t panels = weight.size(0), depth = weight.size(1);
     const float *weights = read(weight), *biases = read(bias);
     at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {

@@ -5,11 +5,14 @@
 
 namespace qtilt {
 
-// Rows of the head that are asked for before they are read: they lie anywhere.
+// Candidates whose rows of the head are asked for before they are read, as they lie anywhere, and numbers of each.
 constexpr int64_t FETCHED_AHEAD = 4;
+constexpr int64_t FETCHED = 512;
 
 // Logits of candidates [B, K, A]. hidden [B, E], weight [V·A, E], bias [V·A], candidates [B, K].
-Tensor candidate_logits(const Tensor& hidden, const Tensor& weight, const Weights& bias, const Tensor& candidates, int64_t atoms) {
+inline Tensor candidate_logits(
+    const Tensor& hidden, const Tensor& weight, const Weights& bias, const Tensor& token_ids, int64_t atoms) {
+  const Tensor candidates = token_ids.contiguous();
   const int64_t rows = candidates.size(0), count = candidates.size(1), size = hidden.size(1);
   Tensor logits_BKA = at::empty({rows, count, atoms}, hidden.options());
   const float *hidden_BE = read(hidden), *weight_NE = read(weight), *bias_N = read(bias);
@@ -17,10 +20,12 @@ Tensor candidate_logits(const Tensor& hidden, const Tensor& weight, const Weight
   float* logits = write(logits_BKA);
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * count; i < end * count; i++) {
-      if (i + FETCHED_AHEAD < end * count) fetch(weight_NE + ids_BK[i + FETCHED_AHEAD] * atoms * size, atoms * size);
+      if (i + FETCHED_AHEAD < end * count)
+        fetch(weight_NE + ids_BK[i + FETCHED_AHEAD] * atoms * size, std::min(atoms * size, FETCHED));
       for (int64_t atom = 0; atom < atoms; atom++) {
         const int64_t n = ids_BK[i] * atoms + atom;
-        logits[i * atoms + atom] = dot(hidden_BE + i / count * size, weight_NE + n * size, size) + (bias_N ? bias_N[n] : 0);
+        const float product = dot(hidden_BE + i / count * size, weight_NE + n * size, size);
+        logits[i * atoms + atom] = bias_N ? product + bias_N[n] : product;
       }
     }
   });

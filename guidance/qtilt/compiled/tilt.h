@@ -61,7 +61,8 @@ std::tuple<Tensor, Tensor> top_candidates(
   const int64_t rows = logits_BV.size(0), size = std::min(scorable, logits_BV.size(1)), count = std::min(k, size);
   Tensor token_ids_BK = at::empty({rows, count}, logits_BV.options().dtype(at::kLong));
   Tensor valid_BK = at::empty({rows, count}, logits_BV.options().dtype(at::kBool));
-  const int64_t* top_ks = top_k_B ? top_k_B->const_data_ptr<int64_t>() : nullptr;
+  const Weights narrower_B = top_k_B ? Weights(top_k_B->contiguous()) : std::nullopt;
+  const int64_t* top_ks = narrower_B ? narrower_B->const_data_ptr<int64_t>() : nullptr;
   int64_t* ids = token_ids_BK.mutable_data_ptr<int64_t>();
   bool* valid = valid_BK.mutable_data_ptr<bool>();
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
@@ -97,18 +98,19 @@ double log_sum_exp(const float* x, int64_t size, double scale) {
 double scale_of(double temperature) { return temperature > 0 ? temperature : 1; }
 
 std::tuple<Tensor, Tensor> reference_mass(
-    const Tensor& logits_BV, const Tensor& token_ids_BK, const Tensor& valid_BK, const Tensor& temperature_B) {
-  const int64_t rows = token_ids_BK.size(0), count = token_ids_BK.size(1);
+    const Tensor& logits_BV, const Tensor& token_ids, const Tensor& valid, const Tensor& temperature) {
+  const int64_t rows = token_ids.size(0), count = token_ids.size(1);
+  const Tensor token_ids_BK = token_ids.contiguous(), valid_BK = valid.contiguous();
+  const Tensor temperature_B = temperature.to(at::kDouble).contiguous();
   Tensor candidates_BK = at::empty({rows, count}, logits_BV.options().dtype(at::kDouble));
   Tensor rest_B1 = at::empty({rows, 1}, candidates_BK.options());
-  const Tensor temperatures_B = temperature_B.to(at::kDouble).contiguous();
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) {
       const float* logits = read(logits_BV) + b * logits_BV.stride(0);
       const int64_t* ids = token_ids_BK.const_data_ptr<int64_t>() + b * count;
       const bool* valid = valid_BK.const_data_ptr<bool>() + b * count;
       double* candidates = candidates_BK.mutable_data_ptr<double>() + b * count;
-      const double scale = scale_of(temperatures_B.const_data_ptr<double>()[b]);
+      const double scale = scale_of(temperature_B.const_data_ptr<double>()[b]);
       const double log_normaliser = log_sum_exp(logits, logits_BV.size(1), scale);
       double rest = 1;
       for (int64_t i = 0; i < count; i++) {
@@ -133,22 +135,23 @@ void below_the_largest(const double* offsets_K, const bool* valid_K, int64_t cou
 }
 
 Tensor tilt(
-    const Tensor& logits_BV, const Tensor& token_ids_BK, const Tensor& valid_BK, const Tensor& offsets_BK,
-    const Tensor& floor_B, const Tensor& temperature_B) {
-  const int64_t rows = token_ids_BK.size(0), count = token_ids_BK.size(1), size = logits_BV.size(1);
+    const Tensor& logits_BV, const Tensor& token_ids, const Tensor& valid, const Tensor& offsets, const Tensor& floor,
+    const Tensor& temperature) {
+  const int64_t rows = token_ids.size(0), count = token_ids.size(1), size = logits_BV.size(1);
+  const Tensor token_ids_BK = token_ids.contiguous(), valid_BK = valid.contiguous();
+  const Tensor offsets_BK = offsets.to(at::kDouble).contiguous(), floor_B = floor.to(at::kDouble).contiguous();
+  const Tensor temperature_B = temperature.to(at::kDouble).contiguous();
   Tensor tilted_BV = at::empty({rows, size}, logits_BV.options());
-  const Tensor offsets = offsets_BK.to(at::kDouble).contiguous(), floors = floor_B.to(at::kDouble).contiguous();
-  const Tensor temperatures = temperature_B.to(at::kDouble).contiguous();
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<double> shifted(count + 1);
     for (int64_t b = begin; b < end; b++) {
       const float* logits = read(logits_BV) + b * logits_BV.stride(0);
       const int64_t* ids = token_ids_BK.const_data_ptr<int64_t>() + b * count;
       float* tilted = write(tilted_BV) + b * size;
-      const double scale = scale_of(temperatures.const_data_ptr<double>()[b]);
+      const double scale = scale_of(temperature_B.const_data_ptr<double>()[b]);
       below_the_largest(
-          offsets.const_data_ptr<double>() + b * count, valid_BK.const_data_ptr<bool>() + b * count, count,
-          floors.const_data_ptr<double>()[b], shifted.data());
+          offsets_BK.const_data_ptr<double>() + b * count, valid_BK.const_data_ptr<bool>() + b * count, count,
+          floor_B.const_data_ptr<double>()[b], shifted.data());
       const float others = static_cast<float>(scale * shifted[count]);
 #pragma omp simd
       for (int64_t v = 0; v < size; v++) tilted[v] = logits[v] + others;
@@ -159,17 +162,18 @@ Tensor tilt(
 }
 
 Tensor kl_divergence(
-    const Tensor& candidates_BK, const Tensor& rest_B1, const Tensor& valid_BK, const Tensor& offsets_BK,
-    const Tensor& floor_B) {
+    const Tensor& candidates_BK, const Tensor& rest_B1, const Tensor& valid, const Tensor& offsets,
+    const Tensor& floor) {
   const int64_t rows = candidates_BK.size(0), count = candidates_BK.size(1);
   Tensor kl_B = at::empty({rows}, candidates_BK.options());
-  const Tensor offsets = offsets_BK.to(at::kDouble).contiguous(), floors = floor_B.to(at::kDouble).contiguous();
+  const Tensor valid_BK = valid.contiguous();
+  const Tensor offsets_BK = offsets.to(at::kDouble).contiguous(), floor_B = floor.to(at::kDouble).contiguous();
   std::vector<double> shifted(count + 1), log_weight(count + 1);
   const double* masses = candidates_BK.const_data_ptr<double>();
   for (int64_t b = 0; b < rows; b++) {
     below_the_largest(
-        offsets.const_data_ptr<double>() + b * count, valid_BK.const_data_ptr<bool>() + b * count, count,
-        floors.const_data_ptr<double>()[b], shifted.data());
+        offsets_BK.const_data_ptr<double>() + b * count, valid_BK.const_data_ptr<bool>() + b * count, count,
+        floor_B.const_data_ptr<double>()[b], shifted.data());
     double most = LOG_OF_NOTHING, total = 0, kl = 0;
     for (int64_t i = 0; i <= count; i++) {
       const double log_mass = i < count ? masses[b * count + i] : rest_B1.const_data_ptr<double>()[b];

@@ -6,6 +6,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
 
 #include <algorithm>
 #include <cmath>
@@ -13,6 +14,9 @@
 #include <memory>
 #include <optional>
 #include <vector>
+
+// The rest of the block is an event of torch's profiler.
+#define QTILT_EVENT(name) RECORD_FUNCTION("qtilt::" name, c10::ArrayRef<const c10::IValue>{})
 
 namespace qtilt {
 

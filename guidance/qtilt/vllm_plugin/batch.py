@@ -182,7 +182,8 @@ class GuidedBatch:
         """
         try:
             # The engine reads neighbouring slots together.
-            together = self._find_together(key, sorted(indices, key=lambda index: self._rows[index].ready_slot()), logits_BV)
+            indices = sorted(indices, key=lambda index: self._rows[index].ready_slot())
+            together = self._find_together(key, indices, logits_BV.device)
             finite_G = guide_rows(key[0], together, logits_BV)
             self._checks.append(FiniteCheck([(row, len(row.output_token_ids)) for row in together.rows], finite_G))
         except Exception as error:
@@ -190,11 +191,11 @@ class GuidedBatch:
             for row in (self._rows[index] for index in indices):
                 row.fail(of_exception(error), len(row.output_token_ids))
 
-    def _find_together(self, key: tuple[ResidentVersion, bool], indices: list[int], logits_BV: Tensor) -> Together:
+    def _find_together(self, key: tuple[ResidentVersion, bool], indices: list[int], device: torch.device) -> Together:
         """From step to step it is mostly the same rows."""
         found = self._together.get(key)
         if found is None or found.indices != indices:
-            found = Together.of([self._rows[index] for index in indices], indices, logits_BV.device)
+            found = Together.of([self._rows[index] for index in indices], indices, device)
             self._together[key] = found
         return found
 
@@ -226,9 +227,7 @@ def guide_rows(version: ResidentVersion, together: Together, logits_BV: Tensor) 
         some = [slots[position] for position in positions], [histories[position] for position in positions]
         return version.engine.value_logits(*some, candidates_RK)
 
-    guided = guide_step(
-        version, logits_BV[together.where], together.settings, score, in_stages=rows[0].in_stages
-    )
+    guided = guide_step(version, logits_BV[together.where], together.settings, score, in_stages=rows[0].in_stages)
     logits_BV[together.where] = guided.logits_GV
     for position, row in enumerate(rows):
         if row.record is not None:

@@ -253,12 +253,12 @@ def _engine_settings(vllm_config: VllmConfig, config: PluginConfig, device: torc
         device=device,
         kv_fraction=config.kv_fraction,
         kernels=_custom_ops,
-        is_compiled=_compile_forward(dtype, device),
+        is_compiled=compiles_forward(dtype, device),
     )
 
 
-def _compile_forward(dtype: torch.dtype, device: torch.device) -> bool:
-    """Compile the forward for CPUs, where one thread's calls and memory are what a step waits for."""
+def compiles_forward(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether value models run compiled: in float32 on CPUs. Compiles if that has never been done."""
     if device.type != "cpu" or dtype != torch.float32:
         return False
     try:

@@ -1,0 +1,46 @@
+"""Where the C++ parts can't be had, who starts them is told why in one error, and nothing is left behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from qtilt.compiled import library
+
+LOAD = "from qtilt.compiled import library; library.load()"
+
+
+def load_elsewhere(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = os.environ | {"XDG_CACHE_HOME": str(cache)} | environment
+    return subprocess.run([sys.executable, "-c", LOAD], env=settings, capture_output=True, text=True, check=False)
+
+
+def test_what_is_compiled_is_kept(compiled: Path) -> None:
+    before = compiled.stat().st_mtime_ns
+    done = load_elsewhere(library.cache_folder().parent)
+    assert done.returncode == 0, done.stderr
+    assert compiled.stat().st_mtime_ns == before
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    done = load_elsewhere(tmp_path, CXX="no-such-compiler")
+    assert "RuntimeError: the C++ parts can't be compiled" in done.stderr
+    assert "no-such-compiler" in done.stderr
+    assert list((tmp_path / "qtilt").iterdir()) == []
+
+
+def test_with_a_compiler_that_fails(tmp_path: Path) -> None:
+    done = load_elsewhere(tmp_path, CXX="false")
+    assert "RuntimeError: the C++ parts can't be compiled, false says" in done.stderr
+    assert list((tmp_path / "qtilt").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "qtilt").write_text("a file, where a folder is wanted")
+    assert "RuntimeError: the C++ parts can't be compiled" in load_elsewhere(tmp_path).stderr
+
+
+def test_an_older_cpu(tmp_path: Path) -> None:
+    done = load_elsewhere(tmp_path, ATEN_CPU_CAPABILITY="default")
+    assert "RuntimeError: the C++ parts need a CPU with AVX512 or AVX2, this one: DEFAULT" in done.stderr
+    assert not (tmp_path / "qtilt").exists()
