@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
+from qtilt.compiled import library
 from qtilt.distributions import Bernoulli
 from qtilt.engine import ValueEngine
 from qtilt.fused_forward import Kernels
@@ -37,7 +38,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fused", action="store_true", help="on vLLM's kernels, as in the server")
+    parser.add_argument(
+        "--forward",
+        choices=["transformers", "fused", "compiled"],
+        default="transformers",
+        help="what runs the backbone; fused is on vLLM's kernels. The server takes the last one that it can",
+    )
     return parser.parse_args()
 
 
@@ -75,9 +81,9 @@ def plain_step(backbone: LlamaModel, arguments: argparse.Namespace) -> Callable[
 def guided_step(backbone: LlamaModel, type: str, columns: int, arguments: argparse.Namespace) -> Callable[[], object]:
     """One new token and ``columns`` candidates for each row on the engine."""
     model = ValueModel.from_backbone(backbone, type, Bernoulli(), head_std=0.1)
-    engine = ValueEngine(
-        model, arguments.rows, model.max_positions - 1, kernels=vllm_kernels() if arguments.fused else None
-    )
+    settings = {"fused": lambda: {"kernels": vllm_kernels()}, "compiled": compiled, "transformers": dict}
+    engine = ValueEngine(model, arguments.rows, model.max_positions - 1, **settings[arguments.forward]())
+    assert engine.forward == arguments.forward, f"it is {engine.forward} that runs this backbone here"
     slots = [engine.acquire() for _ in range(arguments.rows)]
     lengths = torch.linspace(arguments.length / 2, 3 * arguments.length / 2, arguments.rows).int().tolist()
     histories = [torch.randint(arguments.vocab, (length,)).tolist() for length in lengths]
@@ -90,6 +96,12 @@ def guided_step(backbone: LlamaModel, type: str, columns: int, arguments: argpar
         engine.value_logits(slots, histories, candidates_BK)
 
     return step
+
+
+def compiled() -> dict[str, bool]:
+    """Compiles, unless that was done before."""
+    library.load()
+    return {"is_compiled": True}
 
 
 def vllm_kernels() -> Kernels:
