@@ -1,7 +1,7 @@
 // Attention of the tokens of a packed step over the value cache, in place and no further than a history goes.
 //
-// H query heads and G key/value heads of size D; S slots of M pages of P positions, N pages in all; C tokens of a block,
-// Q of their queries that read the same keys.
+// H query heads and G key/value heads of size D; S slots of M pages of P positions, N pages in all; C tokens of a
+// block, Q of their queries that read the same keys.
 #pragma once
 
 #include "products.h"
@@ -16,6 +16,11 @@ constexpr int64_t QUERIES_OF_A_PANEL = 5;
 struct Block {
   int64_t slot, first, tokens, visible;
   bool is_span;
+
+  // Cached positions that a token sees, and that the last one does.
+  int64_t visible_to(int64_t token) const { return is_span ? visible + token : visible; }
+  int64_t longest() const { return visible_to(tokens - 1); }
+  bool sees_itself(int64_t token) const { return !is_span && token > 0; }
 };
 
 // The value cache as one layer's attention sees it.
@@ -60,7 +65,7 @@ class BlockAttention {
   void operator()(
       const float* qkv_C, float* out_CHD, const Block& block, int64_t head, const Cache& cache, float scaling) {
     const int64_t group = heads_.group(), size = heads_.size, queries = block.tokens * group;
-    const int64_t longest = block.visible + (block.is_span ? block.tokens - 1 : 0);
+    const int64_t longest = block.longest();
     for (int64_t i = 0; i < queries; i++) {
       const float* query = qkv_C + i / group * heads_.width() + (head * group + i % group) * size;
       for (int64_t d = 0; d < size; d++) queries_QD_[i * size + d] = query[d] * scaling;
@@ -68,12 +73,12 @@ class BlockAttention {
     score(block.slot, head, cache, queries, longest);
     for (int64_t i = 0; i < queries; i++) {
       const int64_t token = i / group;
-      const bool sees_itself = !block.is_span && token > 0;
-      soften(
-          i, block.visible + (block.is_span ? token : 0), longest,
-          sees_itself ? heads_.key(qkv_C + token * heads_.width(), head) : nullptr);
+      const float* own_key = heads_.key(qkv_C + token * heads_.width(), head);
+      soften(i, block.visible_to(token), longest, block.sees_itself(token) ? own_key : nullptr);
     }
-    for (int64_t d = 0; d < size; d += PANEL) average(qkv_C, out_CHD, block, head, cache, queries, longest, d);
+    int64_t d = 0;
+    for (; d + PANEL <= size; d += PANEL) average<2>(qkv_C, out_CHD, block, head, cache, longest, d);
+    for (; d < size; d += LANES) average<1>(qkv_C, out_CHD, block, head, cache, longest, d);
   }
 
  private:
@@ -95,7 +100,8 @@ class BlockAttention {
   void score_by_key(const float* keys_CD, int64_t count, int64_t queries, float* scores_QP) const {
     const int64_t size = heads_.size;
     for (int64_t c = 0; c < count; c++)
-      for (int64_t i = 0; i < queries; i++) scores_QP[i * width_ + c] = dot(queries_QD_ + i * size, keys_CD + c * size, size);
+      for (int64_t i = 0; i < queries; i++)
+        scores_QP[i * width_ + c] = dot(queries_QD_ + i * size, keys_CD + c * size, size);
   }
 
   void score_by_panel(const float* keys_CD, int64_t count, int64_t queries, float* scores_QP) const {
@@ -105,9 +111,9 @@ class BlockAttention {
         at::vec::transpose_mxn<float>(
             keys_CD + c * size + d, size, panel_ + d * PANEL + c, PANEL, std::min(LANES, count - c), LANES);
     for_tiles(queries, [&]<int ROWS>(int64_t first) {
-      Vec sums[ROWS][2];
+      Sums<ROWS, 2> sums;
       for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = Vec(0);
-      multiply<ROWS, false>(queries_QD_ + first * size, size, panel_, PANEL, size, sums);
+      multiply(queries_QD_ + first * size, size, panel_, PANEL, size, sums);
       for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < 2; j++) sums[i][j].store(scores_QP + (first + i) * width_ + j * LANES);
     });
@@ -138,16 +144,18 @@ class BlockAttention {
     own_weight_Q_[query] = own_weight;
   }
 
-  // The weighted mean of the values, PANEL numbers of a head from d on.
+  // The weighted means of the values, so many vectors of a head from number d on.
+  template <int VECTORS>
   void average(
-      const float* qkv_C, float* out_CHD, const Block& block, int64_t head, const Cache& cache, int64_t queries,
-      int64_t longest, int64_t d) {
+      const float* qkv_C, float* out_CHD, const Block& block, int64_t head, const Cache& cache, int64_t longest,
+      int64_t d) const {
     const int64_t group = heads_.group(), size = heads_.size;
-    for_tiles(queries, [&]<int ROWS>(int64_t first) {
-      Vec sums[ROWS][2];
-      for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = Vec(0);
+    for_tiles(block.tokens * group, [&]<int ROWS>(int64_t first) {
+      Sums<ROWS, VECTORS> sums;
+      for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < VECTORS; j++) sums[i][j] = Vec(0);
       for (int64_t start = 0; start < longest; start += cache.page_size)
-        multiply<ROWS, false>(
+        multiply(
             weights_QP_ + first * width_ + start, width_,
             cache.values_NGPD + cache.offset(block.slot, head, start) + d, size,
             std::min(cache.page_size, longest - start), sums);
@@ -155,10 +163,9 @@ class BlockAttention {
         const int64_t query = first + i, token = query / group;
         const float* own_value_D = heads_.value(qkv_C + token * heads_.width(), head) + d;
         float* out_D = out_CHD + (token * heads_.query + head * group + query % group) * size + d;
-        const bool sees_itself = !block.is_span && token > 0;
-        for (int64_t j = 0; j < 2 && d + j * LANES < size; j++) {
+        for (int j = 0; j < VECTORS; j++) {
           Vec mean = sums[i][j];
-          if (sees_itself)
+          if (block.sees_itself(token))
             mean = at::vec::fmadd(Vec(own_weight_Q_[query]), Vec::loadu(own_value_D + j * LANES), mean);
           (mean * Vec(scale_Q_[query])).store(out_D + j * LANES);
         }

@@ -1,10 +1,10 @@
 // The forward of Llama-like decoders over one packed step, in float32 on a CPU: see llama_forward.py.
 //
-// Shapes: T packed tokens, E hidden size, N outputs and K inputs of a layer, H query heads and G key/value heads of size
-// D, Q queries that read the same keys; S slots of M pages of P positions. The innermost dimension is contiguous.
+// Shapes: T packed tokens, E hidden size, H query heads and G key/value heads of size D, W numbers of a token's queries,
+// keys and values, I intermediate size; otherwise as in attention.h.
 //
-// A step of few tokens is bound by how fast weights, keys and values come from memory, and by the number of calls; so
-// the step is one call, what is read next is asked for ahead, and weights lie in the order in which they are read.
+// A step of few tokens waits for calls and for memory: so it is one call, weights lie in the order in which they are
+// read, and what is read next is asked for ahead.
 #pragma once
 
 #include <torch/custom_class.h>
@@ -13,7 +13,7 @@
 
 namespace qtilt {
 
-void rms_norm(const float* x_n, const float* weight_n, float* out_n, int64_t n, float epsilon) {
+inline void rms_norm(const float* x_n, const float* weight_n, float* out_n, int64_t n, float epsilon) {
   float squares = 0;
 #pragma omp simd reduction(+ : squares)
   for (int64_t i = 0; i < n; i++) squares += x_n[i] * x_n[i];
@@ -23,7 +23,7 @@ void rms_norm(const float* x_n, const float* weight_n, float* out_n, int64_t n, 
 }
 
 // rotation_D: the cosines of half a head, then its sines.
-void rotate(float* head_D, const float* rotation_D, int64_t size) {
+inline void rotate(float* head_D, const float* rotation_D, int64_t size) {
   const int64_t half = size / 2;
 #pragma omp simd
   for (int64_t i = 0; i < half; i++) {
@@ -87,7 +87,8 @@ class LlamaForward : public torch::CustomClassHolder {
     for (int64_t t = 0; t < tokens; t++)
       std::copy_n(read(embedding_) + id[t] * hidden_size_, hidden_size_, residual + t * hidden_size_);
     const std::vector<Block> blocks = cut_blocks(tokens, spans, slots.contiguous(), last_positions.contiguous());
-    Cache cache{nullptr, nullptr, table.const_data_ptr<int64_t>(), table.size(1), keys_LNGPD.size(3), heads_.kv, heads_.size};
+    Cache cache{
+        nullptr, nullptr, table.const_data_ptr<int64_t>(), table.size(1), keys_LNGPD.size(3), heads_.kv, heads_.size};
     for (size_t number = 0; number < layers_.size(); number++) {
       const Layer& layer = layers_[number];
       cache.keys_NGPD = keys_LNGPD.data_ptr<float>() + number * keys_LNGPD.stride(0);
@@ -167,7 +168,7 @@ class LlamaForward : public torch::CustomClassHolder {
     int64_t tokens = 0, longest = 0;
     for (const Block& block : blocks) {
       tokens = std::max(tokens, block.tokens);
-      longest = std::max(longest, block.visible + block.tokens);
+      longest = std::max(longest, block.longest());
     }
     const int64_t parts = static_cast<int64_t>(blocks.size()) * heads_.kv;
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

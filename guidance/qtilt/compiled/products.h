@@ -1,7 +1,7 @@
 // Matrix products, of few rows and of many: T tokens, N outputs and K inputs of a layer.
 //
-// Weights lie in panels, in the order in which they are read, and each panel is read once for all rows. For few rows that
-// is as fast as memory gives them, because the next panel is asked for while this one is multiplied.
+// Weights lie in panels, in the order in which they are read, and each panel is read once for all rows. With few rows
+// memory is what counts: the next panel is asked for while this one is multiplied.
 #pragma once
 
 #include "vectors.h"
@@ -13,27 +13,37 @@ constexpr int64_t PANEL = 2 * LANES;
 // Rows of a product that are computed together: their sums, two vectors a row, fill the registers.
 constexpr int TILE = LANES == 16 ? 12 : 6;
 
-// sums[i][j] += Σ_k a[i, k] · b[k, j] for a tile of rows and one panel. `ahead`: PANEL/2 · depth numbers to come next.
-template <int ROWS, bool FETCH>
+// The sums of a tile: one or two vectors for each of its rows.
+template <int ROWS, int VECTORS>
+using Sums = Vec[ROWS][VECTORS];
+
+// sums[i][j] += Σ_k a[i, k] · b[k, j] for a tile of rows. `ahead`: LANES · depth numbers that are to be read next.
+template <bool FETCH = false, int ROWS, int VECTORS>
 inline __attribute__((always_inline)) void multiply(
-    const float* a, int64_t row, const float* b, int64_t b_row, int64_t depth, Vec (&sums)[ROWS][2],
+    const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth, Sums<ROWS, VECTORS>& sums,
     const float* ahead = nullptr) {
-  // A local copy, and loops without a branch: else the sums don't stay in registers.
-  Vec local[ROWS][2];
+  // A local copy, and inner loops that are written out: else the sums don't stay in registers.
+  Sums<ROWS, VECTORS> local;
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++) local[i][0] = sums[i][0], local[i][1] = sums[i][1];
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; j++) local[i][j] = sums[i][j];
   for (int64_t k = 0; k < depth; k++) {
     if constexpr (FETCH) __builtin_prefetch(ahead + k * LANES);
-    const Vec left = Vec::loadu(b + k * b_row), right = Vec::loadu(b + k * b_row + LANES);
+    Vec columns[VECTORS];
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; j++) columns[j] = Vec::loadu(b + k * b_row + j * LANES);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) {
-      const Vec x(a[i * row + k]);
-      local[i][0] = at::vec::fmadd(x, left, local[i][0]);
-      local[i][1] = at::vec::fmadd(x, right, local[i][1]);
+      const Vec x(a[i * a_row + k]);
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; j++) local[i][j] = at::vec::fmadd(x, columns[j], local[i][j]);
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++) sums[i][0] = local[i][0], sums[i][1] = local[i][1];
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; j++) sums[i][j] = local[i][j];
 }
 
 template <int ROWS, typename F>
@@ -57,7 +67,7 @@ inline void for_tiles(int64_t rows, const F& f) {
 // What becomes of a product. GATE: a panel is LANES outputs of the gate and the same of what it lets through.
 enum class Then { WRITE, ADD, GATE };
 
-// A layer: weight [panels, K, PANEL], bias [panels, PANEL], both padded with zeros (native_forward.py packs them).
+// A layer: weight [panels, K, PANEL], bias [panels, PANEL], both padded with zeros (llama_forward.py packs them).
 struct Linear {
   Tensor weight;
   Weights bias;
@@ -75,10 +85,10 @@ struct Linear {
         if (biases)
           for (int j = 0; j < 2; j++) offset[j] = Vec::loadu(biases + panel * PANEL + j * LANES);
         for_tiles(tokens, [&]<int ROWS>(int64_t first) {
-          Vec sums[ROWS][2];
+          Sums<ROWS, 2> sums;
           for (int i = 0; i < ROWS; i++) sums[i][0] = offset[0], sums[i][1] = offset[1];
           // The first tile asks for one half of the next panel, the others for the other half.
-          multiply<ROWS, true>(x_TK + first * depth, depth, b, PANEL, depth, sums, next + (first ? depth * LANES : 0));
+          multiply<true>(x_TK + first * depth, depth, b, PANEL, depth, sums, next + (first ? depth * LANES : 0));
           for (int i = 0; i < ROWS; i++) finish<then>(sums[i], out_TN + (first + i) * outputs, panel, outputs);
         });
       }

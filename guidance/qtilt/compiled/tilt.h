@@ -1,5 +1,5 @@
-// What guidance/qtilt/tilt.py says, for logits in float32 on a CPU: there it is defined and explained, here it is a few
-// calls a step instead of fifty. Names, shapes and arguments are those; numbers a row that aren't finite count as −inf.
+// What tilt.py defines and explains, for logits in float32 on a CPU: four calls a step instead of sixty. Names, shapes
+// and arguments are the same.
 #pragma once
 
 
@@ -23,15 +23,16 @@ struct Found {
   bool operator<(const Found& other) const { return value != other.value ? value > other.value : place < other.place; }
 };
 
-Vec only_finite(const Vec& x) { return Vec::blendv(Vec(-INF), x, x.abs() < Vec(INF)); }
+inline Vec only_finite(const Vec& x) { return Vec::blendv(Vec(-INF), x, x.abs() < Vec(INF)); }
 
-float only_finite(float x) { return std::isfinite(x) ? x : -INF; }
+inline float only_finite(float x) { return std::isfinite(x) ? x : -INF; }
 
 // The k largest numbers of a row in order, the first of equal ones.
 //
 // The row is dealt out to some times k groups: as many numbers as groups have a larger one are at least as large as the
 // k-th largest of the groups' largest, so what is less than that needn't be looked at. No branch depends on the rest.
-void find_largest(const float* x, int64_t size, int64_t k, std::vector<float>& largest, std::vector<Found>& found) {
+inline void find_largest(
+    const float* x, int64_t size, int64_t k, std::vector<float>& largest, std::vector<Found>& found) {
   const int64_t groups = std::max(FEWEST_GROUPS, (GROUPS_OF_ONE * k + LANES - 1) / LANES * LANES);
   float least = -INF;
   if (groups <= size) {
@@ -56,7 +57,7 @@ void find_largest(const float* x, int64_t size, int64_t k, std::vector<float>& l
   std::partial_sort(found.begin(), found.begin() + k, found.end());
 }
 
-std::tuple<Tensor, Tensor> top_candidates(
+inline std::tuple<Tensor, Tensor> top_candidates(
     const Tensor& logits_BV, int64_t k, int64_t scorable, const std::optional<Tensor>& top_k_B) {
   const int64_t rows = logits_BV.size(0), size = std::min(scorable, logits_BV.size(1)), count = std::min(k, size);
   Tensor token_ids_BK = at::empty({rows, count}, logits_BV.options().dtype(at::kLong));
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor> top_candidates(
 }
 
 // ln Σ e^(x/scale) of a row.
-double log_sum_exp(const float* x, int64_t size, double scale) {
+inline double log_sum_exp(const float* x, int64_t size, double scale) {
   const int64_t whole = size / LANES * LANES;
   Vec largest(-INF), total(0);
   for (int64_t i = 0; i < whole; i += LANES) largest = at::vec::maximum(largest, only_finite(Vec::loadu(x + i)));
@@ -95,9 +96,9 @@ double log_sum_exp(const float* x, int64_t size, double scale) {
   return most / scale + std::log(sum_of_row);
 }
 
-double scale_of(double temperature) { return temperature > 0 ? temperature : 1; }
+inline double scale_of(double temperature) { return temperature > 0 ? temperature : 1; }
 
-std::tuple<Tensor, Tensor> reference_mass(
+inline std::tuple<Tensor, Tensor> reference_mass(
     const Tensor& logits_BV, const Tensor& token_ids, const Tensor& valid, const Tensor& temperature) {
   const int64_t rows = token_ids.size(0), count = token_ids.size(1);
   const Tensor token_ids_BK = token_ids.contiguous(), valid_BK = valid.contiguous();
@@ -124,7 +125,8 @@ std::tuple<Tensor, Tensor> reference_mass(
 }
 
 // The offsets of a row's candidates [K] and, last, that of all other tokens, shifted so that the largest is 0.
-void below_the_largest(const double* offsets_K, const bool* valid_K, int64_t count, double floor, double* shifted) {
+inline void below_the_largest(
+    const double* offsets_K, const bool* valid_K, int64_t count, double floor, double* shifted) {
   double largest = LOG_OF_NOTHING;
   for (int64_t i = 0; i < count; i++) {
     shifted[i] = valid_K[i] ? offsets_K[i] : floor;
@@ -134,7 +136,7 @@ void below_the_largest(const double* offsets_K, const bool* valid_K, int64_t cou
   for (int64_t i = 0; i <= count; i++) shifted[i] -= largest;
 }
 
-Tensor tilt(
+inline Tensor tilt(
     const Tensor& logits_BV, const Tensor& token_ids, const Tensor& valid, const Tensor& offsets, const Tensor& floor,
     const Tensor& temperature) {
   const int64_t rows = token_ids.size(0), count = token_ids.size(1), size = logits_BV.size(1);
@@ -161,7 +163,7 @@ Tensor tilt(
   return tilted_BV;
 }
 
-Tensor kl_divergence(
+inline Tensor kl_divergence(
     const Tensor& candidates_BK, const Tensor& rest_B1, const Tensor& valid, const Tensor& offsets,
     const Tensor& floor) {
   const int64_t rows = candidates_BK.size(0), count = candidates_BK.size(1);
