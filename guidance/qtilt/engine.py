@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qtilt.compiled import library
 from qtilt.compiled.llama_forward import CompiledForward, can_compile, candidate_logits
 from qtilt.cpu_linear import onednn_linears, slow_linears
 from qtilt.device_copy import copy_to_device
@@ -53,8 +54,8 @@ class ValueEngine:
     added. ``kv_fraction`` is the part of the worst case's memory that a new cache gets: histories that it can't hold
     together are computed in turn, and what was dropped is computed again. ``max_new_tokens`` bounds the new tokens of
     one forward, and with it the memory a step needs for a long catch-up, which then takes several forwards.
-    Backbones of the kinds that allow it run on ``kernels``, or as one compiled function (``is_compiled``: its library
-    has been loaded).
+    Backbones of the kinds that allow it run compiled, if the library has been loaded (compiled/library.py), or on
+    ``kernels``, if given.
 
     Raises ValueError for a backbone the engine is not exact on, positions that don't cover ``max_length``, or a shared
     cache that is too small.
@@ -69,7 +70,6 @@ class ValueEngine:
         max_new_tokens: int = 8192,
         kv_fraction: float = 1.0,
         kernels: Kernels | None = None,
-        is_compiled: bool = False,
     ) -> None:
         if max_length > model.max_positions:
             raise ValueError(
@@ -91,7 +91,7 @@ class ValueEngine:
         # A mask of four dimensions is passed through untouched: no mask is built and, in GPT-2, no ids are compared
         # with the padding token on the device.
         self._any_mask = torch.zeros(1, 1, 1, 1, device=self.cache.geometry.device)
-        self._compiled = self._compile() if is_compiled else None
+        self._compiled = self._compile()
         self._fused = self._fuse(kernels) if self._compiled is None else None
 
     def _own_or_shared_cache(
@@ -116,11 +116,11 @@ class ValueEngine:
         return fused
 
     def _compile(self) -> CompiledForward | None:
-        backbone = self.model.backbone
-        if not can_compile(backbone, self.cache.geometry):
+        backbone, geometry = self.model.backbone, self.cache.geometry
+        if not library.is_loaded() or not can_compile(backbone, geometry):
             return None
-        compiled = CompiledForward(backbone, self.cache.geometry, min(self.max_length + 1, self.model.max_positions))
-        check_packed(backbone, compiled, self.cache.geometry)
+        compiled = CompiledForward(backbone, geometry, self.max_length + 1)
+        check_packed(backbone, compiled, geometry)
         return compiled
 
     @property

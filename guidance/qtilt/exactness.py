@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qtilt.attention import ATTENTION_NAME, AttentionStep, attend_span, register_attention
 from qtilt.kv_cache import CacheGeometry, KVCache
-from qtilt.packing import PackedStep, Span, pack
+from qtilt.packing import LastTokens, PackedStep, Span, pack
 
 # The probe's two packed sequences: of different lengths, so that any mixing between or inside them shows.
 PROBE_LENGTHS = (5, 3)
@@ -106,12 +106,19 @@ def check_forward(backbone: PreTrainedModel, forward: Callable[[Tensor, Tensor, 
 
 @torch.inference_mode()
 def check_packed(backbone: PreTrainedModel, forward: Callable[[PackedStep], Tensor], geometry: CacheGeometry) -> None:
-    """:func:`check_forward` of one that attends, and caches, by itself."""
+    """:func:`check_forward` of one that attends, and caches, by itself.
+
+    The last two tokens of each sequence are a tail, those before it a span.
+    """
     cache = KVCache(geometry, len(PROBE_LENGTHS), max(PROBE_LENGTHS))
-    ids_T, _ = _probe_tokens(backbone)
-    spans = [Span(slot, 0, ids_C) for slot, ids_C in enumerate(ids_T.split(PROBE_LENGTHS))]
-    complaint = f"{type(backbone).__name__} computes something else"
-    _check_same(forward(pack(cache, spans)), _plain_hidden(backbone, ids_T), complaint)
+    ids_T, positions_T = _probe_tokens(backbone)
+    is_span_T = torch.cat([torch.arange(count) < count - 2 for count in PROBE_LENGTHS])
+    spans = [Span(slot, 0, ids_C[:-2]) for slot, ids_C in enumerate(ids_T.split(PROBE_LENGTHS))]
+    (last_B, candidates_B), (positions_B, _) = (each_T[~is_span_T].view(-1, 2).T for each_T in (ids_T, positions_T))
+    last = LastTokens(torch.arange(len(spans)), positions_B, last_B, max(PROBE_LENGTHS) - 1)
+    hidden_TH, plain_TH = forward(pack(cache, spans, last, candidates_B.unsqueeze(1))), _plain_hidden(backbone, ids_T)
+    plain_TH = torch.cat([plain_TH[is_span_T], plain_TH[~is_span_T]])
+    _check_same(hidden_TH, plain_TH, f"{type(backbone).__name__} computes something else")
 
 
 def _refuse_config(config: PretrainedConfig, max_length: int) -> None:

@@ -9,6 +9,9 @@ logits + Q/η.
 
 Unscored tokens keep their logit plus v_min/η, the offset of the lowest possible return. The official Bernoulli code
 does the same; its categorical code subtracts the smallest scored offset instead.
+
+Each function is written twice: here, and for float32 on CPUs in compiled/tilt.h, which is what runs once that has been
+loaded. They differ where a logit over the temperature overflows float32: here such a token is masked, there it isn't.
 """
 
 from typing import NamedTuple

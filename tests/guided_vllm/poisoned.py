@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from guided_vllm.tiny_models import TOKENS
+from qtilt.engine import ValueEngine
+from qtilt.packing import PackedStep
 
 POISON = TOKENS + 3
 """A row of the value model's embedding and a column of the reference's logits that no tokenizer gives: it is never a
@@ -39,3 +41,20 @@ def broken_layer(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         layer.weight = weight
+
+
+@contextmanager
+def broken_forward(engine: ValueEngine) -> Iterator[None]:
+    """A compiled forward that raises in the block, once it has written to the cache."""
+    compiled = engine._compiled
+    assert compiled is not None
+
+    def break_off(step: PackedStep) -> Tensor:
+        compiled(step)
+        raise RuntimeError("the forward broke off")
+
+    engine._compiled = break_off  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        engine._compiled = compiled

@@ -24,7 +24,7 @@ def test_what_is_compiled_is_kept(compiled: Path) -> None:
 
 def test_without_a_compiler(tmp_path: Path) -> None:
     done = load_elsewhere(tmp_path, CXX="no-such-compiler")
-    assert "RuntimeError: the C++ parts can't be compiled" in done.stderr
+    assert "RuntimeError: the C++ parts can't be compiled or loaded" in done.stderr
     assert "no-such-compiler" in done.stderr
     assert list((tmp_path / "qtilt").iterdir()) == []
 
@@ -37,10 +37,18 @@ def test_with_a_compiler_that_fails(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "qtilt").write_text("a file, where a folder is wanted")
-    assert "RuntimeError: the C++ parts can't be compiled" in load_elsewhere(tmp_path).stderr
+    assert "RuntimeError: the C++ parts can't be compiled or loaded" in load_elsewhere(tmp_path).stderr
 
 
 def test_an_older_cpu(tmp_path: Path) -> None:
     done = load_elsewhere(tmp_path, ATEN_CPU_CAPABILITY="default")
     assert "RuntimeError: the C++ parts need a CPU with AVX512 or AVX2, this one: DEFAULT" in done.stderr
     assert not (tmp_path / "qtilt").exists()
+
+
+def test_a_damaged_file_is_not_kept(compiled: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "qtilt" / compiled.name
+    damaged.parent.mkdir()
+    damaged.write_text("not what was compiled")
+    assert "RuntimeError: the C++ parts can't be compiled or loaded" in load_elsewhere(tmp_path).stderr
+    assert not damaged.exists()

@@ -1,4 +1,4 @@
-"""When the plugin has value models run compiled, and what it says when it can't."""
+"""When guidance runs on its C++ parts, and what it says when it can't."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from qtilt.compiled import library
 from qtilt.vllm_plugin import processor
 
 
-@pytest.mark.parametrize(
-    ("dtype", "device", "compiles"),
-    [(torch.float32, "cpu", True), (torch.bfloat16, "cpu", False), (torch.float32, "cuda", False)],
-)
-def test_only_float32_on_cpus_is_compiled(dtype: torch.dtype, device: str, compiles: bool) -> None:
-    assert processor.compiles_forward(dtype, torch.device(device)) == compiles
+def test_only_cpus_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_loaded", [])
+    processor.load_compiled_parts(torch.device("cuda"))
+    assert not library.is_loaded()
+    processor.load_compiled_parts(torch.device("cpu"))
+    assert library.is_loaded()
 
 
 def test_without_a_compiler_the_log_says_why_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,5 +22,5 @@ def test_without_a_compiler_the_log_says_why_it_is_slower(monkeypatch: pytest.Mo
     warnings: list[str] = []
     monkeypatch.setattr(library, "load", load)
     monkeypatch.setattr(processor.logger, "warning", lambda text, *values: warnings.append(text % values))
-    assert not processor.compiles_forward(torch.float32, torch.device("cpu"))
-    assert warnings == ["value models run slower than they could: no compiler here"]
+    processor.load_compiled_parts(torch.device("cpu"))
+    assert warnings == ["guidance runs slower than it could: no compiler here"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from guided_vllm.driving import Ask, drive
-from guided_vllm.poisoned import POISON, broken_layer, poison
+from guided_vllm.poisoned import POISON, broken_forward, poison
 from guided_vllm.served import Served, await_preparation
 from guided_vllm.tiny_models import make_value_model, prompt
 from qtilt.distributions import Bernoulli
@@ -144,8 +144,7 @@ def test_a_request_aborted_after_it_failed_leaves_nothing(served: Served, poison
 
 def test_an_exception_in_the_forward_ends_its_requests_and_the_engine_lives(served: Served) -> None:
     """The version is broken for steps 4 to 7; requests that arrive later are exact again, those of others always."""
-    layer = resident(served, "v-bernoulli").engine.model.backbone.layers[1].mlp.down_proj
-    breaking, stops = broken_layer(layer), {"stop_token_ids": [END]}
+    breaking, stops = broken_forward(resident(served, "v-bernoulli").engine), {"stop_token_ids": [END]}
 
     def before_step(step: int) -> list[Ask]:
         if step == 4:

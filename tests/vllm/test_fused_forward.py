@@ -9,11 +9,18 @@ from torch import Tensor
 
 from engine_histories import Histories
 from hf_oracle import CONFIGS, DISTRIBUTIONS, POSITIONS, make_backbone, make_value_model
+from qtilt.compiled import library
 from qtilt.engine import ValueEngine
 from qtilt.exactness import check_forward
 from qtilt.fused_forward import FusedForward, can_fuse
 from qtilt.value_model import ValueModel
 from vllm import _custom_ops
+
+
+@pytest.fixture(autouse=True)
+def _without_the_compiled_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_loaded", [])
+
 
 FAMILIES = [family for family in CONFIGS if family != "gpt2"]
 

@@ -11,16 +11,20 @@ namespace qtilt {
 // Fewer queries than this are multiplied by keys as they lie; for more it pays to turn the keys into a panel first.
 constexpr int64_t QUERIES_OF_A_PANEL = 5;
 
-// Consecutive tokens of a step that read one slot. The first of them sees `visible` cached positions. When they are a
-// span, each sees one more than the one before. When they are a tail, all see the same, and a candidate itself as well.
+// Most tokens of a block: the scores of all of them, at all positions, are in memory at once.
+constexpr int64_t BLOCK_TOKENS = 32;
+
+// Consecutive tokens of a step that read one slot. The first of them sees `visible` cached positions. When they are of a
+// span, each sees one more than the one before. When they are of a tail, all see the same, and a candidate itself as
+// well; `candidate` is then the number of the first one, 0 being the last token of the history.
 struct Block {
-  int64_t slot, first, tokens, visible;
+  int64_t slot, first, tokens, visible, candidate;
   bool is_span;
 
   // Cached positions that a token sees, and that the last one does.
   int64_t visible_to(int64_t token) const { return is_span ? visible + token : visible; }
   int64_t longest() const { return visible_to(tokens - 1); }
-  bool sees_itself(int64_t token) const { return !is_span && token > 0; }
+  bool sees_itself(int64_t token) const { return !is_span && candidate + token > 0; }
 };
 
 // The value cache as one layer's attention sees it.
@@ -74,7 +78,7 @@ class BlockAttention {
     for (int64_t i = 0; i < queries; i++) {
       const int64_t token = i / group;
       const float* own_key = heads_.key(qkv_C + token * heads_.width(), head);
-      soften(i, block.visible_to(token), longest, block.sees_itself(token) ? own_key : nullptr);
+      softmax(i, block.visible_to(token), longest, block.sees_itself(token) ? own_key : nullptr);
     }
     int64_t d = 0;
     for (; d + PANEL <= size; d += PANEL) average<2>(qkv_C, out_CHD, block, head, cache, longest, d);
@@ -88,7 +92,7 @@ class BlockAttention {
     for (int64_t start = 0; start < longest; start += PANEL) {
       const int64_t count = std::min(PANEL, longest - start), at = cache.offset(slot, head, start);
       // The values are read next; keys come from memory in order, which the processor sees by itself.
-      fetch(cache.values_NGPD + at, count * size);
+      prefetch(cache.values_NGPD + at, count * size);
       const float* keys_CD = cache.keys_NGPD + at;
       if (queries < QUERIES_OF_A_PANEL)
         score_by_key(keys_CD, count, queries, weights_QP_ + start);
@@ -120,7 +124,7 @@ class BlockAttention {
   }
 
   // Scores of a query → e^(score − the largest), 0 where nothing is visible, and what is to be multiplied by.
-  void soften(int64_t query, int64_t visible, int64_t longest, const float* own_key_D) {
+  void softmax(int64_t query, int64_t visible, int64_t longest, const float* own_key_D) {
     float* weights_P = weights_QP_ + query * width_;
     const int64_t end = (longest + LANES - 1) / LANES * LANES;
     std::fill(weights_P + visible, weights_P + end, -INF);

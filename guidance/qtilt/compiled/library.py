@@ -17,17 +17,23 @@ INSTRUCTIONS = {
 """What the compiler may use, by what torch says of the CPU. Others have no compiled forward."""
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
 
-
 _loaded: list[Path] = []
 
 
 def load() -> None:
-    """Have torch know it, from here on. Compiling takes some ten seconds, and is kept in the user's cache folder.
+    """Have value engines and the tilt run on it from here on. Compiling takes some ten seconds, and is kept.
 
     Raises RuntimeError that says why it can't be.
     """
-    if _loaded:
-        return
+    if not _loaded:
+        try:
+            _loaded.append(_load())
+        except OSError as error:
+            raise RuntimeError(f"the C++ parts can't be compiled or loaded: {error}") from error
+
+
+def _load() -> Path:
+    """The file that torch has loaded."""
     from torch.utils.cpp_extension import get_cxx_compiler  # half a second
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -39,18 +45,24 @@ def load() -> None:
     library = cache_folder() / f"compiled-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     if not library.exists():
         _compile([get_cxx_compiler(), *flags], library)
-    torch.ops.load_library(library)
-    _loaded.append(library)
+    try:
+        torch.ops.load_library(library)
+    except OSError:
+        # Perhaps the file is damaged: it isn't kept, and who starts again compiles again.
+        library.unlink()
+        raise
+    return library
 
 
 def is_loaded() -> bool:
-    """Whether torch knows it."""
+    """Whether value engines that are made now, and the tilt, run on it."""
     return bool(_loaded)
 
 
 def takes(rows: Tensor) -> bool:
-    """Whether the library has been loaded and computes with such numbers."""
-    return bool(_loaded) and rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.stride(-1) == 1
+    """Whether the library has been loaded and computes with such numbers; it knows no gradients."""
+    is_plain = rows.dtype == torch.float32 and rows.stride(-1) == 1 and not rows.requires_grad
+    return bool(_loaded) and rows.device.type == "cpu" and is_plain
 
 
 def cache_folder() -> Path:
@@ -65,15 +77,12 @@ def _compile(command: list[str], library: Path) -> None:
     includes = [argument for path in include_paths() for argument in ("-isystem", path)]
     # Linked without -fopenmp: the threads are to be those of the OpenMP that torch has brought along.
     linking = ["-shared", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu"]
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            compiled, linked = Path(folder, "compiled.o"), Path(folder, "linked.so")
-            _run([*command, *includes, "-c", str(FOLDER / "library.cpp"), "-o", str(compiled)])
-            _run([command[0], str(compiled), *linking, "-o", str(linked)])
-            linked.replace(library)
-    except OSError as error:
-        raise RuntimeError(f"the C++ parts can't be compiled: {error}") from error
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        compiled, linked = Path(folder, "compiled.o"), Path(folder, "linked.so")
+        _run([*command, *includes, "-c", str(FOLDER / "library.cpp"), "-o", str(compiled)])
+        _run([command[0], str(compiled), *linking, "-o", str(linked)])
+        linked.replace(library)
 
 
 def _run(command: list[str]) -> None:

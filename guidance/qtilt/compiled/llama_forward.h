@@ -33,9 +33,6 @@ inline void rotate(float* head_D, const float* rotation_D, int64_t size) {
   }
 }
 
-// Tokens of a span that are one block of attention.
-constexpr int64_t SPAN_TOKENS = 16;
-
 struct Layer {
   Tensor input_norm;
   Linear qkv;
@@ -47,7 +44,7 @@ struct Layer {
 
 class LlamaForward : public torch::CustomClassHolder {
  public:
-  // embedding [V, E], norm [E], rotation [positions, D]: what Heads and the layers' sizes don't say.
+  // embedding [V, E], norm [E] after the last layer, rotation [positions, D] (rotation_table in fused_forward.py).
   LlamaForward(
       Tensor embedding, Tensor norm, Tensor rotation, int64_t heads, int64_t kv_heads, int64_t head_size,
       int64_t intermediate_size, double epsilon)
@@ -68,11 +65,12 @@ class LlamaForward : public torch::CustomClassHolder {
   }
 
   // Hidden states [T, E]. ids, positions: int64 [T]. spans: int64 [spans, 3] of slot, start and tokens, first in the
-  // step. slots, last_positions: int64 [B] of the rows, whose tails of equal size come after the spans.
+  // step. row_slots, row_positions: int64 [B] of the rows' last tokens, whose tails of equal size come after the spans.
   Tensor forward(
-      const Tensor& ids, const Tensor& positions, const Tensor& spans, const Tensor& slots,
-      const Tensor& last_positions, const Tensor& keys_LNGPD, const Tensor& values_LNGPD, const Tensor& table,
+      const Tensor& ids, const Tensor& positions, const Tensor& spans, const Tensor& row_slots,
+      const Tensor& row_positions, const Tensor& keys_LNGPD, const Tensor& values_LNGPD, const Tensor& table,
       double scaling) {
+    const Tensor slots = row_slots.contiguous(), last_positions = row_positions.contiguous();
     const int64_t tokens = ids.size(0), width = heads_.width();
     const auto options = embedding_.options();
     Tensor residual_TE = at::empty({tokens, hidden_size_}, options);
@@ -80,13 +78,17 @@ class LlamaForward : public torch::CustomClassHolder {
     Tensor qkv_TW = at::empty({tokens, width}, options);
     Tensor heads_THD = at::empty({tokens, heads_.query * heads_.size}, options);
     Tensor gated_TI = at::empty({tokens, intermediate_size_}, options);
-    float *residual = write(residual_TE), *hidden = write(hidden_TE), *qkv = write(qkv_TW);
-    float *attended = write(heads_THD), *gated = write(gated_TI);
+    float *residual = writable(residual_TE), *hidden = writable(hidden_TE), *qkv = writable(qkv_TW);
+    float *attended = writable(heads_THD), *gated = writable(gated_TI);
 
+    check_below(ids, embedding_.size(0), "token id");
+    check_below(positions, rotation_.size(0), "position");
+    check_below(slots, table.size(0), "slot");
+    check_below(last_positions, table.size(1) * keys_LNGPD.size(3), "cached position");
     const int64_t* id = ids.const_data_ptr<int64_t>();
     for (int64_t t = 0; t < tokens; t++)
-      std::copy_n(read(embedding_) + id[t] * hidden_size_, hidden_size_, residual + t * hidden_size_);
-    const std::vector<Block> blocks = cut_blocks(tokens, spans, slots.contiguous(), last_positions.contiguous());
+      std::copy_n(numbers(embedding_) + id[t] * hidden_size_, hidden_size_, residual + t * hidden_size_);
+    const std::vector<Block> blocks = cut_blocks(tokens, spans, slots, last_positions);
     Cache cache{
         nullptr, nullptr, table.const_data_ptr<int64_t>(), table.size(1), keys_LNGPD.size(3), heads_.kv, heads_.size};
     for (size_t number = 0; number < layers_.size(); number++) {
@@ -94,14 +96,14 @@ class LlamaForward : public torch::CustomClassHolder {
       cache.keys_NGPD = keys_LNGPD.data_ptr<float>() + number * keys_LNGPD.stride(0);
       cache.values_NGPD = values_LNGPD.data_ptr<float>() + number * values_LNGPD.stride(0);
       norm_rows(residual, layer.input_norm, hidden, tokens);
-      layer.qkv.operator()<Then::WRITE>(hidden, qkv, tokens, width);
-      turn(layer, positions, qkv, tokens);
+      layer.qkv.run<Then::WRITE>(hidden, qkv, tokens, width);
+      rotate_rows(layer, positions, qkv, tokens);
       for (const Block& block : blocks) store(block, qkv, cache);
       attend(blocks, qkv, attended, cache, static_cast<float>(scaling));
-      layer.out.operator()<Then::ADD>(attended, residual, tokens, hidden_size_);
+      layer.out.run<Then::ADD>(attended, residual, tokens, hidden_size_);
       norm_rows(residual, layer.post_norm, hidden, tokens);
-      layer.gate_up.operator()<Then::GATE>(hidden, gated, tokens, intermediate_size_);
-      layer.down.operator()<Then::ADD>(gated, residual, tokens, hidden_size_);
+      layer.gate_up.run<Then::GATE>(hidden, gated, tokens, intermediate_size_);
+      layer.down.run<Then::ADD>(gated, residual, tokens, hidden_size_);
     }
     norm_rows(residual, norm_, hidden, tokens);
     return hidden_TE;
@@ -112,18 +114,16 @@ class LlamaForward : public torch::CustomClassHolder {
       int64_t tokens, const Tensor& spans, const Tensor& slots, const Tensor& last_positions) {
     std::vector<Block> blocks;
     int64_t first = 0;
+    const auto cut = [&](int64_t slot, int64_t count, int64_t visible, bool is_span) {
+      for (int64_t done = 0; done < count; done += BLOCK_TOKENS, first += blocks.back().tokens)
+        blocks.push_back(
+            {slot, first, std::min(BLOCK_TOKENS, count - done), is_span ? visible + done : visible, done, is_span});
+    };
     const int64_t* span = spans.const_data_ptr<int64_t>();
-    for (int64_t s = 0; s < spans.size(0); s++, span += 3)
-      for (int64_t done = 0; done < span[2]; done += SPAN_TOKENS) {
-        const int64_t count = std::min(SPAN_TOKENS, span[2] - done);
-        blocks.push_back({span[0], first, count, span[1] + done + 1, true});
-        first += count;
-      }
+    for (int64_t s = 0; s < spans.size(0); s++, span += 3) cut(span[0], span[2], span[1] + 1, true);
     const int64_t rows = slots.size(0), tail = rows ? (tokens - first) / rows : 0;
     for (int64_t b = 0; b < rows; b++)
-      blocks.push_back(
-          {slots.const_data_ptr<int64_t>()[b], first + b * tail, tail,
-           last_positions.const_data_ptr<int64_t>()[b] + 1, false});
+      cut(slots.const_data_ptr<int64_t>()[b], tail, last_positions.const_data_ptr<int64_t>()[b] + 1, false);
     return blocks;
   }
 
@@ -131,29 +131,30 @@ class LlamaForward : public torch::CustomClassHolder {
     QTILT_EVENT("norm");
     at::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++)
-        rms_norm(x + t * hidden_size_, read(weight), out + t * hidden_size_, hidden_size_, epsilon_);
+        rms_norm(x + t * hidden_size_, numbers(weight), out + t * hidden_size_, hidden_size_, epsilon_);
     });
   }
 
-  // Queries and keys are normalised, where the layer does so, and turned by their positions.
-  void turn(const Layer& layer, const Tensor& positions, float* qkv, int64_t tokens) const {
+  // Queries and keys are normalised, where the layer does so, and rotated by their positions.
+  void rotate_rows(const Layer& layer, const Tensor& positions, float* qkv, int64_t tokens) const {
     QTILT_EVENT("rotation");
     const int64_t* position = positions.const_data_ptr<int64_t>();
-    const float *query_norm = read(layer.query_norm), *key_norm = read(layer.key_norm);
+    const float *query_norm = numbers(layer.query_norm), *key_norm = numbers(layer.key_norm);
     at::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++)
         for (int64_t head = 0; head < heads_.query + heads_.kv; head++) {
           float* at = qkv + t * heads_.width() + head * heads_.size;
           const float* norm = head < heads_.query ? query_norm : key_norm;
           if (norm) rms_norm(at, norm, at, heads_.size, epsilon_);
-          rotate(at, read(rotation_) + position[t] * heads_.size, heads_.size);
+          rotate(at, numbers(rotation_) + position[t] * heads_.size, heads_.size);
         }
     });
   }
 
   // Caches a span's keys and values, or those of a tail's last token, its first.
   void store(const Block& block, const float* qkv, const Cache& cache) const {
-    for (int64_t t = 0; t < (block.is_span ? block.tokens : 1); t++)
+    const int64_t stored = block.is_span ? block.tokens : block.candidate == 0;
+    for (int64_t t = 0; t < stored; t++)
       for (int64_t head = 0; head < heads_.kv; head++) {
         const float* from = qkv + (block.first + t) * heads_.width();
         const int64_t at = cache.offset(block.slot, head, block.visible - 1 + t);

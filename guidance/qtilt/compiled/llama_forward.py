@@ -2,7 +2,7 @@
 
 Shapes: ``N`` outputs and ``K`` inputs of a layer, ``I`` intermediate size, ``D`` head size, ``P`` positions.
 
-A step of few tokens there waits for memory and for calls: llama_forward.cpp reads weights, keys and values in order and
+A step of few tokens there waits for memory and for calls: llama_forward.h reads weights, keys and values in order and
 ahead of time, in place and no further than a history goes, and is one call. Its products are those of ``nn.Linear`` up
 to rounding. The weights are kept a second time, in the order in which they are read.
 """
@@ -18,8 +18,8 @@ from qtilt.fused_forward import can_fuse, rotation_table
 from qtilt.kv_cache import CacheGeometry
 from qtilt.packing import PackedStep
 
-HEAD_MULTIPLE = 16
-"""Heads must be multiples of so many numbers: whole vectors."""
+MULTIPLE = 16
+"""Heads and hidden states must be multiples of so many numbers: whole vectors."""
 
 
 class CompiledForward:
@@ -89,7 +89,8 @@ def candidate_logits(head: nn.Linear, hidden_BH: Tensor, candidates_BK: Tensor, 
 def can_compile(backbone: PreTrainedModel, geometry: CacheGeometry) -> bool:
     """Whether :class:`CompiledForward` is the backbone's forward."""
     is_float32 = geometry.device.type == "cpu" and geometry.dtype == torch.float32
-    return is_float32 and can_fuse(backbone) and geometry.head_size % HEAD_MULTIPLE == 0
+    sizes = (geometry.head_size, backbone.config.get_text_config().hidden_size)
+    return is_float32 and can_fuse(backbone) and all(size % MULTIPLE == 0 for size in sizes)
 
 
 def _panels(layers: Sequence[nn.Linear], *, alternating: bool = False) -> tuple[Tensor, Tensor | None]:

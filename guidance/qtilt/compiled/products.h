@@ -17,11 +17,11 @@ constexpr int TILE = LANES == 16 ? 12 : 6;
 template <int ROWS, int VECTORS>
 using Sums = Vec[ROWS][VECTORS];
 
-// sums[i][j] += Σ_k a[i, k] · b[k, j] for a tile of rows. `ahead`: LANES · depth numbers that are to be read next.
-template <bool FETCH = false, int ROWS, int VECTORS>
+// sums[i][j] += Σ_k a[i, k] · b[k, j] for a tile of rows. `next`: AHEAD · LANES · depth numbers that are soon to be read.
+template <int AHEAD = 0, int ROWS, int VECTORS>
 inline __attribute__((always_inline)) void multiply(
     const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth, Sums<ROWS, VECTORS>& sums,
-    const float* ahead = nullptr) {
+    const float* next = nullptr) {
   // A local copy, and inner loops that are written out: else the sums don't stay in registers.
   Sums<ROWS, VECTORS> local;
 #pragma GCC unroll 16
@@ -29,7 +29,7 @@ inline __attribute__((always_inline)) void multiply(
 #pragma GCC unroll 2
     for (int j = 0; j < VECTORS; j++) local[i][j] = sums[i][j];
   for (int64_t k = 0; k < depth; k++) {
-    if constexpr (FETCH) __builtin_prefetch(ahead + k * LANES);
+    if constexpr (AHEAD > 0) prefetch(next + k * AHEAD * LANES, AHEAD * LANES);
     Vec columns[VECTORS];
 #pragma GCC unroll 2
     for (int j = 0; j < VECTORS; j++) columns[j] = Vec::loadu(b + k * b_row + j * LANES);
@@ -68,15 +68,26 @@ inline void for_tiles(int64_t rows, const F& f) {
 enum class Then { WRITE, ADD, GATE };
 
 // A layer: weight [panels, K, PANEL], bias [panels, PANEL], both padded with zeros (llama_forward.py packs them).
-struct Linear {
-  Tensor weight;
-  Weights bias;
+class Linear {
+ public:
+  Linear(Tensor packed_weight, Weights packed_bias)
+      : weight_(std::move(packed_weight)), bias_(std::move(packed_bias)) {}
 
   template <Then then>
-  void operator()(const float* x_TK, float* out_TN, int64_t tokens, int64_t outputs) const {
+  void run(const float* x_TK, float* out_TN, int64_t tokens, int64_t outputs) const {
     QTILT_EVENT("linear");
-    const int64_t panels = weight.size(0), depth = weight.size(1);
-    const float *weights = read(weight), *biases = read(bias);
+    // While a panel is multiplied, a single tile asks for all of the next one, and each of more for one half of it.
+    if (tokens <= TILE)
+      run_ahead<then, 2>(x_TK, out_TN, tokens, outputs);
+    else
+      run_ahead<then, 1>(x_TK, out_TN, tokens, outputs);
+  }
+
+ private:
+  template <Then then, int AHEAD>
+  void run_ahead(const float* x_TK, float* out_TN, int64_t tokens, int64_t outputs) const {
+    const int64_t panels = weight_.size(0), depth = weight_.size(1);
+    const float *weights = numbers(weight_), *biases = numbers(bias_);
     at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; panel++) {
         const float* b = weights + panel * depth * PANEL;
@@ -87,8 +98,7 @@ struct Linear {
         for_tiles(tokens, [&]<int ROWS>(int64_t first) {
           Sums<ROWS, 2> sums;
           for (int i = 0; i < ROWS; i++) sums[i][0] = offset[0], sums[i][1] = offset[1];
-          // The first tile asks for one half of the next panel, the others for the other half.
-          multiply<true>(x_TK + first * depth, depth, b, PANEL, depth, sums, next + (first ? depth * LANES : 0));
+          multiply<AHEAD>(x_TK + first * depth, depth, b, PANEL, depth, sums, next + (first ? depth * LANES : 0));
           for (int i = 0; i < ROWS; i++) finish<then>(sums[i], out_TN + (first + i) * outputs, panel, outputs);
         });
       }
@@ -110,6 +120,9 @@ struct Linear {
       (before + sums[j]).store(out_N + first, count);
     }
   }
+
+  Tensor weight_;
+  Weights bias_;
 };
 
 }  // namespace qtilt

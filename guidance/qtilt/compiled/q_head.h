@@ -15,13 +15,14 @@ inline Tensor candidate_logits(
   const Tensor candidates = token_ids.contiguous();
   const int64_t rows = candidates.size(0), count = candidates.size(1), size = hidden.size(1);
   Tensor logits_BKA = at::empty({rows, count, atoms}, hidden.options());
-  const float *hidden_BE = read(hidden), *weight_NE = read(weight), *bias_N = read(bias);
+  check_below(candidates, weight.size(0) / atoms, "candidate");
+  const float *hidden_BE = numbers(hidden), *weight_NE = numbers(weight), *bias_N = numbers(bias);
   const int64_t* ids_BK = candidates.const_data_ptr<int64_t>();
-  float* logits = write(logits_BKA);
+  float* logits = writable(logits_BKA);
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * count; i < end * count; i++) {
       if (i + FETCHED_AHEAD < end * count)
-        fetch(weight_NE + ids_BK[i + FETCHED_AHEAD] * atoms * size, std::min(atoms * size, FETCHED));
+        prefetch(weight_NE + ids_BK[i + FETCHED_AHEAD] * atoms * size, std::min(atoms * size, FETCHED));
       for (int64_t atom = 0; atom < atoms; atom++) {
         const int64_t n = ids_BK[i] * atoms + atom;
         const float product = dot(hidden_BE + i / count * size, weight_NE + n * size, size);

@@ -2,7 +2,6 @@
 // and arguments are the same.
 #pragma once
 
-
 #include <functional>
 
 #include "vectors.h"
@@ -58,19 +57,19 @@ inline void find_largest(
 }
 
 inline std::tuple<Tensor, Tensor> top_candidates(
-    const Tensor& logits_BV, int64_t k, int64_t scorable, const std::optional<Tensor>& top_k_B) {
+    const Tensor& logits_BV, int64_t k, int64_t scorable, const std::optional<Tensor>& top_k) {
   const int64_t rows = logits_BV.size(0), size = std::min(scorable, logits_BV.size(1)), count = std::min(k, size);
   Tensor token_ids_BK = at::empty({rows, count}, logits_BV.options().dtype(at::kLong));
   Tensor valid_BK = at::empty({rows, count}, logits_BV.options().dtype(at::kBool));
-  const Weights narrower_B = top_k_B ? Weights(top_k_B->contiguous()) : std::nullopt;
-  const int64_t* top_ks = narrower_B ? narrower_B->const_data_ptr<int64_t>() : nullptr;
+  const Tensor top_k_B = top_k ? top_k->contiguous() : Tensor();
+  const int64_t* top_ks = top_k ? top_k_B.const_data_ptr<int64_t>() : nullptr;
   int64_t* ids = token_ids_BK.mutable_data_ptr<int64_t>();
   bool* valid = valid_BK.mutable_data_ptr<bool>();
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> largest;
     std::vector<Found> found;
     for (int64_t b = begin; b < end; b++) {
-      find_largest(read(logits_BV) + b * logits_BV.stride(0), size, count, largest, found);
+      find_largest(numbers(logits_BV) + b * logits_BV.stride(0), size, count, largest, found);
       for (int64_t i = 0; i < count; i++) {
         ids[b * count + i] = found[i].place;
         valid[b * count + i] = found[i].value > -INF && (!top_ks || i < top_ks[b]);
@@ -107,15 +106,15 @@ inline std::tuple<Tensor, Tensor> reference_mass(
   Tensor rest_B1 = at::empty({rows, 1}, candidates_BK.options());
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) {
-      const float* logits = read(logits_BV) + b * logits_BV.stride(0);
+      const float* logits = numbers(logits_BV) + b * logits_BV.stride(0);
       const int64_t* ids = token_ids_BK.const_data_ptr<int64_t>() + b * count;
-      const bool* valid = valid_BK.const_data_ptr<bool>() + b * count;
+      const bool* valid_K = valid_BK.const_data_ptr<bool>() + b * count;
       double* candidates = candidates_BK.mutable_data_ptr<double>() + b * count;
       const double scale = scale_of(temperature_B.const_data_ptr<double>()[b]);
       const double log_normaliser = log_sum_exp(logits, logits_BV.size(1), scale);
       double rest = 1;
       for (int64_t i = 0; i < count; i++) {
-        candidates[i] = valid[i] ? logits[ids[i]] / scale - log_normaliser : LOG_OF_NOTHING;
+        candidates[i] = valid_K[i] ? logits[ids[i]] / scale - log_normaliser : LOG_OF_NOTHING;
         rest -= std::exp(candidates[i]);
       }
       rest_B1.mutable_data_ptr<double>()[b] = rest < ROUNDING ? LOG_OF_NOTHING : std::log(rest);
@@ -147,9 +146,9 @@ inline Tensor tilt(
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<double> shifted(count + 1);
     for (int64_t b = begin; b < end; b++) {
-      const float* logits = read(logits_BV) + b * logits_BV.stride(0);
+      const float* logits = numbers(logits_BV) + b * logits_BV.stride(0);
       const int64_t* ids = token_ids_BK.const_data_ptr<int64_t>() + b * count;
-      float* tilted = write(tilted_BV) + b * size;
+      float* tilted = writable(tilted_BV) + b * size;
       const double scale = scale_of(temperature_B.const_data_ptr<double>()[b]);
       below_the_largest(
           offsets_BK.const_data_ptr<double>() + b * count, valid_BK.const_data_ptr<bool>() + b * count, count,
@@ -164,9 +163,9 @@ inline Tensor tilt(
 }
 
 inline Tensor kl_divergence(
-    const Tensor& candidates_BK, const Tensor& rest_B1, const Tensor& valid, const Tensor& offsets,
-    const Tensor& floor) {
-  const int64_t rows = candidates_BK.size(0), count = candidates_BK.size(1);
+    const Tensor& candidates, const Tensor& rest, const Tensor& valid, const Tensor& offsets, const Tensor& floor) {
+  const int64_t rows = candidates.size(0), count = candidates.size(1);
+  const Tensor candidates_BK = candidates.contiguous(), rest_B1 = rest.contiguous();
   Tensor kl_B = at::empty({rows}, candidates_BK.options());
   const Tensor valid_BK = valid.contiguous();
   const Tensor offsets_BK = offsets.to(at::kDouble).contiguous(), floor_B = floor.to(at::kDouble).contiguous();

@@ -30,11 +30,18 @@ constexpr int64_t LINE = 16;
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
-inline const float* read(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
-inline const float* read(const Weights& weights) { return weights ? read(*weights) : nullptr; }
-inline float* write(Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
+inline const float* numbers(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
+inline const float* numbers(const Weights& weights) { return weights ? numbers(*weights) : nullptr; }
+inline float* writable(Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
 
-inline void fetch(const float* first, int64_t count) {
+// Raises IndexError: who reads or writes at these places doesn't look.
+inline void check_below(const Tensor& indices, int64_t limit, const char* what) {
+  const int64_t* index = indices.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < indices.numel(); i++)
+    TORCH_CHECK_INDEX(0 <= index[i] && index[i] < limit, what, " ", index[i], " isn't from 0 to ", limit - 1);
+}
+
+inline void prefetch(const float* first, int64_t count) {
   for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(first + i);
 }
 

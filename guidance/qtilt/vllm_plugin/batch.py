@@ -111,9 +111,10 @@ class Together:
     def of(cls, rows: list[GuidedRow], indices: list[int], device: torch.device) -> "Together":
         """The settings of the rows, and where they are, go to the device."""
         settings = [RowSettings.of(row.params, row.temperature, row.ending_token) for row in rows]
-        rows_GS, indices_G = copy_to_device(device, np.array(settings), np.array(indices, dtype=np.float64))
-        side_by_side = slice(indices[0], indices[0] + len(indices))
-        where = side_by_side if indices == list(range(side_by_side.start, side_by_side.stop)) else indices_G.long()
+        (rows_GS,) = copy_to_device(device, np.array(settings))
+        where: slice | Tensor = slice(indices[0], indices[0] + len(indices))
+        if indices != list(range(indices[0], indices[0] + len(indices))):
+            (where,) = copy_to_device(device, np.array(indices))
         return cls(rows, indices, where, StepSettings.of(rows_GS, [row.params for row in rows]))
 
 
@@ -180,14 +181,15 @@ class GuidedBatch:
         An exception leaves the logits untouched. What a forward that broke off has left in the cache goes with the
         slots: they are given back, and emptied by that.
         """
+        version = key[0]
         try:
             # The engine reads neighbouring slots together.
             indices = sorted(indices, key=lambda index: self._rows[index].ready_slot())
             together = self._find_together(key, indices, logits_BV.device)
-            finite_G = guide_rows(key[0], together, logits_BV)
+            finite_G = guide_rows(version, together, logits_BV)
             self._checks.append(FiniteCheck([(row, len(row.output_token_ids)) for row in together.rows], finite_G))
         except Exception as error:
-            logger.exception("guidance failed in value model %s: %d request(s) end", key[0].label, len(indices))
+            logger.exception("guidance failed in value model %s: %d request(s) end", version.label, len(indices))
             for row in (self._rows[index] for index in indices):
                 row.fail(of_exception(error), len(row.output_token_ids))
 
@@ -217,7 +219,7 @@ def guide_rows(version: ResidentVersion, together: Together, logits_BV: Tensor) 
     Returns which rows' guidance was finite, bool ``[G]`` on the device: the others get logits that end their requests.
     """
     rows = together.rows
-    slots = [row.slot for row in rows if row.slot is not None]
+    slots = [row.ready_slot() for row in rows]
     histories = [row.history for row in rows]
 
     def score(candidates_RK: Tensor, rows_R: Tensor | None = None) -> Tensor:

@@ -38,5 +38,5 @@ class TokenHistory(Sequence[int]):
             raise ValueError(f"a token history is sliced with step 1, not {step}")
         prompt_length = len(self._prompt)
         if start >= prompt_length:
-            return self._output[start - prompt_length : stop - prompt_length]
+            return self._output[start - prompt_length : max(stop - prompt_length, 0)]
         return self._prompt[start:stop] + self._output[max(start - prompt_length, 0) : max(stop - prompt_length, 0)]

@@ -78,6 +78,7 @@ class GuidanceProcessor(v1.LogitsProcessor, v2.LogitsProcessor):
             self.batch, self.records = GuidedSlots(device_or_requests, speculates=speculates), StayLog()
             slots = device_or_requests.max_num_reqs
         _refuse_what_is_not_exact(vllm_config, speculates=isinstance(self.batch, GuidedSlots))
+        load_compiled_parts(device)
         settings = _engine_settings(vllm_config, self.config, device, slots)
         self.residents = Residents(_reference(vllm_config), settings)
         for name, path in self.config.value_models.items():
@@ -253,17 +254,13 @@ def _engine_settings(vllm_config: VllmConfig, config: PluginConfig, device: torc
         device=device,
         kv_fraction=config.kv_fraction,
         kernels=_custom_ops,
-        is_compiled=compiles_forward(dtype, device),
     )
 
 
-def compiles_forward(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether value models run compiled: in float32 on CPUs. Compiles if that has never been done."""
-    if device.type != "cpu" or dtype != torch.float32:
-        return False
-    try:
-        library.load()
-    except RuntimeError as error:
-        logger.warning("value models run slower than they could: %s", error)
-        return False
-    return True
+def load_compiled_parts(device: torch.device) -> None:
+    """On a CPU, have guidance run on its C++ parts, compiling them if that has never been done."""
+    if device.type == "cpu":
+        try:
+            library.load()
+        except RuntimeError as error:
+            logger.warning("guidance runs slower than it could: %s", error)

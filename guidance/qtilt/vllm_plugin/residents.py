@@ -27,8 +27,8 @@ VersionKey = tuple[str, int]
 class EngineSettings:
     """slots: most requests in one batch. max_length: longest sequence, in tokens. dtype: of weights and caches.
 
-    kv_fraction: memory of a cache, as a fraction of what ``slots`` sequences of ``max_length`` need. kernels,
-    is_compiled: see :class:`ValueEngine`.
+    kv_fraction: memory of a cache, as a fraction of what ``slots`` sequences of ``max_length`` need. kernels: for
+    backbones that can be fused.
     """
 
     slots: int
@@ -37,7 +37,6 @@ class EngineSettings:
     device: torch.device
     kv_fraction: float = 1.0
     kernels: Kernels | None = None
-    is_compiled: bool = False
 
 
 @dataclass(eq=False)
@@ -177,7 +176,6 @@ class Residents:
             self._caches,
             kv_fraction=settings.kv_fraction,
             kernels=settings.kernels,
-            is_compiled=settings.is_compiled,
         )
         if self._settings.device.type == "cuda":
             # Steps run on another stream than this thread: for them too, all must be in place. This waits for the
