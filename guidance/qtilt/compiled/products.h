@@ -29,7 +29,8 @@ inline __attribute__((always_inline)) void multiply(
 #pragma GCC unroll 2
     for (int j = 0; j < VECTORS; j++) local[i][j] = sums[i][j];
   for (int64_t k = 0; k < depth; k++) {
-    if constexpr (AHEAD > 0) prefetch(next + k * AHEAD * LANES, AHEAD * LANES);
+#pragma GCC unroll 2
+    for (int j = 0; j < AHEAD; j++) __builtin_prefetch(next + (k * AHEAD + j) * LANES);
     Vec columns[VECTORS];
 #pragma GCC unroll 2
     for (int j = 0; j < VECTORS; j++) columns[j] = Vec::loadu(b + k * b_row + j * LANES);
