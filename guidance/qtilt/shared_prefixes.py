@@ -20,7 +20,10 @@ class SharedPrefixes:
 
     def note(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
         """The slot's history has ``token_ids`` from position ``start`` on."""
-        self._tokens_SP[slot, start : start + len(token_ids)] = token_ids
+        if len(token_ids) == 1:  # in every step, for every history: a slice takes several times as long
+            self._tokens_SP[slot, start] = token_ids[0]
+        else:
+            self._tokens_SP[slot, start : start + len(token_ids)] = token_ids
 
     def longest(self, slot: int, length: int, available: dict[int, int]) -> tuple[int, int]:
         """The slot whose history has most of the first ``length`` tokens of this one's, and how many.
