@@ -169,8 +169,6 @@ def guide_step(
 
 def end_unless(goes_on_G: Tensor, logits_GV: Tensor, ending_token_G: Tensor) -> Tensor:
     """Make the ending token certain, in place, in the rows that don't go on; rows without one stay as they are."""
-    if goes_on_G.device.type == "cpu" and goes_on_G.all():  # elsewhere the host would have to wait for the answer
-        return logits_GV
     token_G1 = ending_token_G.clamp(min=0).unsqueeze(-1)
     ends_G1 = (~goes_on_G & (ending_token_G != NO_TOKEN)).unsqueeze(-1)
     return logits_GV.scatter_(-1, token_G1, logits_GV.gather(-1, token_G1).masked_fill_(ends_G1, CERTAIN))
