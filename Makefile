@@ -74,8 +74,8 @@ LOCK = $(BIN)/uv pip compile --quiet --custom-compile-command "make lock" --no-e
 lock: install ## resolve requirements/*.txt anew from pyproject.toml
 	$(LOCK) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
 	  $(foreach name,torch torchvision torchaudio torchcodec,--no-emit-package $(name)) \
-	  --extra cpu --extra dev -o requirements/cpu.txt
-	$(LOCK) --extra cuda --extra dev -o requirements/cuda.txt
+	  --extra cpu --extra demo --extra dev -o requirements/cpu.txt
+	$(LOCK) --extra cuda --extra demo --extra dev -o requirements/cuda.txt
 	$(LOCK) -c requirements/cuda.txt -o requirements/trainer.txt
 
 clean: ## remove the environment, caches and built files (runs/ stays)
