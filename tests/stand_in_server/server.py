@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerFast
 
-from qtilt_trainer.reference import build_tokenizer
-from qtilt_trainer.tasks.star_graph import StarGraph
+from star_graph import StarGraph
+from tiny_reference import build_tokenizer
 
 MODEL = "stand-in"
 

@@ -14,8 +14,8 @@ from qtilt_trainer.config import CollectConfig, SamplingConfig, ServerConfig
 from qtilt_trainer.generate import PlannedRequest, consecutive, generate
 from qtilt_trainer.rollouts import RolloutStore
 from qtilt_trainer.tasks import Problem
-from qtilt_trainer.tasks.star_graph import StarGraph
 from stand_in_server import StandInServer
+from star_graph import StarGraph
 
 TASK = StarGraph()
 CONFIG = CollectConfig(prompts=6, samples_per_prompt=4, eta=0.2, guidance_top_k=7, seed=3)

@@ -22,8 +22,8 @@ from qtilt_trainer.config import FitConfig
 from qtilt_trainer.dataset import label_rollouts, split_prompts
 from qtilt_trainer.fit import FitPoint, fit, fit_record_path, fit_value_model
 from qtilt_trainer.initialise import initialise_value_model
-from qtilt_trainer.reference import build_tokenizer
 from qtilt_trainer.rollouts import Rollout
+from tiny_reference import build_tokenizer
 
 LETTERS, LENGTH, PROMPT_TOKEN = 4, 6, 4
 INV_ETA = 5.0

@@ -10,13 +10,13 @@ import pytest
 from qtilt.checkpoint import load_value_model
 from qtilt_trainer.evaluate import Cell, Record, cell_directory
 from qtilt_trainer.initialise import initialise_value_model
-from qtilt_trainer.reference import build_tokenizer
 from qtilt_trainer.report import write_report
 from qtilt_trainer.report.page import background
 from qtilt_trainer.report.run_data import read_run
 from qtilt_trainer.rollouts import Rollout, RolloutStore
 from qtilt_trainer.values import completion_values
 from tiny_backbone import write_tiny_backbone
+from tiny_reference import build_tokenizer
 
 PROMPT = [1, 6]
 RIGHT, WRONG = [7, 8, 2], [9, 8, 2]

@@ -251,14 +251,6 @@ def read_config(file: Path, overrides: dict[str, Any] | None = None) -> LoopConf
         raise ValueError(f"{file}: {describe_errors(error)}") from error
 
 
-def read_task_table(file: Path) -> dict[str, Any]:
-    """Only the `[task]` table, unchecked. Raises ValueError when there is none."""
-    table = _read_tables(file).get("task")
-    if not isinstance(table, dict):
-        raise ValueError(f"{file}: the table [task] is required")
-    return table
-
-
 def _read_tables(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
