@@ -28,7 +28,7 @@ from tiny_reference import build_tokenizer
 LETTERS, LENGTH, PROMPT_TOKEN = 4, 6, 4
 INV_ETA = 5.0
 ALL_SEQUENCES = np.array(list(itertools.product(range(LETTERS), repeat=LENGTH)))
-CONFIG = FitConfig(steps=800, batch_size=128, learning_rate=6e-3, drop_unanimous=False, threads=1)
+CONFIG = FitConfig(steps=800, batch_size=128, learning_rate=6e-3, drop_unanimous=False, threads=1, precision="float32")
 
 
 def exact_value(letters: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -108,7 +108,7 @@ def fitted(
 ) -> tuple[ValueModel, list[FitPoint]]:
     examples, _ = label_rollouts(rollouts, config.drop_unanimous)
     training, held_out = split_prompts(examples, config.held_out, config.seed)
-    model = ValueModel.from_backbone(small_llama(), type, distribution or Bernoulli())
+    model = ValueModel.from_backbone(small_llama(), type, distribution or Bernoulli()).requires_grad_(True)
     return model, fit(model, training, held_out, config)
 
 

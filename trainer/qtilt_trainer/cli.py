@@ -84,6 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _init_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", required=True, metavar="DIR|HUB_ID", help="pre-trained model to start from")
+    parser.add_argument("--layers", type=int, metavar="N", help="take its first N decoder layers only (default: all)")
+    parser.add_argument(
+        "--low-rank",
+        type=int,
+        metavar="R",
+        help="fit an update of rank R and keep the rest as it is (default: fit all)",
+    )
     parser.add_argument("--type", required=True, choices=("q", "v"), help="q: one output a token; v: value of a state")
     parser.add_argument("--distribution", required=True, choices=("bernoulli", "categorical"), help="of the return")
     parser.add_argument("--atoms", type=int, default=11, help="categorical: number of atoms (default: %(default)s)")
@@ -114,9 +121,17 @@ def _init(options: argparse.Namespace) -> None:
     from qtilt_trainer.initialise import initialise_value_model
     from qtilt_trainer.loop import distribution_of
 
-    names = ("backbone", "type", "distribution", "atoms", "low", "high", "head_std")
+    names = ("backbone", "layers", "low_rank", "type", "distribution", "atoms", "low", "high", "head_std")
     config = checked(ValueModelConfig, {name: getattr(options, name) for name in names}, "init")
-    initialise_value_model(config.backbone, config.type, distribution_of(config), options.out, config.head_std)
+    initialise_value_model(
+        config.backbone,
+        config.type,
+        distribution_of(config),
+        options.out,
+        config.head_std,
+        layers=config.layers,
+        low_rank=config.low_rank,
+    )
 
 
 def _collect(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from qtilt_trainer.describe import describe_errors
 
 Method = Literal["qsharp", "cd"]
 Decoding = Literal["sample", "greedy"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class Table(BaseModel):
@@ -68,7 +69,11 @@ class ValueModelConfig(Table):
     """`[value_model]`: what is fitted, and the name it is served under."""
 
     backbone: str
-    """Directory or hub id of the pre-trained model the value model starts from."""
+    """Directory or hub id of the pre-trained model the value model starts from, the reference itself for one."""
+    layers: int | None = Field(default=None, ge=1)
+    """How many of its first decoder layers are taken; None: all."""
+    low_rank: int | None = Field(default=None, ge=1)
+    """Rank of the update of these layers' projections that is fitted; None: all weights are."""
     name: str = Field(default="value", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     type: Literal["q", "v"] = "v"
     distribution: Literal["bernoulli", "categorical"] = "bernoulli"
@@ -127,6 +132,8 @@ class FitConfig(Table):
     seed: int = 0
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; None: its own choice."""
+    precision: Precision = "auto"
+    """Of the backbone's products; auto: bfloat16 where that is faster (precision.py). Head and loss are in float32."""
 
     @model_validator(mode="after")
     def _has_one_length(self) -> "FitConfig":

@@ -110,7 +110,15 @@ class Run:
         from qtilt_trainer.initialise import initialise_value_model
 
         config = self.config.value_model
-        initialise_value_model(config.backbone, config.type, distribution_of(config), directory, config.head_std)
+        initialise_value_model(
+            config.backbone,
+            config.type,
+            distribution_of(config),
+            directory,
+            config.head_std,
+            layers=config.layers,
+            low_rank=config.low_rank,
+        )
 
     def publish(self, iteration: int) -> str:
         """NAME@VERSION under which the server has the value model of `iteration`; loads it if it hasn't."""
