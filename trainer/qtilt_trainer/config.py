@@ -16,6 +16,7 @@ from qtilt_trainer.describe import describe_errors
 Method = Literal["qsharp", "cd"]
 Decoding = Literal["sample", "greedy"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Tail = Literal["floor", "mean"]
 
 
 class Table(BaseModel):
@@ -112,7 +113,21 @@ class CollectConfig(Table):
     """KL weight of the guided roll-in: smaller is a stronger tilt."""
     guidance_top_k: int = Field(default=20, ge=1)
     method: Method = "qsharp"
+    tail: Tail | None = None
+    """What tokens that are no candidates get in a roll-in; None: the server's default."""
     seed: int = 0
+    max_refused_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    """The loop stops when the server refuses more of the prompts."""
+
+
+class RewardConfig(Table):
+    """`[reward]`: what becomes of completions that were cut, or that the task can't grade."""
+
+    truncated: Literal["zero", "grade", "drop"] = "zero"
+    """A completion cut by max_tokens has the task's lowest reward, is graded like any other, or leaves no label. In
+    evaluation `drop` is `zero`."""
+    max_failed_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    """The loop stops when more of the completions can't be graded."""
 
 
 class FitConfig(Table):
@@ -197,6 +212,7 @@ class LoopConfig(Table):
     value_model: ValueModelConfig
     sampling: SamplingConfig
     collect: CollectConfig
+    reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
     fit: FitConfig
     evaluate: EvaluateConfig | None = None
     """None: the loop ends with the last publication."""

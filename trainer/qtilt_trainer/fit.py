@@ -15,23 +15,24 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qtilt.checkpoint import load_tokenizer, read_manifest, save_value_model
 from qtilt.value_model import ValueModel
-from qtilt_trainer import metrics
+from qtilt_trainer import dataset, metrics
 from qtilt_trainer.atomic_file import write_json
 from qtilt_trainer.config import FitConfig
 from qtilt_trainer.dataset import (
     Batch,
     Example,
+    Examples,
     LabelCounts,
-    LabelledRollout,
     batches,
     collate,
     label_rollouts,
@@ -54,15 +55,8 @@ HELD_OUT_SEQUENCES = 2048
 """At most this many held-out sequences are scored, always the same ones."""
 
 
-class SampledRollout(LabelledRollout, Protocol):
-    """A rollout that also says how it was sampled."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def sampling_top_k(self) -> int: ...
+COLUMNS = (*dataset.COLUMNS, "temperature", "top_p", "sampling_top_k")
+"""Of the roll-out store: what a fit reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +89,14 @@ def fit_record_path(directory: Path) -> Path:
 
 def fit_value_model(
     model_dir: Path,
-    rollouts: Sequence[SampledRollout],
+    rollouts: pa.Table,
     out: Path,
     config: FitConfig,
     provenance: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Fits the value model in `model_dir` to `rollouts` and writes the new directory `out`, atomically.
 
+    rollouts: COLUMNS of the store.
     The record goes to `fit_record_path(out)` before the directory appears: whoever sees the directory has both.
     Raises ValueError when the rollouts hold no labels, were sampled with different settings, have returns outside
     the model's range or tokens outside its vocabulary; CheckpointError for a bad `model_dir` or an existing `out`.
@@ -135,9 +130,7 @@ def fit_value_model(
     return result
 
 
-def fit(
-    model: ValueModel, training: Sequence[Example], held_out: Sequence[Example], config: FitConfig
-) -> list[FitPoint]:
+def fit(model: ValueModel, training: Examples, held_out: Sequence[Example], config: FitConfig) -> list[FitPoint]:
     """Fits what requires gradients of `model` in place, leaves it in evaluation mode, and returns the training curves.
 
     Raises ValueError when the loss diverges.
@@ -243,7 +236,7 @@ def _total_steps(sequences: int, config: FitConfig) -> int:
     return math.ceil(config.epochs * math.ceil(sequences / config.batch_size))
 
 
-def _steps(training: Sequence[Example], total: int, config: FitConfig) -> Iterator[list[Example]]:
+def _steps(training: Examples, total: int, config: FitConfig) -> Iterator[list[Example]]:
     """`total` batches, epoch after epoch in new orders."""
     taken = 0
     for epoch in range(total):
@@ -267,8 +260,9 @@ def _forwards(examples: Sequence[Example]) -> Iterator[list[Example]]:
     yield part
 
 
-def _common_sampling(rollouts: Sequence[SampledRollout]) -> dict[str, float]:
-    settings = {(rollout.temperature, rollout.top_p, rollout.sampling_top_k) for rollout in rollouts}
+def _common_sampling(rollouts: pa.Table) -> dict[str, float]:
+    names = ["temperature", "top_p", "sampling_top_k"]
+    settings = {tuple(row.values()) for row in rollouts.select(names).group_by(names).aggregate([]).to_pylist()}
     if len(settings) > 1:
         raise ValueError(
             f"the rollouts were sampled with different (temperature, top_p, top_k): {sorted(settings)}; "
