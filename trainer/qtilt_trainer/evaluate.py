@@ -23,6 +23,7 @@ from qtilt_trainer.generate import PlannedRequest, consecutive, generate, seed_o
 from qtilt_trainer.rollouts import Rollout, RolloutStore, rollout_id
 from qtilt_trainer.settings_file import claim
 from qtilt_trainer.tasks.problem import Problem, Task
+from qtilt_trainer.votes import votes
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def summarise(
         by_prompt[rollout.prompt_id].append(rollout)
     groups = [(problem, by_prompt[problem.id]) for problem in problems]
     rewards = [[rollout.reward for rollout in group] for _, group in groups]
-    answers = [[task.answer(problem, rollout.text) for rollout in group] for problem, group in groups]
+    answers = [votes(task, problem, [rollout.text for rollout in group]) for problem, group in groups]
     samples = _samples(cell, config)
     k = min(config.k or samples, samples)
     means = [float(np.mean(row)) for row in rewards]

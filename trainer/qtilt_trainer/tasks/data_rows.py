@@ -5,6 +5,7 @@ column may then hold texts in one row and numbers or lists in the next, and an e
 """
 
 import gzip
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -59,7 +60,7 @@ def read_rows(source: Path | str, subset: str | None, split: str | None) -> Iter
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
-    with _reading(file), (gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")) as lines:
+    with _reading(file), gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
         for number, line in enumerate(lines, 1):  # Bytes: text would also be split at U+2028 inside strings.
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # A byte-order mark.
@@ -86,10 +87,9 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
     with _reading(file):
         try:
             with ParquetFile(file) as parquet:
-                number = 0
-                for batch in parquet.iter_batches():
-                    for number, record in enumerate(batch.to_pylist(), number + 1):
-                        yield Row(f"{file}, row {number}", record)
+                records = itertools.chain.from_iterable(batch.to_pylist() for batch in parquet.iter_batches())
+                for number, record in enumerate(records, 1):
+                    yield Row(f"{file}, row {number}", record)
         except ArrowInvalid as error:
             raise ValueError(f"task: {file} is not Parquet: {error}") from error
 
@@ -124,7 +124,7 @@ def _load(source: Path | str, subset: str | None, split: str | None) -> tuple["D
             found = datasets.load_from_disk(str(source))
         else:
             found = datasets.load_dataset(str(source), subset)
-    except Exception as error:  # noqa: BLE001  # Whatever a loader, its formats or the network raise: it is bad input.
+    except Exception as error:  # Whatever a loader, its formats or the network raise: it is bad input.
         hint = "" if isinstance(source, Path) else f" (there is no file or directory {source!r}; as a hub id it needs"
         hint += "" if isinstance(source, Path) else " the network, or HF_HUB_OFFLINE=1 and a filled cache)"
         raise ValueError(f"task: can't load {source}{hint}: {type(error).__name__}: {error}") from error

@@ -44,21 +44,21 @@ def _reply(question: dict[str, Any]) -> Any:
 
 
 def _equal(expected: str, given: str) -> bool:
-    from qtilt_trainer.tasks.math_answers import Unreadable, parse_answer
+    from qtilt_trainer.tasks.math_answers import UnreadableError, parse_answer
     from qtilt_trainer.tasks.math_equality import same_answer
 
     try:
         return same_answer(parse_answer(expected), parse_answer(given))
-    except Unreadable:
+    except UnreadableError:
         return False
 
 
 def _unreadable(text: str) -> str | None:
-    from qtilt_trainer.tasks.math_answers import Unreadable, parse_answer
+    from qtilt_trainer.tasks.math_answers import UnreadableError, parse_answer
 
     try:
         parse_answer(text)
-    except Unreadable as error:
+    except UnreadableError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001  # Process edge, as above.
         return f"reading it fails ({type(error).__name__})"

@@ -47,7 +47,7 @@ class Jsonl(BaseModel):
     high: ClassVar[float] = 1.0
 
     train: Source
-    """A .jsonl, .jsonl.gz or .parquet file; a directory (what `datasets` saved, or a folder of data files); a hub id."""
+    """A .jsonl, .jsonl.gz or .parquet file; a directory (saved by `datasets`, or a folder of data files); a hub id."""
     test: Source | None = None
     """None: `held_out` of the prompts of `train`. A prompt that is in both counts as a test prompt only."""
     subset: str | None = None
@@ -222,6 +222,7 @@ def _field(row: Row, path: str) -> Any:
 def _split_problems(task: Jsonl, split: Split) -> tuple[tuple[Problem, str], ...]:
     """All problems of a split in their order, each with where it came from."""
     train = _read(task, task.train, task.train_split)
+    found: Sequence[tuple[Problem, str]]
     if task.test is None:
         found = [one for one in train if (_position(task, one[0], "held out") < task.held_out) == (split == "test")]
     else:
@@ -235,7 +236,11 @@ def _without(train: Sequence[tuple[Problem, str]], test: Sequence[tuple[Problem,
     asked = {_text(problem.prompt) for problem, _ in test}
     kept = [one for one in train if _text(one[0].prompt) not in asked]
     if len(kept) < len(train):
-        logger.warning("left out %d of %d training problems: their prompts are test prompts too", len(train) - len(kept), len(train))
+        logger.warning(
+            "left out %d of %d training problems: their prompts are test prompts too",
+            len(train) - len(kept),
+            len(train),
+        )
     return kept
 
 

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 from qtilt_trainer.tasks.answer_text import closing_brace, made_plain
 
+LONGEST_ANSWER = 2000
+"""Characters of an answer that is read as mathematics; nobody's is longer."""
+
 _CHARACTERS = str.maketrans(
     {
         "\u03c0": r"\pi ",
@@ -29,8 +32,6 @@ _CHARACTERS = str.maketrans(
         "\u2265": r"\geq ",
         "\u2260": r"\neq ",
         "\u2248": r"\approx ",
-        "\u00b2": "^2",
-        "\u00b3": "^3",
         "\u2205": r"\emptyset ",
         "\u211d": r"\mathbb{R}",
         "\u03b8": r"\theta ",
@@ -48,7 +49,7 @@ _REWRITES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:text(?:rm|bf|it|normal|sf)|mbox|hbox|math(?:rm|bf|it|sf)|operatorname)\s*(?=\{)", r"\\text"),
         (r"\\!", ""),
-        (r"(?<!\\)(?:\\[,;: ]|~|\\q?quad(?![A-Za-z]))", " "),
+        (r"(?<!\\)(?:\\[,;: ]|~|\\q?quad)", " "),
         (r"\{\s*,\s*\}", ","),
         (r"\\(?:le|leqslant)(?![A-Za-z])|<=|=<", r"\\leq "),
         (r"\\(?:ge|geqslant)(?![A-Za-z])|>=", r"\\geq "),
@@ -71,10 +72,15 @@ _REWRITES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\\exp\s*|(?<![A-Za-z\\])exp\s*(?=\()", r"e^"),
         (r"\\sqrt\s+(?=[\d A-Za-z{(])", r"\\sqrt"),
         (r"(?<![A-Za-z\\])sqrt\s*(?=[({\d])", r"\\sqrt"),
-        (r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?(?=\s*[)+}\-])", r"(\1\\cdot\\frac{\\pi}{180})"),
     )
 ]
-_FRAC_DIGITS = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|(\d|[A-Za-z])\s*(?=\{)|(\{[^{}]*\})\s*(\d|[A-Za-z])|(\d)\s*([A-Za-z]))")
+DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
+_ANGLE = re.compile(rf"(\d+(?:\.\d+)?){DEGREES.pattern}")
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_STRAY_DOLLAR = re.compile(r"(?<!\\)\$(?!\s*[\d.])(?<![\d]\$)")
+_FRAC_DIGITS = re.compile(
+    r"\\frac\s*(?:(\d)\s*(\d)|(\d|[A-Za-z])\s*(?=\{)|(\{[^{}]*\})\s*(\d|[A-Za-z])|(\d)\s*([A-Za-z]))"
+)
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)(?![\d.])|(?<![\d.])(\d+)\.(?![\d.])")
 _OUTER = re.compile(r"\$\$(.*)\$\$|\$(.*)\$|\\\[(.*)\\\]|\\\((.*)\\\)|\*\*(.*)\*\*|`(.*)`", re.DOTALL)
 _OPENERS, _CLOSERS = "([{", ")]}"
@@ -83,15 +89,18 @@ _OPENERS, _CLOSERS = "([{", ")]}"
 def tidy(text: str) -> str:
     """One way to write what means the same: no math delimiters, no \\left, plain spaces, ASCII."""
     text = _without_delimiters(made_plain(text).translate(_CHARACTERS).replace("\n", " ").replace("\t", " "))
+    text = re.sub(r"^([A-J])\)", r"(\1)", text)
     if r"\begin" not in text:  # There a double backslash ends a row; elsewhere somebody escaped it twice.
         text = re.sub(r"\\\\(?=[A-Za-z{}])", r"\\", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    return re.sub(r" {2,}", " ", text).strip()
+    if _TRIGONOMETRIC.search(text):
+        text = _ANGLE.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
+    return re.sub(r" {2,}", " ", _STRAY_DOLLAR.sub("", text)).strip()
 
 
 def exact(text: str) -> str:
-    r"""For the parser: decimals as fractions (it would round them), braces where it needs them (\frac12, ^(…), \sqrt(…))."""
+    r"""For the parser: decimals as fractions, which it doesn't round; braces where it needs them (\frac12, ^(…))."""
     text = _DECIMAL.sub(_decimal_as_fraction, text)
     text = _FRAC_DIGITS.sub(_braced_fraction, text)
     text = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", text)

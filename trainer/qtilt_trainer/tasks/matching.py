@@ -9,6 +9,7 @@ import regex
 
 from qtilt_trainer.tasks.answer_text import boxed_answer
 from qtilt_trainer.tasks.grading import answers_equal, matches_expression, unreadable_answers
+from qtilt_trainer.tasks.latex_text import LONGEST_ANSWER, tidy
 from qtilt_trainer.tasks.numeric_answer import answered_number
 from qtilt_trainer.tasks.plain_numbers import PlainNumber, same_number
 
@@ -37,12 +38,10 @@ def last_group(pattern: str, text: str) -> str | None:
 
     Raises TimeoutError when the search takes longer than PATTERN_TIMEOUT_S.
     """
-    found = None
-    for found in regex.finditer(pattern, text, timeout=PATTERN_TIMEOUT_S):
-        pass
-    if found is None:
+    matches = list(regex.finditer(pattern, text, timeout=PATTERN_TIMEOUT_S))
+    if not matches:
         return None
-    captured = found.group(1) if found.re.groups else found.group()
+    captured = matches[-1].group(1) if matches[-1].re.groups else matches[-1].group()
     return captured.strip() if captured is not None else None
 
 
@@ -68,6 +67,11 @@ def _same_numbers(one: Hashable, other: Hashable) -> bool:
 
 def _unreadable_numbers(answers: Sequence[str], _pattern: str | None) -> dict[str, str]:
     return {answer: "there is no number in it" for answer in answers if answered_number(answer) is None}
+
+
+def _extract_boxed(completion: str, _pattern: str | None) -> str | None:
+    box = boxed_answer(completion)
+    return None if box is None else tidy(box[:LONGEST_ANSWER])
 
 
 def _same_boxed(one: Hashable, other: Hashable) -> bool:
@@ -117,7 +121,7 @@ MATCHERS = {
     ),
     "boxed": Matcher(
         matches=lambda expected, completion, _pattern: matches_expression(expected, completion),
-        extract=lambda completion, _pattern: boxed_answer(completion),
+        extract=_extract_boxed,
         same=_same_boxed,
         unreadable=lambda answers, _pattern: unreadable_answers(answers),
     ),

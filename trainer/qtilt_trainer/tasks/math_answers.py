@@ -11,13 +11,23 @@ from functools import lru_cache
 
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify.grader import should_treat_as_complex
-from sympy import Basic, Rational
+from sympy import Basic, Expr, I, MatrixBase, MatrixExpr, Rational, Symbol
+from sympy.core.function import AppliedUndef
 
-from qtilt_trainer.tasks.latex_text import balanced, enclosed, exact, split_outside_brackets, text_content, tidy
+from qtilt_trainer.tasks.latex_text import (
+    DEGREES,
+    LONGEST_ANSWER,
+    balanced,
+    enclosed,
+    exact,
+    split_outside_brackets,
+    text_content,
+    tidy,
+)
 from qtilt_trainer.tasks.plain_numbers import PlainNumber, plain_number
 
 
-class Unreadable(ValueError):
+class UnreadableError(ValueError):
     """The text is no answer this file understands."""
 
 
@@ -57,9 +67,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Collection:
-    r"""Several answers. brackets: "" a list without any, "{}" a set, "()", "[)" … a point or an interval, ":" a ratio."""
+    """Several answers."""
 
     brackets: str
+    """"" a list without any, "{}" a set, "()", "[)", … a point or an interval, ":" a ratio."""
     items: tuple["Answer", ...]
     joined_by_or: bool = False
 
@@ -104,8 +115,9 @@ class Matrix:
 
 Answer = Value | Words | InBase | Choice | Collection | Named | Chain | SetFormula | Matrix
 
-AND_OR = r"(?:\\text\s*\{\s*(?:and|or)\s*\}|\\(?:lor|land|vee|wedge)(?![A-Za-z])|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))"
+AND_OR = r"(?:\\text\s*\{\s*(?:and|or)\s*\}|\\(?:lor|land|vee|wedge)(?![A-Za-z])|(?<![A-Za-z\\])(?:and|or)(?![a-z]))"
 SEPARATOR = re.compile(rf"\s*(?:[,;]\s*)?{AND_OR}\s*|\s*[,;]\s*")
+SEMICOLON = re.compile(r"\s*;\s*")
 RELATION = re.compile(r"\s*(\\leq|\\geq|\\neq|\\approx|\\equiv|\\in(?![A-Za-z])|=|<|>)\s*")
 RELATIONS = {r"\leq": "<=", r"\geq": ">=", r"\neq": "!=", "=": "=", r"\equiv": "=", "<": "<", ">": ">"}
 SET_OPERATION = re.compile(r"\s*\\(cup|cap|setminus)(?![A-Za-z])\s*")
@@ -113,7 +125,11 @@ BAR = re.compile(r"\s*(?:\\mid(?![A-Za-z])|\||:)\s*")
 COLON = re.compile(r"\s*:\s*")
 IN_BASE = re.compile(r"([0-9A-Fa-f]+)\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))")
 CHOICE = re.compile(r"\(?\s*([A-J])\s*\)|([A-J])[.:](?!\S)")
-MATRIX = re.compile(r"\\begin\s*\{([pb]?matrix|smallmatrix|array)\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{\1\}", re.DOTALL)
+SYSTEMS = ("cases", "aligned", "align*")
+MATRIX = re.compile(
+    r"\\begin\s*\{([pb]?matrix|smallmatrix|array|cases|aligned|align\*)\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{\1\}",
+    re.DOTALL,
+)
 PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 PROSE = re.compile(r"(?<![A-Za-z\\{])[A-Za-z]{4,}(?![A-Za-z}])")
 """Four letters in a row that are no command: the parser would read them as a product."""
@@ -123,28 +139,52 @@ CURRENCY = re.compile(r"(?:\\?\$|\u20ac|\u00a3|\\pounds(?![A-Za-z]))")
 PERCENT = re.compile(r"\s*(?:\\?%|(?:\\text\s*\{\s*)?(?:percent(?:age)?|per cent|pct)\s*\}?)$")
 TEXT_UNIT = re.compile(r"\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*(\d)\s*\}?)?$")
 WORD_UNIT = re.compile(r"(?<=[\d}])\s+([A-Za-z]{2,}(?:[ /][A-Za-z]+)*)\s*(?:\^\s*\{?\s*(\d)\s*\}?)?$")
-DEGREE_UNIT = re.compile(r"\s*\^\s*\{?\s*\\circ\s*\}?\s*(?:\\text\s*\{\s*)?([CF]?)\s*\}?$")
-SHORT_UNITS = {"cm", "mm", "km", "kg", "mg", "lb", "lbs", "oz", "ft", "in", "hr", "hrs", "ml", "mph", "kph", "min", "sec", "pm", "am", "deg"}
+DEGREE_UNIT = re.compile(rf"{DEGREES.pattern}\s*(?:\\text\s*\{{\s*)?([CF]?)\s*\}}?$")
+SHORT_UNITS = {
+    "cm",
+    "mm",
+    "km",
+    "kg",
+    "mg",
+    "lb",
+    "lbs",
+    "oz",
+    "ft",
+    "in",
+    "hr",
+    "hrs",
+    "ml",
+    "mph",
+    "kph",
+    "min",
+    "sec",
+    "pm",
+    "am",
+    "deg",
+}
 UNIT_NAMES = {
-    "dollar": "$", "usd": "$", "euro": "\u20ac", "eur": "\u20ac", "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m",
-    "kilometer": "km", "kilometre": "km", "millimeter": "mm", "inche": "inch", "in": "inch", "foot": "feet", "ft": "feet", "hr": "hour",
-    "min": "minute", "sec": "second", "kilogram": "kg", "gram": "g", "pound": "lb", "deg": "degree", "sq unit": "", "square unit": "",
-    "unit": "", "cubic unit": "",
-}  # fmt: skip
-SYMBOL_NAME = re.compile(
-    r"\\?[A-Za-z]+(?:'|_\{?\w+\}?)?(?:\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?|\\text\s*\{[^{}]*\}|[A-Z]{2,3}"
-)
-NAME_TUPLE = re.compile(r"\(\s*(\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\s*,\s*\\?[A-Za-z]+(?:_\{?\w+\}?)?)+)\s*\)")
+    "dollar": "$", "usd": "$", "euro": "\u20ac", "eur": "\u20ac", "pound": "lb", "hr": "hour", "min": "minute",
+    "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m", "metre": "m",
+    "kilometer": "km", "kilometre": "km", "kilogram": "kg", "gram": "g", "sec": "second", "deg": "degree",
+    "inche": "inch", "in": "inch", "foot": "feet", "ft": "feet",
+    "unit": "", "sq unit": "", "square unit": "", "cubic unit": "",
+}
+_LETTERS = r"(?:(?:\\[A-Za-z]+(?![A-Za-z])|[A-Za-z])'*(?:_(?:\{\w+\}|\w))?|\\text\s*\{[^{}]*\})"
+SYMBOL_NAME = re.compile(rf"(?:{_LETTERS}|[\s{{}}()|,:/])+")
+r"""What an answer may be named: x, f(x), AB, |AB|, a:b, \frac{NO}{BO}. No digits but in indices: 2x is no name."""
+NAME_TUPLE = re.compile(rf"\(\s*({_LETTERS}(?:\s*,\s*{_LETTERS})+)\s*\)")
 
 
 @lru_cache(maxsize=4096)
 def parse_answer(text: str) -> Answer:
-    """What the text says. Raises Unreadable."""
+    """What the text says. Raises UnreadableError."""
+    if len(text) > LONGEST_ANSWER:
+        raise UnreadableError(f"it has more than {LONGEST_ANSWER} characters")
     tidied = tidy(text)
     if not tidied:
-        raise Unreadable("it is empty")
+        raise UnreadableError("it is empty")
     if not balanced(tidied):
-        raise Unreadable("its brackets are not balanced")
+        raise UnreadableError("its brackets are not balanced")
     return _parse(tidied)
 
 
@@ -175,7 +215,9 @@ def _matrix(text: str) -> Answer | None:
     found = MATRIX.fullmatch(inside[1] if inside and inside[0] in "([" else text)
     if found is None or r"\begin" in found[2]:
         return None
-    rows = [row for row in re.split(r"\\\\", found[2]) if row.strip()]
+    rows = [row.strip(" ,;") for row in re.split(r"\\\\", found[2]) if row.strip(" ,;")]
+    if found[1] in SYSTEMS:
+        return Collection("", _flattened([_parse(row.replace("&", " ")) for row in rows]))
     return Matrix(tuple(tuple(_parse(entry.strip()) for entry in row.split("&")) for row in rows))
 
 
@@ -186,8 +228,10 @@ def _words(text: str) -> Answer | None:
     content = text_content(text)
     if content is not None:
         inner = re.fullmatch(r"\(\s*([A-Z])\s*\)", content)
-        plain = plain_number(content)
-        return Words(inner[1] if inner else content) if plain is None else _value_of(plain)
+        if not inner and SEPARATOR.search(content):
+            parts = [part for part in split_outside_brackets(content, SEPARATOR)[0] if part]
+            return Collection("", tuple(Words(part) for part in parts))
+        return Words(inner[1] if inner else content)
     if re.fullmatch(r"\\ldots\s*", text):
         return Words("...")
     if WORD.fullmatch(text) and (len(max(re.split(r"[ \-]", text), key=len)) > 3 or text.casefold() in SHORT_WORDS):
@@ -198,6 +242,9 @@ def _words(text: str) -> Answer | None:
 
 
 def _list(text: str) -> Answer | None:
+    groups = [part for part in split_outside_brackets(text, SEMICOLON)[0] if part]
+    if len(groups) > 1 and any(len(split_outside_brackets(group, SEPARATOR)[0]) > 1 for group in groups):
+        return Collection("", tuple(_parse(group) for group in groups))  # p=5, q=2; p=7, q=2: two pairs
     parts, separators = split_outside_brackets(text, SEPARATOR)
     parts = [part for part in parts if part]
     if len(parts) < 2:
@@ -250,17 +297,17 @@ def _relation(text: str) -> Answer | None:
     if not relations:
         return None
     if not all(terms):
-        raise Unreadable("a relation has only one side")
+        raise UnreadableError("a relation has only one side")
     terms, relations = _without_approximation(terms, relations)
     if not relations:
         return _parse(terms[0])
     if relations[0] == r"\in":
         return Named(_name(terms[0]), _parse(text.split(r"\in", 1)[1].strip()))
     if r"\in" in relations:
-        raise Unreadable("a membership among other relations")
+        raise UnreadableError("a membership among other relations")
     if set(relations) <= {"=", r"\equiv"}:
         return _equation(terms)
-    return Chain(tuple(_expression(term) for term in terms), tuple(RELATIONS[one] for one in relations))
+    return Chain(tuple(map(_quantity, terms)), tuple(RELATIONS[one] for one in relations))
 
 
 def _without_approximation(terms: list[str], relations: list[str]) -> tuple[list[str], list[str]]:
@@ -274,30 +321,20 @@ def _without_approximation(terms: list[str], relations: list[str]) -> tuple[list
 
 
 def _equation(terms: list[str]) -> Answer:
-    names = NAME_TUPLE.fullmatch(terms[0])
-    if names:
-        return _named_together([name.strip() for name in names[1].split(",")], _parse(terms[-1]))
     if SYMBOL_NAME.fullmatch(terms[0]):
         return Named(_name(terms[0]), _parse(terms[-1]), _as_chain([terms[0], terms[-1]]))
-    return Chain(tuple(_expression(term) for term in terms), ("=",) * (len(terms) - 1))
+    return Chain(tuple(map(_quantity, terms)), ("=",) * (len(terms) - 1))
 
 
 def _as_chain(terms: list[str]) -> Chain | None:
     try:
-        return Chain(tuple(_expression(term) for term in terms), ("=",))
-    except Unreadable:
+        return Chain(tuple(map(_quantity, terms)), ("=",))
+    except UnreadableError:
         return None
 
 
-def _named_together(names: list[str], value: Answer) -> Answer:
-    """(x, y) = (1, 2) is x = 1, y = 2."""
-    if isinstance(value, Collection) and value.brackets == "()" and len(value.items) == len(names):
-        return Collection("", tuple(Named(_name(name), item) for name, item in zip(names, value.items, strict=True)))
-    return Named(",".join(map(_name, names)), value)
-
-
 def _name(text: str) -> str:
-    return re.sub(r"[\s{}]", "", text)
+    return re.sub(r"[\s{}()]" if NAME_TUPLE.fullmatch(text) else r"[\s{}]", "", text)
 
 
 def _set_formula(text: str) -> Answer | None:
@@ -318,6 +355,8 @@ def _bracketed(text: str) -> Answer | None:
     if opening in ("(", "[", r"\langle") and closing in (")", "]", r"\rangle") and len(parts) > 1:
         brackets = ("[" if opening == "[" else "(") + ("]" if closing == "]" else ")")
         return Collection(brackets, tuple(_parse(part) for part in parts))
+    if (opening, closing) == ("{", "}") and len(parts) > 1:
+        return _braces(inside)
     if (opening, closing) in (("(", ")"), ("{", "}")):
         return _parse(inside)
     return None
@@ -347,10 +386,21 @@ def _in_base(text: str) -> Answer | None:
 
 def _value(text: str) -> Answer:
     rest, unit = _without_unit(text)
+    matrix = _computed_matrix(rest)
+    if matrix is not None:
+        return matrix
     percent = PERCENT.search(rest)
     if percent:
         return replace(_bare_value(rest[: percent.start()]), percent=True)
     return replace(_bare_value(rest), unit=unit)
+
+
+def _computed_matrix(text: str) -> Matrix | None:
+    """The result of sums and products of matrices."""
+    computed = _expression(text).doit() if r"\begin" in text else None
+    if not isinstance(computed, MatrixBase):
+        return None
+    return Matrix(tuple(tuple(Value(entry) for entry in row) for row in computed.tolist()))
 
 
 def _bare_value(text: str) -> Value:
@@ -390,38 +440,52 @@ def _is_unit(word: str) -> bool:
 
 def _unit_name(written: str, power: str | None) -> str | None:
     name = written.strip().strip(".").casefold()
-    singular = name if name.endswith("ss") or len(name) < 3 else name.removesuffix("s")
+    singular = name if name.endswith("ss") or "/" in name or len(name) < 3 else name.removesuffix("s")
     name = UNIT_NAMES.get(name, UNIT_NAMES.get(singular, singular))
     return (name + (f"^{power}" if power else "")) or None
 
 
+def _quantity(text: str) -> Basic:
+    """An expression that can be added and compared: no set, no matrix."""
+    parsed = _expression(text)
+    if not isinstance(parsed, Expr) or isinstance(parsed, MatrixExpr):
+        raise UnreadableError("a side of a relation is no quantity")
+    return parsed
+
+
 def _expression(text: str) -> Basic:
-    """SymPy's form of an expression without structure. Raises Unreadable."""
+    """SymPy's form of an expression without structure. Raises UnreadableError."""
     if re.search(r"(?<![_^\d])\d\s+\d", text):
         return _mixed_number(text)
     if PROSE.search(text):
-        raise Unreadable("there are words in it")
-    latex = exact(re.sub(r"\\text\s*\{\s*([A-Za-z]\w*)\s*\}", r"\1", text))
-    complex_numbers = should_treat_as_complex(latex)
+        raise UnreadableError("there are words in it")
+    latex = exact(DEGREES.sub("", re.sub(r"\\text\s*\{\s*([A-Za-z]\w*)\s*\}", r"\1", text)))
     try:
         parsed = latex2sympy(
             latex,
-            is_real=not complex_numbers,
+            is_real=not should_treat_as_complex(latex),
             normalization_config=None,
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
     except RecursionError as error:
-        raise Unreadable("it is nested too deeply") from error
-    except Exception as error:  # noqa: BLE001  # The parser's own errors are of any kind.
-        raise Unreadable("it is not an expression") from error
+        raise UnreadableError("it is nested too deeply") from error
+    except Exception as error:  # The parser's own errors are of any kind.
+        raise UnreadableError("it is not an expression") from error
     if not isinstance(parsed, Basic):
-        raise Unreadable("it is not an expression")
-    return parsed
+        raise UnreadableError("it is not an expression")
+    return _with_plain_symbols(parsed)
+
+
+def _with_plain_symbols(parsed: Basic) -> Basic:
+    """f(x) is a quantity with that name, i the imaginary unit; symbols are their names, whatever is assumed of them."""
+    named = parsed.replace(lambda part: isinstance(part, AppliedUndef), lambda part: Symbol(str(part)))
+    plain = {one: I if one.name == "i" else Symbol(one.name) for one in named.free_symbols if isinstance(one, Symbol)}
+    return named.xreplace(plain)
 
 
 def _mixed_number(text: str) -> Basic:
     found = re.fullmatch(r"\s*(-?)\s*(\d+\s+\d+\s*/\s*\d+)\s*", text)
     number = plain_number(found[2]) if found else None
     if found is None or number is None:
-        raise Unreadable("two numbers stand side by side")
+        raise UnreadableError("two numbers stand side by side")
     return Rational(number.value.numerator, number.value.denominator) * (-1 if found[1] else 1)

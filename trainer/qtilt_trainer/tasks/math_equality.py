@@ -12,8 +12,27 @@ from functools import reduce
 from typing import Any
 
 from math_verify.grader import sympy_symbolic_eq
-from sympy import And, Basic, EmptySet, Eq, FiniteSet, Ge, Gt, I, Integer, Interval, Le, Lt, MatrixBase, Mul, Ne, Rational, Reals, S, Set, Symbol, Union
-from sympy.core.function import AppliedUndef
+from sympy import (
+    And,
+    Basic,
+    EmptySet,
+    Eq,
+    FiniteSet,
+    Ge,
+    Gt,
+    I,
+    Integer,
+    Interval,
+    Le,
+    Lt,
+    Mul,
+    Ne,
+    Rational,
+    S,
+    Set,
+    Symbol,
+    Union,
+)
 
 from qtilt_trainer.tasks.math_answers import (
     Answer,
@@ -60,8 +79,8 @@ def same_answer(expected: Answer, given: Answer) -> bool:
         return _same_collection(expected, given)
     if isinstance(expected, Chain) and isinstance(given, Chain):
         return _same_chain(expected, given)
-    if isinstance(expected, Matrix) or isinstance(given, Matrix):
-        return _same_matrix(_as_matrix(expected), _as_matrix(given))
+    if isinstance(expected, Matrix) and isinstance(given, Matrix):
+        return _same_matrix(expected, given)
     if isinstance(expected, InBase) or isinstance(given, InBase):
         return expected == given
     if isinstance(expected, Words) or isinstance(given, Words):
@@ -71,6 +90,7 @@ def same_answer(expected: Answer, given: Answer) -> bool:
 
 def _unwrapped(expected: Answer, given: Answer) -> tuple[Answer, Answer]:
     """A name that only one side has is no part of the answer; an equation 2x = 6 isn't named."""
+    expected, given = _spread(expected, given), _spread(given, expected)
     if isinstance(expected, Named) and isinstance(given, Chain) and expected.equation is not None:
         return expected.equation, given
     if isinstance(given, Named) and isinstance(expected, Chain):
@@ -86,6 +106,18 @@ def _unwrapped(expected: Answer, given: Answer) -> tuple[Answer, Answer]:
     if isinstance(given, Named):
         return _unwrapped(expected, given.value)
     return expected, given
+
+
+def _spread(answer: Answer, other: Answer) -> Answer:
+    """(x, y) = (5, 8) beside y = 8, x = 5 is x = 5, y = 8."""
+    if not isinstance(answer, Named) or not isinstance(answer.value, Collection) or answer.value.brackets != "()":
+        return answer
+    names = answer.name.split(",")
+    if len(names) != len(answer.value.items) or not isinstance(other, Collection):
+        return answer
+    if other.brackets or not all(isinstance(item, Named) for item in other.items):
+        return answer
+    return Collection("", tuple(Named(name, item) for name, item in zip(names, answer.value.items, strict=True)))
 
 
 def _same_named(expected: Named, given: Named) -> bool:
@@ -109,7 +141,7 @@ def _letter(answer: Answer) -> str | None:
     if isinstance(answer, Words):
         return answer.text
     if isinstance(answer, Value) and isinstance(answer.expression, Symbol):
-        return answer.expression.name
+        return str(answer.expression.name)
     return None
 
 
@@ -137,19 +169,7 @@ def _joined_letters(answer: Answer) -> str | None:
     return _letter(answer)
 
 
-def _as_matrix(answer: Answer) -> Matrix | None:
-    """Sums and products of matrices are computed."""
-    if isinstance(answer, Matrix):
-        return answer
-    computed = answer.expression.doit() if isinstance(answer, Value) else None
-    if not isinstance(computed, MatrixBase):
-        return None
-    return Matrix(tuple(tuple(Value(entry) for entry in row) for row in computed.tolist()))
-
-
-def _same_matrix(expected: Matrix | None, given: Matrix | None) -> bool:
-    if expected is None or given is None:
-        return False
+def _same_matrix(expected: Matrix, given: Matrix) -> bool:
     if list(map(len, expected.rows)) != list(map(len, given.rows)):
         return False
     entries = zip(itertools.chain(*expected.rows), itertools.chain(*given.rows), strict=True)
@@ -218,7 +238,7 @@ def _same_items(expected: Sequence[Answer], given: Sequence[Answer]) -> bool:
 
 def _is_set(answer: Answer) -> bool:
     """Intervals, unions and inequalities: what can only be compared as a set. Points are (a, b) too: see _same_set."""
-    if isinstance(answer, SetFormula):
+    if isinstance(answer, SetFormula) or (isinstance(answer, Value) and isinstance(answer.expression, Set)):
         return True
     if isinstance(answer, Collection):
         return answer.joined_by_or and all(isinstance(item, (Chain, SetFormula)) for item in answer.items)
@@ -234,6 +254,8 @@ def _same_set(expected: Answer, given: Answer) -> bool:
 
 
 def _equal_sets(a: Set, b: Set) -> bool:
+    if isinstance(a, FiniteSet) or isinstance(b, FiniteSet):
+        return bool(a == b)
     return bool(a == b) or bool(a.symmetric_difference(b).is_empty)
 
 
@@ -311,8 +333,10 @@ def _same_chain(expected: Chain, given: Chain) -> bool:
         return True
     if len(expected.terms) == len(given.terms) == 2:
         for other in (given, _mirrored(given)):
-            if other.relations == expected.relations:
-                return _proportional(_difference(expected), _difference(other), positive=other.relations != ("!=",)) or _same_sets_of(expected, given)
+            positive = other.relations != ("!=",)
+            same = other.relations == expected.relations
+            if same and _proportional(_difference(expected), _difference(other), positive):
+                return True
     return _same_sets_of(expected, given)
 
 
@@ -332,7 +356,7 @@ def _mirrored(chain: Chain) -> Chain:
 
 
 def _difference(chain: Chain) -> Basic:
-    return chain.terms[0] - chain.terms[1]  # type: ignore[operator]
+    return chain.terms[0] - chain.terms[1]
 
 
 def _proportional(a: Basic, b: Basic, positive: bool) -> bool:
@@ -340,7 +364,6 @@ def _proportional(a: Basic, b: Basic, positive: bool) -> bool:
     names = sorted({str(symbol) for symbol in a.free_symbols | b.free_symbols})
     if not names or {str(s) for s in a.free_symbols} != {str(s) for s in b.free_symbols}:
         return False
-    a, b = _with_plain_symbols(a), _with_plain_symbols(b)
     ratios = []
     for point in POINTS:
         place = {Symbol(name): value for name, value in zip(names, point, strict=False)}
@@ -352,8 +375,9 @@ def _proportional(a: Basic, b: Basic, positive: bool) -> bool:
         if abs(value_b) >= 1e-25:
             ratios.append(value_a / value_b)
     if len(ratios) < FEWEST_POINTS:
-        return bool(_with_plain_symbols(a) == _with_plain_symbols(b))
-    return all(_near(ratios[0], ratio, POINT_DIGITS) for ratio in ratios) and (not positive or bool(ratios[0].is_positive))
+        return bool(a == b)
+    constant = all(_near(ratios[0], ratio, POINT_DIGITS - 8) for ratio in ratios)
+    return constant and (not positive or bool(ratios[0].is_positive))
 
 
 # Values
@@ -368,7 +392,7 @@ def _same_value(expected: Value, given: Value) -> bool:
         return True
     if expected.percent != given.percent:
         whole, part = (given, expected) if expected.percent else (expected, given)
-        return _same_expression(whole.expression, part.expression / 100)  # type: ignore[operator]
+        return _same_expression(whole.expression, part.expression / 100)
     return _rounded(expected, given)
 
 
@@ -388,26 +412,12 @@ def _rounded(expected: Value, given: Value) -> bool:
 
 
 def _same_expression(a: Basic, b: Basic) -> bool:
-    a, b = _with_plain_symbols(a), _with_plain_symbols(b)
     if a == b:
         return True
     if isinstance(a, Set) or isinstance(b, Set):
         return isinstance(a, Set) and isinstance(b, Set) and _equal_sets(a, b)
-    if not a.free_symbols and not b.free_symbols and not _is_undefined(a, b):
-        return _same_constant(a, b)
-    names = {str(symbol) for symbol in a.free_symbols | b.free_symbols}
-    return _same_at_points(a, b, sorted(names)) if not _is_undefined(a, b) else sympy_symbolic_eq(a, b)
-
-
-def _is_undefined(a: Basic, b: Basic) -> bool:
-    return bool(a.atoms(AppliedUndef) | b.atoms(AppliedUndef))
-
-
-def _with_plain_symbols(expression: Basic) -> Basic:
-    """Symbols are their names: what the parser assumes of them (real, or not) depends on the rest of the text."""
-    if not expression.free_symbols:
-        return expression
-    return expression.xreplace({symbol: Symbol(symbol.name) for symbol in expression.free_symbols})  # type: ignore[attr-defined]
+    names = sorted({str(symbol) for symbol in a.free_symbols | b.free_symbols})
+    return _same_at_points(a, b, names) if names else _same_constant(a, b)
 
 
 def _same_constant(a: Basic, b: Basic) -> bool:
@@ -448,7 +458,7 @@ def _at(expression: Basic, place: dict[Symbol, Rational]) -> Any:
 
 def _number(expression: Basic, digits: int) -> Any:
     try:
-        value = expression.evalf(digits)  # type: ignore[attr-defined]
+        value = expression.evalf(digits)
     except (ArithmeticError, TypeError, ValueError, AttributeError, NotImplementedError):
         return None
     if not value.is_number or value.has(S.NaN, S.Infinity, S.NegativeInfinity, S.ComplexInfinity):

@@ -12,11 +12,16 @@ from qtilt_trainer.tasks.plain_numbers import NUMBER, PlainNumber, number_of, pl
 
 _MARKUP = r"(?:\\?[$\u20ac\u00a3\u00a5\u20b9]|\\text\s*\{[^{}]*\}|\\[(\[]|[*_`{(]|\\mathbf\s*\{)"
 _CODES = r"(?:(?:USD|EUR|GBP|INR|Rs\.?|RM|US)\s?\$?)"
-_FOUND = re.compile(rf"(?P<sign>[-+]\s?)?(?P<markup>(?:\\?[$\u20ac\u00a3\u00a5\u20b9]\s?|{_CODES})?)(?P<inner>[-+])?(?:{NUMBER})")
+_FOUND = re.compile(
+    rf"(?P<sign>[-+]\s?)?(?P<markup>(?:\\?[$\u20ac\u00a3\u00a5\u20b9]\s?|{_CODES})?)(?P<inner>[-+])?(?:{NUMBER})"
+)
 _NUMBER_IS_PART = re.compile(r"(?:[A-Za-z\\_]|[\d][.,]?|\^\s*\{?|_\s*\{?)$")
 """Before a digit: then it belongs to a name, a longer number, an exponent or an index (H2, m^2, a_1)."""
 _OPERAND = re.compile(r"[\w)\]}%!]$")
-_DECIMAL_COMMA = re.compile(r"(?<=\d),(?=(?:\d{1,2}|\d{4,})(?![\d,]|\.\d))(?<![,.]\d,)(?<![,.]\d\d,)(?<![,.]\d\d\d,)|(?<=(?<![\d,.])0),(?=\d)")
+_NEGATIVE = re.compile(r"(?:\bnegative|(?:\b(?:is|was|to|at|of|by|equals)|[=:])\s+minus)\s+(?=\\?\$?\d)", re.IGNORECASE)
+_POINTED_GROUPS = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,])")
+"""1.000,50"""
+_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:\d+,(?=(?:\d{1,2}|\d{4,})(?![\d,]|\.\d))|0,(?=\d+(?![\d,]|\.\d)))")
 """1000,99 and 0,125: a comma that can't be a thousands separator, nor one of several."""
 _MARKER = re.compile(r"\banswer\b[^\n\d=:]{0,60}?(?:\bis\b|[:=])|####", re.IGNORECASE)
 _BETWEEN = re.compile(rf"(?:\s|:|{_MARKUP}|[}}])*[-+]?(?:\s|{_MARKUP})*")
@@ -25,12 +30,19 @@ _BETWEEN = re.compile(rf"(?:\s|:|{_MARKUP}|[}}])*[-+]?(?:\s|{_MARKUP})*")
 def answered_number(text: str) -> PlainNumber | None:
     """The number that the text answers; None if there is none in it."""
     answered = before_next_question(text)
-    text = _DECIMAL_COMMA.sub(".", made_plain(answered if any(_numbers(made_plain(answered))) else text))
+    text = _readable(answered if any(_numbers(made_plain(answered))) else text)
     box = boxed_answer(text)
     if box is not None:
         return plain_number(box.strip("$ ")) or _last(box)
     marked = (_marked(text, found) for found in reversed(list(_MARKER.finditer(text))))
     return next((number for number in marked if number is not None), None) or _last(text)
+
+
+def _readable(text: str) -> str:
+    """One way to write minus and decimal points."""
+    text = _NEGATIVE.sub(lambda found: re.sub(r"(?i)(?:negative|minus)\s+$", "-", found.group()), made_plain(text))
+    text = _POINTED_GROUPS.sub(lambda found: f"{found[1].replace('.', '')}.{found[2]}", text)
+    return _DECIMAL_COMMA.sub(lambda found: found.group().replace(",", "."), text)
 
 
 def _marked(text: str, marker: re.Match[str]) -> PlainNumber | None:
@@ -47,10 +59,7 @@ def _marked(text: str, marker: re.Match[str]) -> PlainNumber | None:
 
 
 def _last(text: str) -> PlainNumber | None:
-    number = None
-    for _, number in _numbers(text):
-        pass
-    return number
+    return next((number for _, number in reversed(list(_numbers(text)))), None)
 
 
 def _numbers(text: str) -> Iterator[tuple[int, PlainNumber]]:
@@ -75,7 +84,7 @@ def _is_negative(text: str, found: re.Match[str]) -> bool:
     sign = found["sign"]
     if sign is None or sign[0] == "+":
         return False
-    before = text[: found.start()].rstrip(" \t")
+    before = text[max(0, found.start() - 40) : found.start()].rstrip(" \t")
     if len(sign) > 1:  # "- 5" with a space: a bullet or an operator, except behind "=" and ":".
         return before.endswith(("=", ":"))
     touching = found.start() > 0 and _OPERAND.search(text[found.start() - 1]) is not None

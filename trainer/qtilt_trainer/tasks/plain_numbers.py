@@ -19,7 +19,8 @@ LARGEST_EXPONENT = 9999
 
 GROUPED = r"[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:[ ]\d{3})+|\d{1,3}(?:['\u2019]\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}"
 UNSIGNED = rf"(?:(?:(?:{GROUPED})(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-EXPONENT = r"[eE][-+]?\d{1,4}(?!\d)|\s*(?:\\times|\\cdot|\u00d7|\u00b7|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*-?\d{1,4}\s*\}|-?\d{1,4})"
+TIMES = r"\s*(?:\\times|\\cdot|\u00d7|\u00b7|\*|x)\s*"
+EXPONENT = rf"[eE][-+]?\d{{1,4}}(?!\d)|{TIMES}10\s*(?:\^|\*\*)\s*(?:\{{\s*-?\d{{1,4}}\s*\}}|-?\d{{1,4}})"
 FRACTION = (
     r"\\[dtc]?frac\s*(?:\{\s*(?P<tex_sign>-?)\s*(?P<tex_top>\d+)\s*\}\s*\{\s*(?P<tex_bottom>\d+)\s*\}"
     r"|(?P<digit_top>\d)\s*(?P<digit_bottom>\d)(?!\d))"
@@ -36,7 +37,6 @@ NUMBER = (
 """A number without its sign. Named groups: what `_value` makes a fraction of."""
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
-_CURRENCY = r"(?:\\?[$\u20ac\u00a3\u00a5\u20b9])"
 _WHOLE_TEXT = re.compile(
     rf"\s*(?P<sign>[-+]?)\s*(?:{NUMBER})\s*\.?\s*",
 )
