@@ -25,6 +25,7 @@ from qtilt_trainer.rewards import Rules
 from qtilt_trainer.rollouts import Rollout, RolloutStore, rollout_id
 from qtilt_trainer.settings_file import claim
 from qtilt_trainer.tasks.problem import Problem, Task
+from qtilt_trainer.votes import votes
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def summarise(
     if not groups:
         raise ValueError(f"the server refused all {len(problems)} test prompts: see refused.jsonl of {cell.name}")
     rewards = [[rollout.reward for rollout in group] for _, group in groups]
-    answers = [[task.answer(problem, rollout.text) for rollout in group] for problem, group in groups]
+    answers = [votes(task, problem, [rollout.text for rollout in group]) for problem, group in groups]
     samples = _samples(cell, config)
     k = min(config.k or samples, samples)
     means = [float(np.mean(row)) for row in rewards]
