@@ -14,6 +14,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from qtilt.params import DEFAULT_TAIL
 from real_server.checking import Oracle, Returned, encode
 from real_server.models import ALPHABET, make_tokenizer, make_value_model
 from real_server.process import RunningServer
@@ -146,7 +147,7 @@ def assert_another_version_would_show(oracle: Oracle, choice: StreamedChoice) ->
     """The check has teeth: under a version of other weights the same tokens have other probabilities."""
     assert choice.applied is not None
     returned = Returned(encode("swap"), choice.token_ids, choice.logprobs, choice.guidance)
-    differences, _, _ = oracle.compare(returned, {**choice.applied, "value_model": "value@1"})
+    differences, _ = oracle.compare(returned, {**choice.applied, "value_model": "value@1"})
     assert max(differences) > 1e-2
 
 
@@ -317,7 +318,13 @@ def test_a_bad_publish_request_is_refused(idle: RunningServer, body: Any) -> Non
 
 def test_status_tells_what_is_loaded_and_the_defaults(idle: RunningServer) -> None:
     status = idle.get("/v1/guidance").json()
-    assert status["defaults"] == {"value_model": "value", "eta": 0.2, "top_k": 8, "method": "qsharp"}
+    assert status["defaults"] == {
+        "value_model": "value",
+        "eta": 0.2,
+        "top_k": 8,
+        "method": "qsharp",
+        "tail": DEFAULT_TAIL,
+    }
     assert status["max_top_k"] == 64
     assert status["value_model_root"] == str(idle.value_model_root)
     assert [entry["name"] for entry in status["value_models"]][:2] == ["value", "graded"]
