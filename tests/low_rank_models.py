@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guided_vllm.tiny_models import MAX_MODEL_LEN, backbone_config, make_tokenizer
@@ -41,4 +42,19 @@ def write_low_rank(
     }
     update = LowRank(Base(name or str(base), layers, weights_digest(backbone)), RANK, factors)
     save_value_model(model, directory, AutoTokenizer.from_pretrained(base), low_rank=update)
+    return directory
+
+
+def write_merged(directory: Path, low_rank: Path, base: Path) -> Path:
+    """The same value model as a full one: Hugging Face's layers cut and merged by hand, for Llamas."""
+    update, head_weights = (load_file(low_rank / f"{name}.safetensors") for name in ("update", "head"))
+    backbone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).model
+    layers = 1 + max(int(name.split(".")[1]) for name in update)
+    backbone.layers = backbone.layers[:layers]
+    backbone.config.num_hidden_layers = layers
+    for name in {name[:-2] for name in update}:
+        backbone.get_submodule(name).weight.data += update[f"{name}.B"] @ update[f"{name}.A"]
+    head = torch.nn.Linear(*reversed(head_weights["weight"].shape))
+    head.load_state_dict(head_weights)
+    save_value_model(ValueModel(backbone, "v", Bernoulli(), head), directory, AutoTokenizer.from_pretrained(base))
     return directory
