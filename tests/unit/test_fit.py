@@ -190,7 +190,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
 
 def test_cutting_a_batch_into_several_forwards_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rollouts = sample_rollouts(160, guided_roll_in=True)
-    config = FitConfig(steps=3, batch_size=64, learning_rate=1e-3, drop_unanimous=False, held_out=0.0, threads=1)
+    config = CONFIG.model_copy(update={"steps": 3, "batch_size": 64, "learning_rate": 1e-3, "held_out": 0.0})
     whole = fitted(rollouts, config)[0]
     monkeypatch.setattr("qtilt_trainer.fit.FORWARD_TOKENS", 50)
     parts = fitted(rollouts, config)[0]
