@@ -10,10 +10,11 @@ from qtilt_trainer.describe import describe_errors
 from qtilt_trainer.tasks.entry_point import entry_point
 from qtilt_trainer.tasks.jsonl import Jsonl
 from qtilt_trainer.tasks.problem import Problem, Prompt, Split, Task
+from qtilt_trainer.tasks.reasoning_gym import ReasoningGym
 
 __all__ = ["TASKS", "Problem", "Prompt", "Split", "Task", "make_task"]
 
-TASKS: dict[str, type[BaseModel]] = {"jsonl": Jsonl}
+TASKS: dict[str, type[BaseModel]] = {"jsonl": Jsonl, "reasoning_gym": ReasoningGym}
 
 
 def make_task(config: Mapping[str, Any]) -> Task:
