@@ -72,12 +72,15 @@ class Run:
         Collecting publishes the value model it rolls in with, so only the last one is left to publish. What won't do is
         found before hours of collecting; after that, the loop waits for a server that is restarted.
         """
+        last = len(self.config.iterations)
+        for iteration in range(1, last + 1):
+            if self.store.has(iteration):
+                self._claim_rollouts(iteration)
         asyncio.run(self._check_server())
         self.initialise()
         if not self.value_model_directory(1).exists():
             asyncio.run(self._rehearse_all())
         self._rehearsed = True
-        last = len(self.config.iterations)
         for iteration in range(1, last + 1):
             self.collect(iteration)
             self.fit(iteration)

@@ -11,6 +11,8 @@ from qtilt_trainer.tasks.problem import Problem, Task, prompt_text
 
 logger = logging.getLogger(__name__)
 
+TRIED = (0.5, 0.25, 0.75)
+"""Which prompts are tried, by their place among all prompts sorted by length."""
 MADE_UP = "This answer was made up to see whether it can be graded."
 
 
@@ -70,12 +72,20 @@ async def check_lengths(
 async def check_request(
     client: GuidedClient, problems: Sequence[Problem], sampling: Sampling, guidance: Guidance | None
 ) -> None:
-    """Asks for one completion of the shortest prompt. Raises ServerError, also when this prompt is refused."""
-    shortest = min(problems, key=lambda problem: len(prompt_text(problem.prompt)))
-    try:
-        await client.complete(shortest.prompt, 1, 0, sampling, guidance)
-    except PromptRefusedError as refusal:
-        raise ValueError(f"the server refuses even the shortest prompt, {shortest.id}: {refusal}") from refusal
+    """Asks for one completion of a prompt of middling length, then of others if it is refused.
+
+    Raises ServerError, and ValueError when all of them are refused: then it isn't the prompts.
+    """
+    by_length = sorted(problems, key=lambda problem: len(prompt_text(problem.prompt)))
+    tried = [by_length[int(share * (len(by_length) - 1))] for share in TRIED]
+    for problem in tried:
+        try:
+            await client.complete(problem.prompt, 1, 0, sampling, guidance)
+            return
+        except PromptRefusedError as refusal:
+            refused = refusal
+            logger.warning("trial request: prompt %s is refused: %s", problem.id, refusal)
+    raise ValueError(f"the server refuses every prompt that was tried ({len(tried)}): {refused}") from refused
 
 
 async def _fits(client: GuidedClient, problem: Problem, sampling: Sampling, context: int) -> bool:
