@@ -59,9 +59,10 @@ def sample_rollouts(count: int, guided_roll_in: bool, seed: int = 0) -> list[Rol
 
 def rollout(index: int, token_ids: list[int], switch_point: int, reward: float, temperature: float = 1.0) -> Rollout:
     return Rollout(
-        rollout_id=f"1/p{index // 8}/{index % 8}",
+        rollout_id=f"1/p{index // 8:04d}/{index % 8}",
         iteration=1,
-        prompt_id=f"p{index // 8}",
+        prompt_id=f"p{index // 8:04d}",
+        prompt_digest="d",
         split="train",
         prompt_token_ids=[PROMPT_TOKEN],
         token_ids=token_ids,
