@@ -1,6 +1,7 @@
 """What the report shows of one run directory (layout: `loop.py`). Only reads; the server isn't needed."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -173,7 +174,8 @@ def _telling_example(run_dir: Path, table: RegimeRecords, record: Record) -> str
 
 
 def _stored(run_dir: Path, record: Record) -> list[Rollout]:
-    return RolloutStore(run_dir / "evaluation" / str(record.cell)).read()
+    """The reward of what couldn't be graded is NaN: shown as such, and not right."""
+    return RolloutStore(run_dir / "evaluation" / str(record.cell)).read(ungraded=math.nan)
 
 
 def _first_samples(run_dir: Path, record: Record) -> dict[str, Rollout]:
@@ -187,7 +189,8 @@ def _middle(model: ValueModel) -> float:
 
 def _chosen_prompts(reference: dict[str, Rollout], guided: dict[str, Rollout], middle: float) -> list[str]:
     """The first prompts of each outcome, in the order of COMPARISONS."""
-    outcome = {key: (reference[key].reward > middle, guided[key].reward > middle) for key in sorted(reference)}
+    both = sorted(reference.keys() & guided.keys())
+    outcome = {key: (reference[key].reward > middle, guided[key].reward > middle) for key in both}
     return [
         key for wanted, count in COMPARISONS.items() for key in [k for k in outcome if outcome[k] == wanted][:count]
     ]
