@@ -80,12 +80,15 @@ def boxed_answer(completion: str) -> str | None:
 
 
 def _boxed_answer(text: str) -> str | None:
-    boxes = [(found.start(), *_content(text, found.end())) for found in BOX.finditer(text)]
-    if not boxes or boxes[-1][1] is None:
+    boxes = list(BOX.finditer(text))
+    content, _ = _content(text, boxes[-1].end()) if boxes else (None, 0)
+    if content is None:
         return None
-    contents = [boxes[-1][1]]
-    for (_, content, end), (start, _, _) in zip(reversed(boxes[:-1]), reversed(boxes[1:]), strict=True):
-        if content is None or start - end > FARTHEST_BESIDE or not BESIDE.fullmatch(text[end:start]):
+    contents = [content]
+    for box, next_box in zip(reversed(boxes[:-1]), reversed(boxes[1:]), strict=True):
+        content, end = _content(text[: next_box.start()], box.end())
+        between = text[end : next_box.start()]
+        if content is None or len(between) > FARTHEST_BESIDE or not BESIDE.fullmatch(between):
             break
         contents.insert(0, content)
     return ", ".join(dict.fromkeys(contents))

@@ -1,8 +1,9 @@
 r"""Is the boxed answer of a completion the expected one? SymPy decides, in a process we can kill.
 
 The parser (math-verify's, ANTLR) and SymPy run for hours or eat all memory on hostile answers, and math-verify's own
-time limits need SIGALRM, so they work in a main thread only and not against C code. Here a worker that is late is
-killed; its answer counts as wrong. Plain numbers, most answers of most data sets, are compared without a worker.
+time limits need SIGALRM, so they work in a main thread only and not against C code. Here a worker that computes for too
+long, or takes too much memory, ends; its answer counts as wrong. Plain numbers, most answers of most data sets, are
+compared without a worker.
 """
 
 import atexit
@@ -26,7 +27,9 @@ from qtilt_trainer.tasks.plain_numbers import plain_number, same_number
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
-"""Longest time one comparison may take. Honest answers take milliseconds."""
+"""Seconds of computing that one comparison may take. Honest answers take milliseconds."""
+PATIENCE = 20
+"""How much longer it may take by the clock, on a machine that does other things too."""
 STARTUP_TIMEOUT_S = 180.0
 """Longest time a worker may take to import SymPy and the parser."""
 WORKERS = 2
@@ -118,7 +121,8 @@ class GradingPool:
         reusable = None
         try:
             process = process or GradingProcess(self.module)
-            answer = process.ask(question, timeout or self.timeout)
+            limit = timeout or self.timeout
+            answer = process.ask(question | {"cpu_s": limit}, PATIENCE * limit)
             reusable = process
             return answer
         except (TimeoutError, EOFError) as error:

@@ -2,6 +2,8 @@
 
 {"expected": text, "given": text} -> whether the answers are equal.
 {"unreadable": [texts]} -> for each null, or why it can't be read as an answer.
+Either may say "cpu_s", after how many seconds of computing the process ends itself, in the middle of C code too. Not of
+the clock: a reward must not depend on what else the machine does. An orphan ends by it as well.
 """
 
 import importlib
@@ -16,9 +18,8 @@ from typing import Any
 
 MEMORY_LIMIT_BYTES = 4 << 30
 """An answer such as 9^{9^{9}} otherwise takes the machine's memory before its time is up."""
-GIVE_UP_S = 60
-"""Who asked kills a worker long before. This ends it when that process was itself killed: an orphan in the middle of a
-computation wouldn't notice that stdin is closed."""
+DEFAULT_CPU_S = 60.0
+"""Limit of a question that brings none."""
 
 
 def main() -> None:
@@ -35,9 +36,10 @@ def serve(module: str, reply: Callable[[Any], Any]) -> None:
     importlib.import_module(module)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        signal.alarm(GIVE_UP_S)  # Without a handler SIGALRM ends the process, in the middle of C code too.
-        print(json.dumps(reply(json.loads(line))), file=answers, flush=True)
-        signal.alarm(0)
+        question = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, question.pop("cpu_s", DEFAULT_CPU_S))  # SIGPROF without a handler kills.
+        print(json.dumps(reply(question)), file=answers, flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _reply(question: dict[str, Any]) -> Any:

@@ -27,9 +27,11 @@ from sympy import (
     Lt,
     Mul,
     Ne,
+    Product,
     Rational,
     S,
     Set,
+    Sum,
     Symbol,
     Union,
 )
@@ -55,14 +57,18 @@ FEWEST_POINTS = 3
 RELATIONS = {"=": Eq, "!=": Ne, "<": Lt, ">": Gt, "<=": Le, ">=": Ge}
 MIRRORED = {"=": "=", "!=": "!=", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
 POSITIVE = [Rational(n, 97) for n in (151, 233, 89, 317, 53, 411, 197, 277, 131, 367)]
-"""Values of variables: positive, negative, and whole numbers (for n!, binomials and (-1)^n)."""
-POINTS: list[list[Rational]] = [
+"""Values of variables, for points that are positive, negative, mixed, or whole numbers (n!, binomials, (-1)^n)."""
+REAL_POINTS: list[list[Rational]] = [
     POSITIVE,
     POSITIVE[3:] + POSITIVE[:3],
     [-value for value in POSITIVE],
     [value * (-1) ** n for n, value in enumerate(POSITIVE)],
+]
+WHOLE_POINTS = [
     [Integer(n) for n in (5, 7, 4, 11, 3, 8, 13, 6, 9, 10)],
     [Integer(n) for n in (6, 3, 8, 5, 9, 4, 7, 12, 10, 11)],
+    [Integer(n) for n in (3, 4, 6, 7, 5, 9, 8, 10, 11, 12)],
+    [Integer(n) for n in (8, 6, 3, 4, 12, 5, 10, 7, 13, 9)],
 ]
 
 
@@ -365,7 +371,7 @@ def _proportional(a: Basic, b: Basic, positive: bool) -> bool:
     if not names or {str(s) for s in a.free_symbols} != {str(s) for s in b.free_symbols}:
         return False
     ratios = []
-    for point in POINTS:
+    for point in _points(a, b):
         place = {Symbol(name): value for name, value in zip(names, point, strict=False)}
         value_a, value_b = _at(a, place), _at(b, place)
         if value_a is None or value_b is None:
@@ -436,7 +442,7 @@ def _same_constant(a: Basic, b: Basic) -> bool:
 
 def _same_at_points(a: Basic, b: Basic, names: Sequence[str]) -> bool:
     compared = 0
-    for point in POINTS:
+    for point in _points(a, b):
         place = {Symbol(name): value for name, value in zip(names, itertools.cycle(point), strict=False)}
         value_a, value_b = _at(a, place), _at(b, place)
         if value_a is None or value_b is None:
@@ -449,6 +455,11 @@ def _same_at_points(a: Basic, b: Basic, names: Sequence[str]) -> bool:
             continue
         compared += 1
     return compared >= FEWEST_POINTS or (compared == 0 and sympy_symbolic_eq(a, b))
+
+
+def _points(a: Basic, b: Basic) -> list[list[Rational]]:
+    """Where to compare: sums and products have a value, in reasonable time, for whole numbers only."""
+    return WHOLE_POINTS if a.has(Sum, Product) or b.has(Sum, Product) else REAL_POINTS + WHOLE_POINTS[:2]
 
 
 def _at(expression: Basic, place: dict[Symbol, Rational]) -> Any:

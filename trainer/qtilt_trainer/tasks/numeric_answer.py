@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from qtilt_trainer.tasks.answer_text import before_next_question, boxed_answer, made_plain
 from qtilt_trainer.tasks.plain_numbers import NUMBER, PlainNumber, number_of, plain_number
 
+LONGEST_LINE = 1000
+"""Characters after "answer is" in which the number is looked for."""
+
 _MARKUP = r"(?:\\?[$\u20ac\u00a3\u00a5\u20b9]|\\text\s*\{[^{}]*\}|\\[(\[]|[*_`{(]|\\mathbf\s*\{)"
 _CODES = r"(?:(?:USD|EUR|GBP|INR|Rs\.?|RM|US)\s?\$?)"
 _FOUND = re.compile(
@@ -29,13 +32,14 @@ _BETWEEN = re.compile(rf"(?:\s|:|{_MARKUP}|[}}])*[-+]?(?:\s|{_MARKUP})*")
 
 def answered_number(text: str) -> PlainNumber | None:
     """The number that the text answers; None if there is none in it."""
-    answered = before_next_question(text)
-    text = _readable(answered if any(_numbers(made_plain(answered))) else text)
-    box = boxed_answer(text)
+    answered = _readable(before_next_question(text))
+    if _first(answered) is None:
+        answered = _readable(text)
+    box = boxed_answer(answered)
     if box is not None:
         return plain_number(box.strip("$ ")) or _last(box)
-    marked = (_marked(text, found) for found in reversed(list(_MARKER.finditer(text))))
-    return next((number for number in marked if number is not None), None) or _last(text)
+    marked = (_marked(answered, marker) for marker in reversed(list(_MARKER.finditer(answered))))
+    return next((number for number in marked if number is not None), None) or _last(answered)
 
 
 def _readable(text: str) -> str:
@@ -47,29 +51,35 @@ def _readable(text: str) -> str:
 
 def _marked(text: str, marker: re.Match[str]) -> PlainNumber | None:
     """The number that a marker announces: right after it, or behind the last "=" of its line, or its line's last."""
-    line = text[marker.end() :].lstrip(" \t*:$\n").split("\n", 1)[0]
-    numbers = list(_numbers(line))
+    line = text[marker.end() : marker.end() + LONGEST_LINE].lstrip(" \t*:$\n").split("\n", 1)[0]
+    numbers = [found for found in _written_numbers(line) if _number(line, found) is not None]
     if not numbers:
         return None
-    (start, first), (last_start, last) = numbers[0], numbers[-1]
-    equals = line.rfind("=", 0, last_start)
+    equals = line.rfind("=", 0, numbers[-1].start())
     if equals >= 0:
-        return next(number for at, number in numbers if at > equals)
-    return first if _BETWEEN.fullmatch(line[:start]) else last
+        chosen = next(found for found in numbers if found.start() > equals)
+    else:
+        chosen = numbers[0] if _BETWEEN.fullmatch(line[: numbers[0].start()]) else numbers[-1]
+    return _number(line, chosen)
+
+
+def _first(text: str) -> PlainNumber | None:
+    numbers = (_number(text, found) for found in _written_numbers(text))
+    return next((number for number in numbers if number is not None), None)
 
 
 def _last(text: str) -> PlainNumber | None:
-    return next((number for _, number in reversed(list(_numbers(text)))), None)
+    numbers = (_number(text, found) for found in reversed(list(_written_numbers(text))))
+    return next((number for number in numbers if number is not None), None)
 
 
-def _numbers(text: str) -> Iterator[tuple[int, PlainNumber]]:
-    """Every number of a text and where it begins."""
-    at = 0
-    while (found := _FOUND.search(text, at)) is not None:
-        at = found.end()
-        number = None if _is_part(text, found) else number_of(found, _is_negative(text, found))
-        if number is not None:
-            yield found.start(), number
+def _written_numbers(text: str) -> Iterator[re.Match[str]]:
+    """What looks like a number and isn't part of something else."""
+    return (found for found in _FOUND.finditer(text) if not _is_part(text, found))
+
+
+def _number(text: str, found: re.Match[str]) -> PlainNumber | None:
+    return number_of(found, _is_negative(text, found))
 
 
 def _is_part(text: str, found: re.Match[str]) -> bool:

@@ -16,6 +16,8 @@ FLOAT_NOISE = Fraction(1, 10**14)
 """Relative error of binary floating point: 0.30000000000000004 is 0.3 to who computes so."""
 FLOAT_DIGITS = 15
 LARGEST_EXPONENT = 9999
+LONGEST_NUMBER = 10_000
+"""Characters of a number; nobody's answer is longer."""
 
 GROUPED = r"[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:[ ]\d{3})+|\d{1,3}(?:['\u2019]\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}"
 UNSIGNED = rf"(?:(?:(?:{GROUPED})(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
@@ -73,6 +75,8 @@ def plain_number(text: str) -> PlainNumber | None:
 
 def number_of(found: re.Match[str], negative: bool) -> PlainNumber | None:
     """The number that a match of `NUMBER` wrote; None for one that is none (1/0, 4 10/3, 10^9999999)."""
+    if found.end() - found.start() > LONGEST_NUMBER:
+        return None
     value = _value(found)
     if value is None:
         return None
@@ -123,8 +127,12 @@ def _power(base: int, power: int) -> Fraction | None:
 
 
 def _scaled(found: re.Match[str]) -> Fraction:
-    value = Fraction(Decimal(_digits(found["decimal"]))) * Fraction(10) ** _exponent(found)
-    return value * SCALES.get(found["scale"] or "", 1)
+    value = Fraction(Decimal(_digits(found["decimal"])))
+    return value * _power_of_ten(_exponent(found)) * SCALES.get(found["scale"] or "", 1)
+
+
+def _power_of_ten(exponent: int) -> Fraction:
+    return Fraction(10**exponent) if exponent >= 0 else Fraction(1, 10**-exponent)
 
 
 def _exponent(found: re.Match[str]) -> int:
@@ -142,7 +150,7 @@ def _half_unit(found: re.Match[str]) -> Fraction | None:
     if len(digits.replace(".", "").lstrip("0")) < SIGNIFICANT:
         return None
     places = len(digits.partition(".")[2])
-    return Fraction(1, 2) * Fraction(10) ** (_exponent(found) - places) * SCALES.get(found["scale"] or "", 1)
+    return _power_of_ten(_exponent(found) - places) * SCALES.get(found["scale"] or "", 1) / 2
 
 
 def _digits(written: str) -> str:
