@@ -23,6 +23,7 @@ POSITIONS = 4096
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<user>' if message.role == 'user' else '<assistant>' }}"
     "{{ message.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% if marked %}={% endif %}"
 )
 
 

@@ -58,10 +58,15 @@ class RunningServer:
 
 @contextmanager
 def running_server(
-    model: Path, value_model_root: Path, log: Path, *flags: str, environment: dict[str, str] | None = None
+    model: Path,
+    value_model_root: Path,
+    log: Path,
+    *flags: str,
+    environment: dict[str, str] | None = None,
+    port: int | None = None,
 ) -> Iterator[RunningServer]:
     """The server, ready; ``flags`` are added to those that make it start quickly. It is stopped afterwards."""
-    port = _free_port()
+    port = port or free_port()
     arguments = [model, f"--port={port}", "--host=127.0.0.1", f"--value-model-root={value_model_root}", *QUICK_START]
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -102,7 +107,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait(STOP_LIMIT_S)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,6 +1,7 @@
 """Which tokens are labelled, how prompts are split, and what a batch looks like."""
 
 import math
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -124,6 +125,20 @@ def examples_of(prompt_ids: Sequence[str], lengths: Sequence[int] | None = None)
         for prompt_id, length in zip(prompt_ids, lengths or [3] * len(prompt_ids), strict=True)
     ]
     return label_rollouts(as_table(rollouts), drop_unanimous=False)[0]
+
+
+def test_labels_split_and_batches_copy_no_tokens_but_those_of_a_batch() -> None:
+    table = pa.concat_tables([as_table([rollout(f"p{n}", [1] * 512, n % 2)]) for n in range(3000)])
+    token_bytes = 3000 * 512 * 4
+    arrow_before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    examples, _ = label_rollouts(table, drop_unanimous=False)
+    training, _ = split_prompts(examples, 0.1, seed=0)
+    seen = sum(len(batch) for batch in batches(training, 64, seed=0))
+    peak = tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - arrow_before
+    tracemalloc.stop()
+    assert seen == len(training)
+    assert peak < 0.5 * token_bytes
 
 
 def test_prompts_stay_on_their_side_when_iterations_are_added() -> None:

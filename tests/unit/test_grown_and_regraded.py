@@ -127,7 +127,7 @@ def test_changed_reward_code_is_noticed(work: Work, monkeypatch: pytest.MonkeyPa
     other = tmp_path / "file_task.py"
     other.write_text(Path(file_task.__file__).read_text() + "\n# edited\n")
     monkeypatch.setattr(file_task, "__file__", str(other))
-    with pytest.raises(ValueError, match=r"code.file_task: '\w{16}' then, '\w{16}' now.*regrade CONFIG"):
+    with pytest.raises(ValueError, match=r"code.file_task.py: '\w{16}' then, '\w{16}' now.*regrade CONFIG"):
         work.collect()
 
 

@@ -2,17 +2,17 @@
 
 import hashlib
 import inspect
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from qtilt_trainer import tasks
 from qtilt_trainer.tasks.problem import Prompt, Task, prompt_text
 
-ENTRY_POINT = re.compile(r"^([A-Za-z_][\w.]*):[A-Za-z_]\w*$")
-SHIPPED = "qtilt_trainer.tasks"
+SHIPPED = Path(tasks.__file__).resolve().parent
+"""Where our own tasks are."""
 DIGITS = 16
 """Of a digest in hexadecimal."""
 
@@ -31,23 +31,36 @@ def data_digests(task: Task, fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def code_digests(task: Task, fields: Mapping[str, Any]) -> dict[str, str]:
-    """Module -> digest of its source: where the task's class and its reward are, and every module:function in `[task]`.
+    """File name -> digest of the source: where the task's class and its reward are, and every module:function or
+    file.py:function in `[task]`.
 
     A task of ours depends on the whole folder of tasks.
     """
-    named = [value for value in _texts(fields) if ENTRY_POINT.match(value)]
     reward = getattr(task, "rewards", None) or task.reward
-    modules = {inspect.getmodule(type(task)), inspect.getmodule(reward)}
-    modules |= {sys.modules.get(value.partition(":")[0]) for value in named}
-    sources = {name: files for module in modules if module is not None for name, files in [_sources(module)] if files}
-    return {name: _digest_of(files) for name, files in sorted(sources.items())}
+    sources = [_source(inspect.getmodule(of)) for of in (type(task), reward)]
+    sources += [_named_source(text) for text in _texts(fields)]
+    by_name: dict[str, list[Path]] = {}
+    for file in sorted({file for file in sources if file is not None}):
+        by_name.setdefault(file.name, []).append(file)
+    digests = {name: _digest_of(files) for name, files in by_name.items() if SHIPPED not in {f.parent for f in files}}
+    if SHIPPED in {file.parent for files in by_name.values() for file in files}:
+        digests["qtilt_trainer.tasks"] = _digest_of(sorted(SHIPPED.glob("*.py")))
+    return dict(sorted(digests.items()))
 
 
-def _sources(module: ModuleType) -> tuple[str, list[Path]]:
-    if module.__name__ == SHIPPED or module.__name__.startswith(f"{SHIPPED}."):
-        return SHIPPED, sorted(Path(str(sys.modules[SHIPPED].__file__)).parent.glob("*.py"))
+def _named_source(text: str) -> Path | None:
+    """The file of an entry point; None for other texts, and for a module that isn't loaded."""
+    place, _, function = text.rpartition(":")
+    if not function.isidentifier():
+        return None
+    if place.endswith(".py"):
+        return Path(place).resolve() if _is_file(place) else None
+    return _source(sys.modules.get(place))
+
+
+def _source(module: ModuleType | None) -> Path | None:
     file = getattr(module, "__file__", None)
-    return module.__name__, [Path(file)] if file else []
+    return Path(file).resolve() if file else None
 
 
 def _paths(value: Any) -> Iterator[Path]:

@@ -3,7 +3,8 @@
 There is no state but the files below `run_dir`: every stage looks at what is there, does what is missing and writes its
 result atomically. Killed anywhere and started again, the loop goes on where it was.
 
-    rollouts/iteration-001/           roll-outs (rollouts.py), settings.json
+    rollouts/iteration-001/           roll-outs and rewards (rollouts.py), failed_rewards.jsonl, settings.json
+    rollouts/refused.jsonl            prompts that the server refused, and why
     value_models/initial              the value model before any fit; .settings.json beside it
     value_models/iteration-001        … fitted on all roll-outs up to there; .settings.json and .fit.json beside it
     published/iteration-001.json      the version the server gave it
@@ -12,6 +13,7 @@ result atomically. Killed anywhere and started again, the loop goes on where it 
     results.json, results.md          all records, and as a table
     config.json                       the resolved configuration they were made with
     report.html, plots/               report
+    superseded-1/                     what was made before the run grew or was graded anew
 """
 
 import asyncio
