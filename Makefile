@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/installed-for-$(DEVICE)
 PACKAGES := guidance/qtilt server/qtilt_server trainer/qtilt_trainer
 
-.PHONY: help install demo test test-slow lint types format docs lock clean
+.PHONY: help install demo toys test test-slow lint types format docs lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,8 +43,10 @@ endif
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: install ## the whole loop on two small tasks; writes runs/demo/
-	$(BIN)/python examples/demo/run.py
+toys: install ## the whole loop on two tiny references; writes runs/toys/
+	$(BIN)/python examples/toys/run.py
+
+demo: toys ## the toys
 
 test: install ## every test that needs no GPU and isn't slow
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)

@@ -1,17 +1,17 @@
-"""What a tolerance saves on trained models: the demo's references and value models, the demo's prompts.
+"""What a tolerance saves on trained models: the toys' references and value models, the toys' prompts.
 
-    python examples/demo/run.py                      # once: trains the value models, into runs/demo
-    python benchmarks/adaptive.py --run runs/demo
+    python examples/toys/run.py                      # once: trains the value models, into runs/toys
+    python benchmarks/adaptive.py --run runs/toys
 
-Three systems answer the same test prompts, at most --concurrency at a time, sampled with the demo's temperature and
-ended by the demo's end token: vLLM without the plugin; Q♯ with 20 candidates; the same with a tolerance. Each engine
+Three systems answer the same test prompts, at most --concurrency at a time, sampled with the toys' temperature and
+ended by the toys' end token: vLLM without the plugin; Q♯ with 20 candidates; the same with a tolerance. Each engine
 has a process of its own with one thread, idle while the other runs; a round runs every system once, after one that
 isn't counted. Printed are the candidates a guided step scores in the mean, and processor time a token next to plain
 vLLM and to tolerance 0. With one thread that is the elapsed time of an idle machine, and hardly depends on what else
 runs; it is of a token because answers sampled from different distributions differ in length. Ratios are taken within a
 round: medians, and the lowest and highest round.
 
-The demo's models are so small that what a forward costs hardly depends on its tokens. --shape mid pads them with zeros
+The toys' models are so small that what a forward costs hardly depends on its tokens. --shape mid pads them with zeros
 to the sizes of serving.py's pair: they sample the same, and cost as much as models of that size.
 """
 
@@ -31,16 +31,16 @@ from serving_speed.shapes import PAIRS
 from serving_speed.systems import DEFAULT_TOP_K, System, system
 from serving_speed.workload import Outcome, Request, Workload
 
-REFERENCES = Path(__file__).resolve().parents[1] / "examples" / "demo" / "references"
+REFERENCES = Path(__file__).resolve().parents[1] / "examples" / "toys" / "references"
 MAX_LENGTH = 256
-"""Tokens of a prompt and its answer; the demo's are shorter."""
+"""Tokens of a prompt and its answer; the toys' are shorter."""
 KV_CACHE_BYTES = 2**30
 PLAIN = system("plain")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="of the demo, default: %(default)s")
+    parser.add_argument("--run", type=Path, default=Path("runs/toys"), help="of the toys, default: %(default)s")
     parser.add_argument("--shape", choices=PAIRS, help="pad the models to these sizes")
     parser.add_argument("--tolerance", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--eta", type=float, default=0.1)
@@ -162,7 +162,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     tasks = [path.parent for path in sorted(arguments.run.glob("*/config.json"))]
     if not tasks:
-        sys.exit(f"{arguments.run} has no finished task of the demo: run examples/demo/run.py first")
+        sys.exit(f"{arguments.run} has no finished task of the toys: run examples/toys/run.py first")
     for task in tasks:
         with tempfile.TemporaryDirectory(prefix="qtilt-adaptive-") as folder:
             print(measure(task, arguments, Path(folder)), end="\n\n", flush=True)

@@ -49,7 +49,7 @@ def make_letters_reference(directory: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from qtilt_trainer.reference import build_tokenizer
+    from tiny_reference import build_tokenizer
 
     tokenizer = build_tokenizer(LETTERS + PROMPT)
     model = LlamaForCausalLM(_config(len(tokenizer), hidden_size=64, layers=1, heads=2))
@@ -69,7 +69,7 @@ def make_letters_backbone(directory: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from qtilt_trainer.reference import build_tokenizer
+    from tiny_reference import build_tokenizer
 
     tokenizer = build_tokenizer(LETTERS + PROMPT)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The value-model directory, format version 1: its only writer and its only reader.
+"""The value-model directory, format version 2: its only writer and its only reader.
 
 ::
 
@@ -7,7 +7,14 @@
     head.safetensors      weight [A, hidden] (V-type) or [vocab·A, hidden] with row token·A + atom (Q-type);
                           A = 1 for Bernoulli; optional bias [A] or [vocab·A]
 
-A directory appears under its name in one rename, complete and flushed to disk: a reader never sees half a model.
+A low-rank value model is an update of another model's first layers, its base (low_rank.py)::
+
+    value_model.json      also base (name, layers, sha256) and low_rank, the rank R
+    backbone/             config.json only
+    update.safetensors    for each projection NAME.A [R, inputs] and NAME.B [outputs, R], float32
+    head.safetensors      as above
+
+Version 1 had no low-rank value models; such directories are read. A directory appears under its name in one rename, complete and flushed to disk: a reader never sees half a model.
 Nothing is unpickled and no remote code is run.
 """
 
@@ -21,32 +28,23 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qtilt.backbone import UNUSABLE, BackboneError, one_line, read_backbone, read_config
 from qtilt.distributions import ReturnDistribution, distribution_from_config
 from qtilt.durable import flush
-from qtilt.value_model import ValueModel, ValueType, head_rows
+from qtilt.low_rank import Base, BaseModelError, BaseModels, LowRank, factor_shapes, projections
+from qtilt.value_model import ValueModel, ValueType, embedding_rows, head_rows
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 MANIFEST_FILE = "value_model.json"
 BACKBONE_DIRECTORY = "backbone"
+UPDATE_FILE = "update.safetensors"
 HEAD_FILE = "head.safetensors"
-# What transformers raises for a config or weights that make no sense; many of its checks are lookups that fail.
-_UNUSABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 
 class CheckpointError(ValueError):
@@ -86,6 +84,7 @@ class Manifest:
 
     max_positions: the longest sequence the backbone covers. vocab_size: the ids that its config says it can read.
     provenance: free JSON; ``provenance["rollouts"]`` holds the sampling parameters of the roll-outs it was fitted on.
+    base, rank: of a low-rank value model, else None.
     """
 
     type: ValueType
@@ -94,6 +93,8 @@ class Manifest:
     provenance: dict[str, Any]
     max_positions: int
     vocab_size: int
+    base: Base | None = None
+    rank: int | None = None
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerFingerprint:
@@ -121,9 +122,11 @@ def save_value_model(
     directory: Path | str,
     tokenizer: PreTrainedTokenizerBase,
     provenance: Mapping[str, Any] | None = None,
+    low_rank: LowRank | None = None,
 ) -> None:
     """Write ``model`` as the new directory ``directory``, atomically.
 
+    low_rank: what to write in place of the backbone's weights and the tokenizer.
     Raises CheckpointError when ``directory`` exists already: a published model is never rewritten.
     """
     directory = Path(directory)
@@ -132,12 +135,13 @@ def save_value_model(
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        model.backbone.save_pretrained(staging / BACKBONE_DIRECTORY)
-        tokenizer.save_pretrained(staging / BACKBONE_DIRECTORY)
-        save_file(
-            {name: tensor.detach().contiguous().cpu() for name, tensor in model.head.state_dict().items()},
-            staging / HEAD_FILE,
-        )
+        if low_rank is None:
+            model.backbone.save_pretrained(staging / BACKBONE_DIRECTORY)
+            tokenizer.save_pretrained(staging / BACKBONE_DIRECTORY)
+        else:
+            model.backbone.config.save_pretrained(staging / BACKBONE_DIRECTORY)
+            _save_tensors(_update_tensors(low_rank), staging / UPDATE_FILE)
+        _save_tensors(model.head.state_dict(), staging / HEAD_FILE)
         manifest = {
             "format_version": FORMAT_VERSION,
             "type": model.type,
@@ -145,6 +149,8 @@ def save_value_model(
             "tokenizer": asdict(fingerprint_tokenizer(tokenizer)),
             "provenance": dict(provenance or {}),
         }
+        if low_rank is not None:
+            manifest |= {"base": asdict(low_rank.base), "low_rank": low_rank.rank}
         (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
         staging.chmod(0o755)
         _flush_tree(staging)
@@ -153,6 +159,18 @@ def save_value_model(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file)
+
+
+def _update_tensors(low_rank: LowRank) -> dict[str, Tensor]:
+    return {
+        f"{name}.{letter}": factor.float()
+        for name, factors in low_rank.factors.items()
+        for letter, factor in zip("AB", factors, strict=True)
+    }
 
 
 def _publish(staging: Path, directory: Path) -> None:
@@ -170,8 +188,10 @@ def read_manifest(directory: Path | str) -> Manifest:
     path = directory / MANIFEST_FILE
     entries = _read_json_object(path)
     version = entries.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version is {version!r}, this release reads {FORMAT_VERSION}")
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        raise CheckpointError(
+            f"{path}: format_version is {version!r}, this release reads {' and '.join(map(str, READABLE_VERSIONS))}"
+        )
     if entries.get("type") not in get_args(ValueType):
         raise CheckpointError(f"{path}: type is {entries.get('type')!r}, allowed: {', '.join(get_args(ValueType))}")
     try:
@@ -182,75 +202,139 @@ def read_manifest(directory: Path | str) -> Manifest:
             raise TypeError(f"provenance is a {type(provenance).__name__}, expected an object")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: distribution, tokenizer or provenance is wrong ({error})") from error
+    base, rank = _read_base(entries, path)
     config = _read_backbone_config(directory)
+    if base is not None and base.layers != config.get_text_config().num_hidden_layers:
+        raise CheckpointError(
+            f"{path}: base.layers is {base.layers}, and {BACKBONE_DIRECTORY}/config.json has "
+            f"{config.get_text_config().num_hidden_layers} layers"
+        )
     return Manifest(
         type=entries["type"],
         distribution=distribution,
         tokenizer=tokenizer,
         provenance=provenance,
-        max_positions=int(config.max_position_embeddings),
-        vocab_size=int(config.vocab_size),
+        max_positions=int(config.get_text_config().max_position_embeddings),
+        vocab_size=int(config.get_text_config().vocab_size),
+        base=base,
+        rank=rank,
     )
 
 
+def _read_base(entries: Mapping[str, Any], path: Path) -> tuple[Base | None, int | None]:
+    base, rank = entries.get("base"), entries.get("low_rank")
+    if base is None and rank is None:
+        return None, None
+    try:
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"low_rank is {rank!r}, expected a whole number of at least 1")
+        return Base(**base), rank
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: base or low_rank is wrong ({error})") from error
+
+
 def load_value_model(
-    directory: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    directory: Path | str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    bases: BaseModels | None = None,
 ) -> ValueModel:
-    """Read the whole model, in evaluation mode. Raises CheckpointError naming the file and the reason."""
+    """Read the whole model, in evaluation mode; a low-rank one is merged with its base.
+
+    bases: where bases are found and shared between versions; None: each where its manifest says, unshared.
+    Raises CheckpointError naming the file and the reason.
+    """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    backbone = _load_backbone(directory / BACKBONE_DIRECTORY, dtype)
-    if backbone.get_input_embeddings().weight.shape[0] != manifest.vocab_size:
-        raise CheckpointError(f"{directory / BACKBONE_DIRECTORY}: embedding rows differ from vocab_size in config.json")
-    head = _load_head(directory / HEAD_FILE, manifest, backbone.config.get_text_config().hidden_size, dtype)
-    model = ValueModel(backbone, manifest.type, manifest.distribution, head)
+    if manifest.base is None:
+        model = _value_model(directory, manifest, _load_whole_backbone(directory, manifest, dtype), dtype)
+    else:
+        config = _read_backbone_config(directory)
+        try:
+            base = (bases or BaseModels()).get(manifest.base, config, dtype, device)
+        except BaseModelError as error:
+            raise CheckpointError(f"{directory / MANIFEST_FILE}: {error}") from error
+        low_rank = _load_update(directory / UPDATE_FILE, manifest, base.backbone)
+        model = _value_model(directory, manifest, base.merged(low_rank), dtype)
+        model.base = base
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise CheckpointError(f"{directory}: parameter {name} holds values that are not finite")
     return model.to(device).eval().requires_grad_(False)
 
 
-def _load_backbone(directory: Path, dtype: torch.dtype) -> Any:
+def load_unmerged(directory: Path | str) -> tuple[ValueModel, LowRank]:
+    """A low-rank value model as its base with its head, in float32, and the update that isn't merged: for a fit.
+
+    Raises CheckpointError naming the file and the reason.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if manifest.base is None:
+        raise CheckpointError(f"{directory / MANIFEST_FILE}: has no base, it isn't a low-rank value model")
     try:
-        # transformers sets torch's process-wide default dtype to the one it loads in, and a server loads while its
-        # other thread computes. So load in float32, the default already, and cast the parameters; buffers such as
-        # rotary frequencies stay in float32, as from_pretrained leaves them.
-        backbone, report = AutoModel.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # reported instead, and refused here with their names
-            output_loading_info=True,
-        )
-    except _UNUSABLE as error:
-        raise CheckpointError(f"{directory}: the backbone can't be loaded ({_one_line(error)})") from error
-    _check_all_weights_used(directory, report)
+        backbone = BaseModels().read(manifest.base, _read_backbone_config(directory))
+    except BaseModelError as error:
+        raise CheckpointError(f"{directory / MANIFEST_FILE}: {error}") from error
+    low_rank = _load_update(directory / UPDATE_FILE, manifest, backbone)
+    return _value_model(directory, manifest, backbone, torch.float32), low_rank
+
+
+def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a value model, a low-rank one's from where its base is. Raises CheckpointError."""
+    directory = Path(directory)
+    base = read_manifest(directory).base
+    source = directory / BACKBONE_DIRECTORY if base is None else base.name
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except UNUSABLE as error:
+        raise CheckpointError(f"{directory}: its tokenizer can't be read from {source} ({one_line(error)})") from error
+    return tokenizer
+
+
+def _value_model(directory: Path, manifest: Manifest, backbone: PreTrainedModel, dtype: torch.dtype) -> ValueModel:
+    hidden_size = backbone.config.get_text_config().hidden_size
+    head = _load_head(directory / HEAD_FILE, manifest, hidden_size, dtype)
+    return ValueModel(backbone, manifest.type, manifest.distribution, head)
+
+
+def _load_whole_backbone(directory: Path, manifest: Manifest, dtype: torch.dtype) -> PreTrainedModel:
+    folder = directory / BACKBONE_DIRECTORY
+    try:
+        backbone = read_backbone(folder, _read_backbone_config(directory), is_part=False, local_files_only=True)
+    except BackboneError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if embedding_rows(backbone) != manifest.vocab_size:
+        raise CheckpointError(f"{folder}: embedding rows differ from vocab_size in config.json")
+    # Parameters only: buffers such as rotary frequencies stay in float32, as from_pretrained leaves them.
     for parameter in backbone.parameters():
         parameter.data = parameter.data.to(dtype)
     return backbone
 
 
-def _check_all_weights_used(directory: Path, report: Mapping[str, Any]) -> None:
-    faults = {
-        "missing": sorted(report["missing_keys"]),
-        "of another shape than config.json says": [
-            f"{name} {list(found)}, not {list(expected)}" for name, found, expected in sorted(report["mismatched_keys"])
-        ],
-        # A whole language model is fine: its last layer isn't used.
-        "unknown to config.json": sorted(key for key in report["unexpected_keys"] if not key.startswith("lm_head.")),
+def _load_update(path: Path, manifest: Manifest, backbone: PreTrainedModel) -> LowRank:
+    assert manifest.base is not None, "only low-rank value models have an update"
+    assert manifest.rank is not None, "and a rank"
+    tensors = _load_tensors(path)
+    expected = {
+        f"{name}.{letter}": shape
+        for name, layer in projections(backbone).items()
+        for letter, shape in zip("AB", factor_shapes(layer, manifest.rank), strict=True)
     }
-    for fault, weights in faults.items():
-        if weights:
-            raise CheckpointError(f"{directory}: weights {fault}: {', '.join(weights[:3])}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
+        name = min(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+        raise CheckpointError(
+            f"{path}: {name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')} for "
+            f"rank {manifest.rank} and {manifest.base.layers} layers"
+        )
+    names = projections(backbone)
+    factors = {name: (tensors[f"{name}.A"].float(), tensors[f"{name}.B"].float()) for name in names}
+    return LowRank(manifest.base, manifest.rank, factors)
 
 
 def _load_head(path: Path, manifest: Manifest, hidden_size: int, dtype: torch.dtype) -> nn.Linear:
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: can't be read ({_one_line(error)})") from error
+    tensors = _load_tensors(path)
     rows = head_rows(manifest.type, manifest.distribution, manifest.vocab_size)
     expected = {"weight": (rows, hidden_size), "bias": (rows,)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -264,17 +348,22 @@ def _load_head(path: Path, manifest: Manifest, hidden_size: int, dtype: torch.dt
     return head
 
 
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: can't be read ({one_line(error)})") from error
+
+
 def _read_backbone_config(directory: Path) -> PreTrainedConfig:
     path = directory / BACKBONE_DIRECTORY / "config.json"
     _read_json_object(path)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            path.parent, local_files_only=True, trust_remote_code=False
-        ).get_text_config()
-    except _UNUSABLE as error:
-        raise CheckpointError(f"{path}: not a transformers config ({_one_line(error)})") from error
+        config = read_config(path.parent)
+    except BackboneError as error:
+        raise CheckpointError(f"{path}: not a transformers config ({error})") from error
     for name in ("max_position_embeddings", "vocab_size", "hidden_size"):
-        if not isinstance(getattr(config, name, None), int):
+        if not isinstance(getattr(config.get_text_config(), name, None), int):
             raise CheckpointError(f"{path}: {name} is missing, the backbone must be a decoder-only language model")
     return config
 
@@ -289,10 +378,6 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: holds a {type(entries).__name__}, expected an object")
     return entries
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _flush_tree(root: Path) -> None:

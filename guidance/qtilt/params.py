@@ -7,10 +7,13 @@ Knows nothing of torch or vLLM: the API process imports it, and it travels to th
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 EXTRA_ARGS_KEY = "qtilt"
 METHODS = ("qsharp", "cd")
+TAILS = ("floor", "mean")
+DEFAULT_TAIL: Literal["floor", "mean"] = "floor"
+"""Where neither the request nor the server says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,8 @@ class GuidanceParams:
     eta: the KL weight η of the paper (Eq. 1), > 0; a larger η is a weaker tilt.
     top_k: how many of the reference's likeliest tokens are scored each step.
     method: ``qsharp`` adds ln E[e^{Z/η}], ``cd`` adds E[Z]/η.
+    tail: what tokens that aren't candidates get: ``floor`` v_min/η, ``mean`` the reference-weighted mean of the
+    candidates, so that they keep the reference's probability (:mod:`qtilt.tilt`).
     guided_tokens: guide this many generated tokens and leave the rest to the reference; None guides all.
     tolerance: how far each step may be from full guidance in total variation, 0 ≤ ε < 1, so that fewer candidates need
     scoring; 0 scores all. What is bounded, and the proof: :func:`qtilt.tilt.total_variation_bound`.
@@ -34,6 +39,7 @@ class GuidanceParams:
     eta: float
     top_k: int
     method: str = "qsharp"
+    tail: str = DEFAULT_TAIL
     guided_tokens: int | None = None
     tolerance: float = 0.0
     trace_id: str = ""
@@ -44,6 +50,7 @@ class GuidanceParams:
         _require(_is_number(self.eta) and 0 < self.eta < math.inf, self, "eta", "a finite number above 0")
         _require(_is_int(self.top_k) and self.top_k >= 1, self, "top_k", "an integer of at least 1")
         _require(self.method in METHODS, self, "method", f"one of {', '.join(METHODS)}")
+        _require(self.tail in TAILS, self, "tail", f"one of {', '.join(TAILS)}")
         _require(
             self.guided_tokens is None or (_is_int(self.guided_tokens) and self.guided_tokens >= 0),
             self,

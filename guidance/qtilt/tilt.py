@@ -7,8 +7,13 @@ target is softmax(logits/T + Q/η), and what is added to the raw logits is T·Q/
 division, an offset 1/T times ours.) As T → 0⁺ this lets guidance vanish; T = 0 is by definition the argmax of
 logits + Q/η.
 
-Unscored tokens keep their logit plus v_min/η, the offset of the lowest possible return. The official Bernoulli code
-does the same; its categorical code subtracts the smallest scored offset instead.
+The tail: which offset the tokens without a score get, see TAILS.
+- ``floor``: v_min/η, that of the lowest possible return. The official Bernoulli code does the same; its categorical
+  code subtracts the smallest scored offset instead. A value above v_min, even a constant one, then lifts the
+  candidates over all others: a strong tilt also truncates.
+- ``mean``: ln(Σ p·e^o / Σ p), the mean of the scored candidates' e^o weighted by the reference p at temperature T. The
+  guided mass of what is scored is then the reference's, every other token keeps the reference's probability, and a
+  constant value tilts nothing. Neither the paper nor its code has this: what truncation does is left to sampling.
 
 Each function is written twice: here, and for float32 on CPUs in compiled/tilt.h, which is what runs once that has been
 loaded. They differ where a logit over the temperature overflows float32: here such a token is masked, there it isn't.
@@ -77,32 +82,66 @@ def offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: Ten
     return OFFSETS[method](distribution, logits_BKA, inv_eta_B)
 
 
-def tilt(
-    logits_BV: Tensor, candidates: Candidates, offsets_BK: Tensor, floor_B: Tensor, temperature_B: Tensor
-) -> Tensor:
+class Drops(NamedTuple):
+    """How many nats each token loses to the most valuable of its row, float64 ≥ 0: the candidates ``[B, K]``, all other
+    tokens ``[B, 1]``.
+
+    Only differences of offsets matter. Where all are equal nothing drops, and large 1/η costs no precision where the
+    mass is.
+    """
+
+    candidates_BK: Tensor
+    others_B1: Tensor
+
+
+def drops(mass: "ReferenceMass", scored_BK: Tensor, offsets_BK: Tensor, floor_B: Tensor, tail: str) -> Drops:
+    """From the scored candidates' offsets; candidates without a score get what the other tokens get by this ``tail``.
+
+    mass: of these candidates. scored_BK: which valid candidates have an offset in ``offsets_BK``, in nats; the others'
+    entries aren't read. floor_B: v_min/η in nats; no offset is below it. A row without a score drops nowhere.
+    """
+    if library.is_loaded() and floor_B.device.type == "cpu":
+        with_mean = tail == "mean"
+        return Drops(*torch.ops.qtilt.drops(mass.candidates_BK, scored_BK, offsets_BK, floor_B, with_mean))
+    return TAILS[tail](mass, scored_BK, offsets_BK, floor_B)
+
+
+def _floor_drops(_mass: "ReferenceMass", scored_BK: Tensor, offsets_BK: Tensor, floor_B: Tensor) -> Drops:
+    floor_B1 = floor_B.double().unsqueeze(-1)
+    offsets_BK = torch.where(scored_BK, offsets_BK.double(), floor_B1)
+    largest_B1 = offsets_BK.amax(-1, keepdim=True)
+    return Drops(largest_B1 - offsets_BK, largest_B1 - floor_B1)
+
+
+def _mean_drops(mass: "ReferenceMass", scored_BK: Tensor, offsets_BK: Tensor, _floor_B: Tensor) -> Drops:
+    log_mass_BK = mass.candidates_BK.masked_fill(~scored_BK, -torch.inf)
+    largest_B1 = offsets_BK.double().masked_fill(~scored_BK, -torch.inf).amax(-1, keepdim=True)
+    drops_BK = (largest_B1 - offsets_BK.double()).masked_fill(~scored_BK, 0.0)
+    log_total_B1 = log_mass_BK.logsumexp(-1, keepdim=True)
+    mean_B1 = log_total_B1 - (log_mass_BK - drops_BK).logsumexp(-1, keepdim=True)
+    mean_B1 = mean_B1.masked_fill(~(log_total_B1 > -torch.inf), 0.0)
+    # A mean is between the ends, whatever was rounded: between 0 and 0 of a constant value.
+    others_B1 = mean_B1.clamp(min=0.0).minimum(drops_BK.amax(-1, keepdim=True))
+    return Drops(torch.where(scored_BK, drops_BK, others_B1), others_B1)
+
+
+TAILS = {"floor": _floor_drops, "mean": _mean_drops}
+
+
+def tilt(logits_BV: Tensor, candidates: Candidates, drops: Drops, temperature_B: Tensor) -> Tensor:
     """Tilted logits ``[B, V]``: softmax(tilted/T) is the guided distribution; the dtype is that of ``logits_BV``.
 
-    offsets_BK: nats added to the candidates. floor_B: nats added to all other tokens, v_min/η; no offset is below it.
-    Only differences of offsets matter, so each row is shifted by its largest: a row of equal offsets comes back
-    bit-identical, and large 1/η costs no precision where the mass is. −inf and NaN logits stay as they are.
+    A row in which nothing drops comes back bit-identical. −inf and NaN logits stay as they are.
     """
     if library.takes(logits_BV):
-        tilted_BV: Tensor = torch.ops.qtilt.tilt(logits_BV, *candidates, offsets_BK, floor_B, temperature_B)
+        tilted_BV: Tensor = torch.ops.qtilt.tilt(logits_BV, candidates.token_ids_BK, *drops, temperature_B)
         return tilted_BV
-    offsets_BK, floor_B1 = _below_the_largest(candidates, offsets_BK, floor_B)
     scale_B1 = _scale(temperature_B).double().unsqueeze(-1)
-    tilted_BV = logits_BV + (scale_B1 * floor_B1).to(logits_BV.dtype)
+    # Minus, not plus a negative: a logit of −0 less 0 is −0.
+    tilted_BV = logits_BV - (scale_B1 * drops.others_B1).to(logits_BV.dtype)
     candidate_logits_BK = logits_BV.gather(-1, candidates.token_ids_BK)
-    shifts_BK = (scale_B1 * offsets_BK).to(logits_BV.dtype)
-    return tilted_BV.scatter_(-1, candidates.token_ids_BK, candidate_logits_BK + shifts_BK)
-
-
-def _below_the_largest(candidates: Candidates, offsets_BK: Tensor, floor_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets of candidates ``[B, K]`` and of all others ``[B, 1]``, float64, shifted so that a row's largest is 0."""
-    floor_B1 = floor_B.double().unsqueeze(-1)
-    offsets_BK = torch.where(candidates.valid_BK, offsets_BK.double(), floor_B1)
-    largest_B1 = offsets_BK.amax(-1, keepdim=True)
-    return offsets_BK - largest_B1, floor_B1 - largest_B1
+    drops_BK = (scale_B1 * drops.candidates_BK).to(logits_BV.dtype)
+    return tilted_BV.scatter_(-1, candidates.token_ids_BK, candidate_logits_BK - drops_BK)
 
 
 def _scale(temperature_B: Tensor) -> Tensor:
@@ -131,26 +170,47 @@ def reference_mass(logits_BV: Tensor, candidates: Candidates, temperature_B: Ten
     return ReferenceMass(log_mass_BK, rest_B1.masked_fill(rest_B1 < _ROUNDING, 0.0).log())
 
 
-def kl_divergence(mass: ReferenceMass, candidates: Candidates, offsets_BK: Tensor, floor_B: Tensor) -> Tensor:
-    """KL(guided ‖ reference) of the two sampling distributions at temperature T, in nats, float64 ``[B]``.
+class Divergence(NamedTuple):
+    """What guidance did to a step's distribution at temperature T, before penalties and truncation: float64 ``[B]``.
 
-    mass: of these candidates. Other arguments as for :func:`tilt`. Full vocabulary, before penalties and truncation.
-    Tokens masked in the logits (−inf or NaN) have no mass in either, and a row without any other has a KL of 0. (The
-    official code compares a truncated with an untruncated distribution, which isn't 0 without guidance.)
+    kl_B: KL(guided ‖ reference) in nats of the whole vocabulary. kl_candidates_B: the same given that the token is a
+    candidate, scored or not. mass_B: the reference's mass in the candidates. With the guided mass g of the candidates,
 
-    With offsets o and Z = E_reference[e^o], the KL is E_guided[o − ln Z]: the vocabulary is read once, for the
-    reference's normaliser, and all tokens that aren't candidates are one outcome M with the mass that is left.
+        kl = g·ln(g/mass) + (1 − g)·ln((1 − g)/(1 − mass)) + g·kl_candidates:
+
+    the first two are what the tail adds, and 0 for ``mean``. Tokens masked in the logits (−inf or NaN) have no mass in
+    either distribution, and a row without any other has a KL of 0. (The official code compares a truncated with an
+    untruncated distribution, which isn't 0 without guidance.)
     """
-    if library.is_loaded() and floor_B.device.type == "cpu":
-        kl_B: Tensor = torch.ops.qtilt.kl_divergence(*mass, candidates.valid_BK, offsets_BK, floor_B)
-        return kl_B
-    offsets_BK, floor_B1 = _below_the_largest(candidates, offsets_BK, floor_B)
-    offsets_BM = torch.cat([offsets_BK, floor_B1], dim=-1)
-    log_weight_BM = torch.cat(mass, dim=-1) + offsets_BM
+
+    kl_B: Tensor
+    kl_candidates_B: Tensor
+    mass_B: Tensor
+
+
+def divergence(mass: ReferenceMass, drops: Drops) -> Tensor:
+    """The columns of :class:`Divergence`: ``[B, 3]``. mass: of the same candidates.
+
+    With offsets o = −drops and Z = E_reference[e^o], a KL is E_guided[o] − ln Z: the vocabulary is read once, for the
+    reference's normaliser, and all tokens that aren't candidates are one outcome with the mass that is left.
+    """
+    if library.is_loaded() and drops.others_B1.device.type == "cpu":
+        divergence_B3: Tensor = torch.ops.qtilt.divergence(*mass, *drops)
+        return divergence_B3
+    log_mass_B1 = mass.candidates_BK.logsumexp(-1, keepdim=True)
+    log_given_BK = mass.candidates_BK - log_mass_B1.masked_fill(log_mass_B1 == -torch.inf, 0.0)
+    kl_B = _kl(torch.cat(mass, dim=-1), torch.cat(drops, dim=-1))
+    kl_candidates_B = _kl(log_given_BK, drops.candidates_BK)
+    return torch.stack([kl_B, kl_candidates_B, log_mass_B1.squeeze(-1).exp().clamp(max=1.0)], dim=-1)
+
+
+def _kl(log_mass_BM: Tensor, drops_BM: Tensor) -> Tensor:
+    """KL of p·e^(−drop)/Z from p, given ln p: ``[B]``."""
+    log_weight_BM = log_mass_BM - drops_BM
     log_z_B1 = log_weight_BM.logsumexp(-1, keepdim=True)
     guided_BM = (log_weight_BM - log_z_B1).exp()
     # What has no guided mass adds nothing; a row without any token has no normaliser either.
-    return (guided_BM * (offsets_BM - log_z_B1)).masked_fill(log_weight_BM == -torch.inf, 0.0).sum(-1).clamp(min=0.0)
+    return (guided_BM * (-drops_BM - log_z_B1)).masked_fill(log_weight_BM == -torch.inf, 0.0).sum(-1).clamp(min=0.0)
 
 
 class OffsetRange(NamedTuple):
@@ -171,48 +231,70 @@ def may_stop_scoring(
     scored_BK: Tensor,
     offsets_BK: Tensor,
     bounds: OffsetRange,
+    is_mean_B: Tensor,
     temperature_B: Tensor,
     tolerance_B: Tensor,
 ) -> Tensor:
     """Whether the candidates not scored yet can stay unscored: bool ``[B]``.
 
-    scored_BK: which valid candidates have a true offset in ``offsets_BK``; the others' entries aren't read.
+    scored_BK: which valid candidates have a true offset in ``offsets_BK``; the others' entries aren't read. is_mean_B:
+    the rows whose tail is ``mean``; that of all others is ``floor``.
 
     T > 0: when :func:`total_variation_bound` is at most the row's tolerance. T = 0: when the greedy token is certain,
     whatever the tolerance. It is the argmax of ln p + o, at T = 1; a candidate without a score reaches ln p + v_max/η
     at most, and where that is less than what a scored one has, no score would let it win. (Ties and what float32 rounds
-    off logits aside.)
+    off logits aside.) With ``mean`` a token that can't be scored may win, being likelier than the candidates, and what
+    it gets depends on every score: it is certain when none is missing.
     """
-    is_close_B = total_variation_bound(mass, scored_BK, offsets_BK, bounds) <= tolerance_B
+    is_close_B = total_variation_bound(mass, scored_BK, offsets_BK, bounds, is_mean_B) <= tolerance_B
     log_weight_BK = mass.candidates_BK + (offsets_BK - bounds.highest_B.unsqueeze(-1))
     best_scored_B = log_weight_BK.masked_fill(~scored_BK, -torch.inf).amax(-1)
     best_unscored_B = mass.candidates_BK.masked_fill(scored_BK, -torch.inf).amax(-1)
-    is_decided_B = (best_unscored_B < best_scored_B) | (best_unscored_B == -torch.inf)
+    is_decided_B = (best_unscored_B < best_scored_B) & ~is_mean_B | (best_unscored_B == -torch.inf)
     return torch.where(temperature_B > 0, is_close_B, is_decided_B)
 
 
-def total_variation_bound(mass: ReferenceMass, scored_BK: Tensor, offsets_BK: Tensor, bounds: OffsetRange) -> Tensor:
+def total_variation_bound(
+    mass: ReferenceMass, scored_BK: Tensor, offsets_BK: Tensor, bounds: OffsetRange, is_mean_B: Tensor
+) -> Tensor:
     """How far guidance that treats the candidates not scored like other tokens can be from full guidance, at most.
 
     The total-variation distance ½ Σ |g − g'| of the sampling distributions at T, before penalties and truncation:
     float64 ``[B]`` in [0, 1]. Arguments as for :func:`may_stop_scoring`.
 
     Let p be the reference, o the offsets of full guidance, all in [lo, hi] = ``bounds``, U the candidates that aren't
-    scored, and u = Σ_U p. Full guidance g has the weights w = p·e^o, o being lo outside of the candidates, and
-    Z = Σ w = S + X with X = Σ_U p·e^o; S, the weight of what is scored and of what is no candidate, is known. Shortened
-    guidance g' has the same weights w' = w but for w' = p·e^lo in U, and Z' = S + u·e^lo.
+    scored, u = Σ_U p, and X = Σ_U p·e^o ≤ u·e^hi. Both bounds have one form, u·(e^hi − e^lo) / (S + u·e^hi), S being a
+    weight that is known; with ``mean`` the mass of the candidates is a factor of it.
 
-    No weight grows: w' ≤ w, so Z' ≤ Z, so g' = w'/Z' ≥ w'/Z and g = w/Z ≥ w'/Z. Hence Σ min(g, g') ≥ Z'/Z and
+    ``floor``. Full guidance g has the weights w = p·e^o, o being lo outside of the candidates, and Z = Σ w = S + X; S,
+    the weight of what is scored and of what is no candidate, is known. Shortened guidance g' has the same weights
+    w' = w but for w' = p·e^lo in U, and Z' = S + u·e^lo. No weight grows: w' ≤ w, so Z' ≤ Z, so g' = w'/Z' ≥ w'/Z and
+    g = w/Z ≥ w'/Z. Hence Σ min(g, g') ≥ Z'/Z and
 
         TV = 1 − Σ min(g, g') ≤ 1 − Z'/Z = (X − u·e^lo) / (S + X) ≤ u·(e^hi − e^lo) / (S + u·e^hi),
 
-    the last because the fraction before it grows with X, and X ≤ u·e^hi. Computed as logarithms of weights divided by
-    e^hi, none of which overflows; what underflows is a weight that doesn't count.
+    the last because the fraction before it grows with X.
+
+    ``mean``. Let P be the mass of the candidates, and S the weight of what is scored. What is no candidate has p in g
+    and in g'. A candidate has g = p·e^o/m in full guidance, m = (S + X)/P being the mean; in g' those in U have p, and
+    those scored have between them what is left. The scored ones have the same odds among each other in g and in g': all
+    of them gain from g to g', or all lose. If they gain, only tokens in U lose, and TV = Σ_U (g − min(g, p)); if they
+    lose, only tokens in U gain, and TV = Σ_U (p − min(g, p)). So TV = max(g(U), u) − Σ_U min(g, p). Here
+    g(U) = P·X/(S + X) grows with X, and with M = (S + u·e^hi)/P, the largest m, is at most u·e^hi/M, which is at least
+    u because M ≤ e^hi. And min(g, p) ≥ p·e^lo/M, because m ≤ M and e^lo ≤ M. Hence
+
+        TV ≤ u·e^hi/M − u·e^lo/M = P · u·(e^hi − e^lo) / (S + u·e^hi).
+
+    Computed as logarithms of weights divided by e^hi, none of which overflows; what underflows is a weight that doesn't
+    count.
     """
     lowest_B1 = (bounds.lowest_B - bounds.highest_B).unsqueeze(-1)
     log_weight_BK = mass.candidates_BK + (offsets_BK - bounds.highest_B.unsqueeze(-1))
     log_weight_BK = log_weight_BK.masked_fill(~scored_BK, -torch.inf)
-    log_known_B = torch.cat([log_weight_BK, mass.rest_B1 + lowest_B1], dim=-1).logsumexp(-1)
+    log_others_B1 = (mass.rest_B1 + lowest_B1).masked_fill(is_mean_B.unsqueeze(-1), -torch.inf)
+    log_known_B = torch.cat([log_weight_BK, log_others_B1], dim=-1).logsumexp(-1)
     log_unscored_B = mass.candidates_BK.masked_fill(scored_BK, -torch.inf).logsumexp(-1)
     log_missing_B = log_unscored_B + (-torch.expm1(lowest_B1.squeeze(-1))).log()
-    return (log_missing_B - torch.logaddexp(log_known_B, log_unscored_B)).exp()
+    log_factor_B = mass.candidates_BK.logsumexp(-1).masked_fill(~is_mean_B, 0.0)
+    bound_B = (log_factor_B + log_missing_B - torch.logaddexp(log_known_B, log_unscored_B)).exp()
+    return bound_B.masked_fill(log_unscored_B == -torch.inf, 0.0)

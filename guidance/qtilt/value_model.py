@@ -42,6 +42,8 @@ class ValueModel(nn.Module):
         self.type: ValueType = type  # type: ignore[assignment]  # torch's Module has a method of that name
         self.distribution = distribution
         self.head = head
+        self.base: object | None = None
+        """What a low-rank model shares weights with; held as long as the model is."""
         rows = head_rows(type, distribution, self.vocab_size)
         if tuple(head.weight.shape) != (rows, self.hidden_size):
             raise ValueError(f"head weight is {list(head.weight.shape)}, expected [{rows}, {self.hidden_size}]")
@@ -80,6 +82,10 @@ class ValueModel(nn.Module):
         """
         outputs = self.backbone(input_ids=input_ids_NT, attention_mask=attention_mask_NT, use_cache=False)
         hidden_NTH = outputs.last_hidden_state
+        with torch.autocast(hidden_NTH.device.type, enabled=False):
+            return self._taken_head_logits(hidden_NTH, input_ids_NT)
+
+    def _taken_head_logits(self, hidden_NTH: Tensor, input_ids_NT: Tensor) -> Tensor:
         if self.type == "v":
             return self.head_logits(hidden_NTH)
         before_NTH = hidden_NTH[:, :-1].flatten(0, 1)

@@ -37,6 +37,7 @@ class Admission:
             eta=self.flags.eta if request.eta is None else float(request.eta),
             top_k=min(top_k, lease.version.scorable_tokens),
             method=request.method or DEFAULT_METHOD,
+            tail=request.tail or self.flags.tail,
             guided_tokens=request.guided_tokens,
             tolerance=float(request.tolerance or 0),
         )
@@ -52,6 +53,7 @@ class Admission:
                 eta=self.flags.eta,
                 top_k=self.flags.top_k,
                 method=DEFAULT_METHOD,
+                tail=self.flags.tail,
             ),
             max_top_k=self.flags.max_top_k,
             value_model_root=None if root is None else str(root),

@@ -5,8 +5,9 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Literal, NoReturn, Self
 
+from qtilt.params import DEFAULT_TAIL, TAILS
 from qtilt.vllm_plugin.config import VALUE_DTYPES
 from qtilt_server.errors import StartupError
 from qtilt_server.schema import VALUE_MODEL_NAME
@@ -21,6 +22,7 @@ class GuidanceFlags:
     eta: float = 0.1
     top_k: int = 20
     max_top_k: int = 64
+    tail: Literal["floor", "mean"] = DEFAULT_TAIL
     value_model_root: Path | None = None
     """Where POST /v1/guidance/value_models may load from; without it nothing can be published."""
     swap_timeout: float = 60.0
@@ -51,6 +53,7 @@ class GuidanceFlags:
             eta=args.guidance_eta,
             top_k=args.guidance_top_k,
             max_top_k=args.guidance_max_top_k,
+            tail=args.guidance_tail,
             value_model_root=None if args.value_model_root is None else Path(args.value_model_root).resolve(),
             swap_timeout=args.swap_timeout,
             value_dtype=args.value_dtype,
@@ -89,6 +92,13 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--guidance-top-k", type=int, default=20, help="Default number of scored tokens per step.")
     group.add_argument("--guidance-max-top-k", type=int, default=64, help="Largest top_k a request may ask for.")
+    group.add_argument(
+        "--guidance-tail",
+        choices=TAILS,
+        default=DEFAULT_TAIL,
+        help="Default tail, what tokens that aren't scored get. floor: the lowest possible return's offset. mean: the "
+        "reference-weighted mean of those scored, so that they keep the reference's probability. Default: %(default)s.",
+    )
     group.add_argument(
         "--value-model-root", metavar="DIR", help="POST /v1/guidance/value_models loads directories below DIR only."
     )

@@ -149,7 +149,7 @@ def _check_against_model(args: argparse.Namespace, flags: GuidanceFlags) -> None
     if model_config.runner_type != "generate":
         raise StartupError(f"{args.model}: guidance steers generation and this is a {model_config.runner_type} model")
     check_value_models(flags.value_models, reference)
-    try_value_models(flags.value_models, reference.max_model_len)
+    try_value_models(flags.value_models, reference.max_model_len, model_config.model)
 
 
 def _refuse_speculation_on_v1(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from qtilt.checkpoint import Manifest, fingerprint_tokenizer, load_value_model, read_manifest
 from qtilt.exactness import measure_geometry
+from qtilt.low_rank import BaseModels
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference
 from qtilt_server.errors import StartupError
 
@@ -47,17 +48,18 @@ def check_value_models(directories: dict[str, Path], reference: Reference) -> di
     return manifests
 
 
-def try_value_models(directories: dict[str, Path], max_length: int) -> None:
+def try_value_models(directories: dict[str, Path], max_length: int, served: str) -> None:
     """Load each and run it on a few tokens, as the worker will later: there a refusal would not be one line.
 
-    Raises StartupError for weights that can't be used and backbones that the value engine isn't exact on.
+    served: where the reference model is. Raises StartupError for weights that can't be used and backbones that the value engine isn't exact on.
     """
+    bases = BaseModels([served])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # vLLM may fork its engine, and OpenMP hangs in the fork of a process that used its pool
     try:
         for name, directory in directories.items():
             with _refused_at_start(name, directory):
-                measure_geometry(load_value_model(directory).backbone, max_length)
+                measure_geometry(load_value_model(directory, bases=bases).backbone, max_length)
     finally:
         torch.set_num_threads(threads)
 

@@ -33,6 +33,11 @@ class GuidanceRequest(StrictModel):
     method: Literal["qsharp", "cd"] | None = Field(
         default=None, description="qsharp adds ln E[exp(Z/η)], cd adds E[Z]/η"
     )
+    tail: Literal["floor", "mean"] | None = Field(
+        default=None,
+        description="what tokens that aren't candidates get: floor the lowest possible return's offset, mean the "
+        "reference-weighted mean of the candidates, so that they keep the reference's probability",
+    )
     guided_tokens: Annotated[int, Field(ge=0, le=MAX_GUIDED_TOKENS)] | None = Field(
         default=None, description="guide only the first so many generated tokens; null guides all, 0 none"
     )
@@ -50,6 +55,7 @@ class AppliedGuidance(StrictModel):
     eta: float
     top_k: int
     method: Literal["qsharp", "cd"]
+    tail: Literal["floor", "mean"]
     tolerance: float
 
 
@@ -58,6 +64,12 @@ class ChoiceGuidance(StrictModel):
 
     guided_tokens: int = Field(description="how many of the returned tokens were drawn from the guided distribution")
     kl: float = Field(description="their summed full-vocabulary KL(guided ‖ reference) in nats")
+    kl_candidates: float = Field(
+        description="their summed KL(guided ‖ reference), in nats, given that the token is one of the top_k candidates"
+    )
+    mass: float | None = Field(
+        description="the reference's mass in these candidates, in the mean; null without any token"
+    )
     candidates: float = Field(description="how many candidates were scored for one of them in the mean; 0 without any")
 
 
@@ -106,6 +118,7 @@ class GuidanceDefaults(StrictModel):
     eta: float
     top_k: int
     method: Literal["qsharp", "cd"]
+    tail: Literal["floor", "mean"]
 
 
 class GuidanceStatus(StrictModel):

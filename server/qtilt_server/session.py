@@ -70,6 +70,7 @@ class GuidedSession:
             eta=self.params.eta,
             top_k=self.params.top_k,
             method=self.params.method,  # type: ignore[arg-type]
+            tail=self.params.tail,  # type: ignore[arg-type]
             tolerance=self.params.tolerance,
         )
 

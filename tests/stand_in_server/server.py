@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerFast
 
-from qtilt_trainer.reference import build_tokenizer
-from qtilt_trainer.tasks.star_graph import StarGraph
+from star_graph import StarGraph
+from tiny_reference import build_tokenizer
 
 MODEL = "stand-in"
 
@@ -89,6 +89,7 @@ class StandInServer:
         answer = {"id": "x", "object": "text_completion", "created": 0, "model": MODEL, "choices": choices}
         if body.get("guidance") is not None:
             answer["guidance"] = {key: body["guidance"][key] for key in ("value_model", "eta", "top_k", "method")}
+            answer["guidance"]["tail"] = body["guidance"].get("tail", "floor")
         return answer
 
     def _choice(self, body: Any, index: int, prompt_token_ids: list[int]) -> Any:
@@ -107,7 +108,8 @@ class StandInServer:
         if body.get("guidance") is not None:
             g = body["guidance"]["guided_tokens"]
             guided = len(token_ids) if g is None else min(g, len(token_ids))
-            choice["guidance"] = {"guided_tokens": guided, "kl": 0.25 * guided}
+            choice["guidance"] = {"guided_tokens": guided, "kl": 0.25 * guided, "kl_candidates": 0.125 * guided}
+            choice["guidance"]["mass"] = 0.75 if guided else None
         return choice
 
 

@@ -120,7 +120,7 @@ BROKEN = {
     "value_model.json: can't be read": lambda d: (d / "value_model.json").unlink(),
     "value_model.json: not valid JSON": lambda d: truncate(d / "value_model.json"),
     "value_model.json: holds a list": lambda d: (d / "value_model.json").write_text("[]"),
-    "value_model.json: format_version is 2": lambda d: edit_manifest(d, format_version=2),
+    "value_model.json: format_version is 3": lambda d: edit_manifest(d, format_version=3),
     "value_model.json: type is 'x'": lambda d: edit_manifest(d, type="x"),
     "value_model.json: distribution, tokenizer or prov": lambda d: edit_manifest(d, distribution={"name": "beta"}),
     "value_model.json: .*atoms is 2.5": lambda d: edit_manifest(

@@ -1,24 +1,31 @@
 """Algorithm 1's plan, and its requests against a server that speaks the API."""
 
 import asyncio
+import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import qtilt_trainer.generate
-from qtilt_trainer.client import Guidance, GuidedClient, Sampling, ServerError
+import qtilt_trainer.writer
+from qtilt_trainer.client import Guidance, GuidedClient, PromptRefusedError, Sampling, ServerError
 from qtilt_trainer.collect import earlier_lengths, missing_samples, plan_requests, switch_point
 from qtilt_trainer.config import CollectConfig, SamplingConfig, ServerConfig
-from qtilt_trainer.generate import PlannedRequest, consecutive, generate
+from qtilt_trainer.generate import generate
+from qtilt_trainer.plan import PlannedRequest, consecutive
+from qtilt_trainer.refused import RefusedPrompts
+from qtilt_trainer.rewards import Grader, Rules, TooManyFailuresError, write_failures
 from qtilt_trainer.rollouts import RolloutStore
-from qtilt_trainer.tasks import Problem
-from qtilt_trainer.tasks.star_graph import StarGraph
+from qtilt_trainer.tasks import Problem, Task
 from stand_in_server import StandInServer
+from star_graph import StarGraph
+from stored_rollouts import store_graded
 
 TASK = StarGraph()
-CONFIG = CollectConfig(prompts=6, samples_per_prompt=4, eta=0.2, guidance_top_k=7, seed=3)
+CONFIG = CollectConfig(prompts=6, samples_per_prompt=4, eta=0.2, guidance_top_k=7, tail="mean", seed=3)
+BLOCK = {"value_model", "eta", "top_k", "method", "guided_tokens", "tail"}
 SAMPLING = SamplingConfig(temperature=0.8, top_p=0.9, max_tokens=9)
 
 
@@ -27,12 +34,19 @@ def planned(store: RolloutStore, iteration: int, value_model: str | None = None)
     return plan_requests(missing, iteration, store, CONFIG, SAMPLING, value_model)
 
 
-def run(plan: list[PlannedRequest], store: RolloutStore, server: StandInServer, **settings: Any) -> None:
+def run(
+    plan: list[PlannedRequest],
+    store: RolloutStore,
+    server: StandInServer,
+    rules: Rules | None = None,
+    task: Task = TASK,
+    **settings: Any,
+) -> None:
     config = ServerConfig(url=server.url, **{"concurrency": 5, "retries": 1, **settings})
 
     async def collect() -> None:
         async with GuidedClient(config) as client:
-            await generate(client, TASK, plan, store, config.concurrency, "test")
+            await generate(client, task, plan, store, config.concurrency, "test", rules)
 
     asyncio.run(collect())
 
@@ -58,17 +72,18 @@ def test_later_iterations_roll_in_for_a_switch_point_of_each_sample(tmp_path: Pa
         g = 0 if request.guidance is None else request.guidance.guided_tokens
         assert g is not None
         assert g < max(lengths[request.problem.id])
-        assert request.guidance is None or request.guidance == Guidance("value@4", 0.2, 7, "qsharp", g)
+        assert request.guidance is None or request.guidance == Guidance("value@4", 0.2, 7, "qsharp", g, "mean")
     assert sum("guidance" in body for body in bodies) == sum(request.guidance is not None for request in plan)
     guided = [body["guidance"] for body in bodies if "guidance" in body]
-    assert all(block.keys() == {"value_model", "eta", "top_k", "method", "guided_tokens"} for block in guided)
+    assert all(block.keys() == BLOCK for block in guided)
     stored = {rollout.rollout_id: rollout for rollout in store.read(2)}
     for request in plan:
         rollout = stored[request.ids[0]]
         assert rollout.switch_point == (request.guidance.guided_tokens if request.guidance else 0)
         assert rollout.guided_tokens == min(rollout.switch_point, len(rollout.token_ids))
         assert rollout.value_model == ("value@4" if request.guidance else None)
-        assert rollout.kl == 0.25 * rollout.guided_tokens
+        assert (rollout.kl, rollout.kl_candidates) == (0.25 * rollout.guided_tokens, 0.125 * rollout.guided_tokens)
+        assert (rollout.tail, rollout.mass) == (("mean", 0.75) if request.guidance else (None, None))
 
 
 def test_switch_points_are_uniform_below_the_length_of_an_earlier_response() -> None:
@@ -99,6 +114,7 @@ def test_roll_outs_keep_the_servers_tokens_and_everything_that_made_them(tmp_pat
             assert rollout.reward == TASK.reward(problem, rollout.text)
             assert (rollout.ended, rollout.finish_reason, rollout.switch_point, rollout.kl) == (True, "stop", 0, 0.0)
             assert (rollout.value_model, rollout.eta, rollout.method, rollout.guidance_top_k) == (None,) * 4
+            assert (rollout.tail, rollout.kl_candidates, rollout.mass) == (None, 0.0, None)
             assert (rollout.temperature, rollout.top_p, rollout.sampling_top_k, rollout.max_tokens) == (0.8, 0.9, 0, 9)
             assert (rollout.model, rollout.split) == ("stand-in", "train")
 
@@ -131,7 +147,7 @@ def test_single_samples_of_a_prompt_are_made_again_with_their_own_seeds(tmp_path
     whole, holed = RolloutStore(tmp_path / "whole"), RolloutStore(tmp_path / "holed")
     with StandInServer() as server:
         run(planned(whole, 1), whole, server)
-        holed.append([rollout for rollout in whole.read() if rollout.rollout_id[-1] not in "02"])
+        store_graded(holed, [rollout for rollout in whole.read() if rollout.rollout_id[-1] not in "02"])
         plan = planned(holed, 1)
         assert [request.samples for request in plan] == [(0,), (2,)] * 6
         run(plan, holed, server)
@@ -192,19 +208,67 @@ def test_passing_failures_are_retried(tmp_path: Path) -> None:
     assert len(store.ids()) == 24
 
 
-def test_a_server_that_stays_away_is_a_clear_error_and_what_came_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_stays_away_is_a_clear_error_and_what_came_is_kept(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path)
     with StandInServer() as server:
         server.before = lambda path, body: (
-            (400, {"error": {"message": "no version 'value@9'"}}) if len(server.bodies("/v1/completions")) > 3 else None
+            (403, {"error": {"message": "not yours"}}) if len(server.bodies("/v1/completions")) > 3 else None
         )
-        with pytest.raises(ServerError, match=r"answered 400: .*no version 'value@9'"):
+        with pytest.raises(ServerError, match=r"answered 403: .*not yours"):
             run(planned(store, 1), store, server, concurrency=1)
     assert len(store.ids()) == 12
     with pytest.raises(ServerError, match=r"no server answers at http://127.0.0.1:\d+ \(1 tries, .*start qtilt-server"):
         run(planned(store, 1), store, server, retries=0)
+
+
+def test_guidance_that_the_server_refuses_is_no_matter_of_the_prompt(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    with StandInServer() as server:
+        run(planned(store, 1), store, server)
+        error = {"error": {"message": "top_k is 7, allowed: 1 to 5", "param": "guidance.top_k"}}
+        server.before = lambda path, body: (400, error) if "guidance" in (body or {}) else None
+        with pytest.raises(ServerError, match=r"answered 400: .*top_k is 7") as refused:
+            run(planned(store, 2, "value@1"), store, server)
+    assert not isinstance(refused.value, PromptRefusedError)
+    assert RefusedPrompts(store.directory).ids() == set()
+
+
+def refuse(server: StandInServer, problems: list[Problem]) -> None:
+    prompts = {problem.prompt for problem in problems}
+    error = {"error": {"message": "the prompt is too long", "param": "prompt"}}
+    server.before = lambda path, body: (400, error) if (body or {}).get("prompt") in prompts else None
+
+
+def test_a_refused_prompt_is_noted_and_left_out_now_and_later(tmp_path: Path) -> None:
+    store, problems = RolloutStore(tmp_path), TASK.problems("train", 6)
+    with StandInServer() as server:
+        refuse(server, problems[1:2])
+        run(planned(store, 1), store, server)
+        assert store.ids() == {f"1/{p.id}/{n}" for p in problems if p != problems[1] for n in range(4)}
+        (line,) = (tmp_path / "refused.jsonl").read_text().splitlines()
+        noted = json.loads(line)
+        assert (noted["prompt_id"], noted["what"]) == (problems[1].id, "request")
+        assert "answered 400: the prompt is too long" in noted["message"]
+        assert planned(store, 1) == []
+        asked = len(server.bodies("/v1/completions"))
+        run(planned(store, 2, "value@1"), store, server)
+        assert len(server.bodies("/v1/completions")) == asked + 5 * 4
+        RefusedPrompts(tmp_path).forget()
+        server.before = lambda path, body: None
+        assert [request.problem for request in planned(store, 1)] == problems[1:2]
+        run(planned(store, 1), store, server)
+    assert len(store.read(1)) == 24
+
+
+def test_too_many_refused_prompts_stop_it_and_all_are_noted(tmp_path: Path) -> None:
+    store, problems = RolloutStore(tmp_path), TASK.problems("train", 6)
+    rules = Rules(max_refused_share=0.01)  # One of the first hundred.
+    with StandInServer() as server:
+        refuse(server, problems[2:5])
+        with pytest.raises(TooManyFailuresError, match=r"refused 2 of 4 prompts, more than collect.max_refused_share"):
+            run(planned(store, 1), store, server, rules, concurrency=1)
+    assert RefusedPrompts(tmp_path).ids() == {problem.id for problem in problems[2:4]}
+    assert len(store.read(1)) == 2 * 4
 
 
 @pytest.mark.parametrize("answer", ["<html>", {"data": [{}]}, []])
@@ -232,24 +296,90 @@ def test_a_server_that_ignores_guidance_is_refused(tmp_path: Path) -> None:
             run([request], RolloutStore(tmp_path), server)
 
 
-def test_a_reward_outside_the_tasks_range_is_an_error(tmp_path: Path) -> None:
-    class Generous(StarGraph):
+class Moody(StarGraph):
+    """Right answers of some prompts raise, of others are NaN or beyond the range."""
+
+    def reward(self, problem: Problem, completion: str) -> float:
+        number = int(problem.id[-1])
+        if number == 1 and super().reward(problem, completion):
+            raise KeyError("no such node")
+        return {2: math.nan, 3: 2.0}.get(number, super().reward(problem, completion))
+
+
+def test_completions_that_can_not_be_graded_are_kept_and_noted_and_graded_again(tmp_path: Path) -> None:
+    store, good = RolloutStore(tmp_path / "moody"), RolloutStore(tmp_path / "good")
+    rules = Rules(max_failed_share=0.2)
+    with StandInServer() as server:
+        run(planned(store, 1), store, server, rules, task=Moody())
+        run(planned(good, 1), good, server)
+    assert len(store.ids()) == 24
+    right = {rollout.rollout_id: rollout.reward for rollout in good.read()}
+    moody = {rollout.rollout_id: rollout.reward for rollout in store.read()}
+    failed = {key for key in right if key.split("/")[1][-1] in "23" or (key.split("/")[1][-1] == "1" and right[key])}
+    assert moody == {key: reward for key, reward in right.items() if key not in failed}
+    assert write_failures(store, 1) == tmp_path / "moody" / "iteration-001" / "failed_rewards.jsonl"
+    noted = {line["rollout_id"]: line["message"] for line in read_lines(write_failures(store, 1))}
+    assert noted.keys() == failed
+    assert {message for key, message in noted.items() if "2/" in key} == {
+        "the reward is nan, outside the task's range [0, 1]"
+    }
+    assert "KeyError: 'no such node'" in noted.values()
+    assert "the reward is 2.0, outside the task's range [0, 1]" in noted.values()
+
+    mended = Grader(TASK, store, {problem.id: problem for problem in TASK.problems("train", 6)}, rules)
+    mended.grade_missing(1)
+    assert store.read() == good.read()
+    assert not write_failures(store, 1).exists()
+
+
+def test_too_many_failed_rewards_stop_it_and_no_completion_is_lost(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    with StandInServer() as server:
+        with pytest.raises(
+            TooManyFailuresError, match=r"of 24 completions could not be graded, .*failed_rewards.jsonl"
+        ):
+            run(planned(store, 1), store, server, task=Moody())
+        assert len(store.ids()) == 24
+        assert len(read_lines(tmp_path / "iteration-001" / "failed_rewards.jsonl")) > 8
+
+
+@pytest.mark.parametrize(("truncated", "reward"), [("zero", 0.0), ("grade", 1.0), ("drop", None)])
+def test_cut_completions(tmp_path: Path, truncated: Any, reward: float | None) -> None:
+    class Kind(StarGraph):
         def reward(self, problem: Problem, completion: str) -> float:
-            return 2.0
+            return 1.0
 
     store = RolloutStore(tmp_path)
-    plan = planned(store, 1)[:1]
+    with StandInServer() as server:
 
-    async def collect(url: str) -> None:
-        async with GuidedClient(ServerConfig(url=url)) as client:
-            await generate(client, Generous(), plan, store, 1, "test")
+        def cut(path: str, body: Any) -> tuple[int, Any] | None:
+            if path != "/v1/completions":
+                return None
+            answer = server._complete(body)
+            for choice in answer["choices"][:2]:
+                choice["finish_reason"] = "length"
+            return 200, answer
 
-    with StandInServer() as server, pytest.raises(ValueError, match=r"reward 2.0 for train-000000, outside"):
-        asyncio.run(collect(server.url))
+        server.before = cut
+        run(planned(store, 1)[:1], store, server, Rules(truncated=truncated), task=Kind())
+    table = store.table(1, ["rollout_id", "reward", "failure"]).sort_by("rollout_id")
+    assert table.column("reward").to_pylist() == [reward, reward, 1.0, 1.0]
+    assert table.column("failure").null_count == 4
+    in_evaluation = Rules(truncated=truncated).for_evaluation().truncated
+    assert in_evaluation == {"zero": "zero", "grade": "grade", "drop": "zero"}[truncated]
+    # What was dropped on purpose isn't graded again at every start.
+    problems = {problem.id: problem for problem in TASK.problems("train", 6)}
+    written = (tmp_path / "iteration-001" / "rewards-00000.parquet").stat().st_mtime_ns
+    Grader(Kind(), store, problems, Rules(truncated=truncated)).grade_missing(1)
+    assert (tmp_path / "iteration-001" / "rewards-00000.parquet").stat().st_mtime_ns == written
+
+
+def read_lines(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_parts_are_written_while_requests_still_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qtilt_trainer.generate, "PART_ROLLOUTS", 8)
+    monkeypatch.setattr(qtilt_trainer.writer, "PART_ROLLOUTS", 8)
     store = RolloutStore(tmp_path)
     stored_before: list[int] = []
     with StandInServer() as server:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
 FOR_TESTS = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["dev"]}
-OUR_SCRIPTS = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).iterdir()}
+OUR_SCRIPTS = {path.stem for folder in ("tests", "benchmarks", "examples/toys") for path in (ROOT / folder).iterdir()}
 OURS = {"qtilt", "qtilt_server", "qtilt_trainer", *OUR_SCRIPTS}
 # vLLM's own dependencies, which only code that runs inside vLLM imports.
 BESIDE_VLLM = {"fastapi", "prometheus-client", "starlette", "uvicorn"}

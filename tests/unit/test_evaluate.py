@@ -12,8 +12,8 @@ from qtilt_trainer.config import EvaluateConfig, SamplingConfig, ServerConfig
 from qtilt_trainer.evaluate import Record, evaluate, grid
 from qtilt_trainer.result_table import result_table
 from qtilt_trainer.rollouts import RolloutStore
-from qtilt_trainer.tasks.star_graph import StarGraph
 from stand_in_server import StandInServer
+from star_graph import StarGraph
 
 TASK = StarGraph()
 SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, top_k=5, max_tokens=9)

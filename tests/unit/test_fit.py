@@ -22,13 +22,14 @@ from qtilt_trainer.config import FitConfig
 from qtilt_trainer.dataset import label_rollouts, split_prompts
 from qtilt_trainer.fit import FitPoint, fit, fit_record_path, fit_value_model
 from qtilt_trainer.initialise import initialise_value_model
-from qtilt_trainer.reference import build_tokenizer
 from qtilt_trainer.rollouts import Rollout
+from stored_rollouts import as_table
+from tiny_reference import build_tokenizer
 
 LETTERS, LENGTH, PROMPT_TOKEN = 4, 6, 4
 INV_ETA = 5.0
 ALL_SEQUENCES = np.array(list(itertools.product(range(LETTERS), repeat=LENGTH)))
-CONFIG = FitConfig(steps=800, batch_size=128, learning_rate=6e-3, drop_unanimous=False, threads=1)
+CONFIG = FitConfig(steps=800, batch_size=128, learning_rate=6e-3, drop_unanimous=False, threads=1, precision="float32")
 
 
 def exact_value(letters: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -69,11 +70,11 @@ def rollout(index: int, token_ids: list[int], switch_point: int, reward: float, 
         ended=True,
         switch_point=switch_point,
         guided_tokens=switch_point,
-        reward=reward,
         value_model=None,
         eta=None,
         method=None,
         guidance_top_k=None,
+        tail=None,
         temperature=temperature,
         top_p=1.0,
         sampling_top_k=0,
@@ -81,6 +82,9 @@ def rollout(index: int, token_ids: list[int], switch_point: int, reward: float, 
         seed=index,
         model="uniform",
         kl=0.0,
+        kl_candidates=0.0,
+        mass=None,
+        reward=reward,
     )
 
 
@@ -106,9 +110,9 @@ def fitted(
     type: ValueType = "v",
     distribution: ReturnDistribution | None = None,
 ) -> tuple[ValueModel, list[FitPoint]]:
-    examples, _ = label_rollouts(rollouts, config.drop_unanimous)
+    examples, _ = label_rollouts(as_table(rollouts), config.drop_unanimous)
     training, held_out = split_prompts(examples, config.held_out, config.seed)
-    model = ValueModel.from_backbone(small_llama(), type, distribution or Bernoulli())
+    model = ValueModel.from_backbone(small_llama(), type, distribution or Bernoulli()).requires_grad_(True)
     return model, fit(model, training, held_out, config)
 
 
@@ -210,7 +214,7 @@ QUICK = FitConfig(steps=4, batch_size=32, drop_unanimous=False, threads=1)
 
 def test_the_written_model_is_the_fitted_one_and_says_where_it_comes_from(initial: Path, tmp_path: Path) -> None:
     rollouts = sample_rollouts(160, guided_roll_in=True)
-    result = fit_value_model(initial, rollouts, tmp_path / "iteration-001", QUICK, {"iteration": 1})
+    result = fit_value_model(initial, as_table(rollouts), tmp_path / "iteration-001", QUICK, {"iteration": 1})
     manifest = read_manifest(result.directory)
     assert manifest.provenance["rollouts"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     assert manifest.provenance["iteration"] == 1
@@ -225,13 +229,13 @@ def test_the_written_model_is_the_fitted_one_and_says_where_it_comes_from(initia
 def test_an_existing_value_model_is_never_overwritten(initial: Path, tmp_path: Path) -> None:
     (tmp_path / "iteration-001").mkdir()
     with pytest.raises(CheckpointError, match="already exists"):
-        fit_value_model(initial, sample_rollouts(80, guided_roll_in=False), tmp_path / "iteration-001", QUICK)
+        fit_value_model(initial, as_table(sample_rollouts(80, guided_roll_in=False)), tmp_path / "iteration-001", QUICK)
 
 
 def test_rollouts_of_two_reference_policies_are_refused(initial: Path, tmp_path: Path) -> None:
     rollouts = [rollout(0, [0, 1], 0, 1.0), rollout(1, [1, 1], 0, 0.0, temperature=0.8)]
     with pytest.raises(ValueError, match="different"):
-        fit_value_model(initial, rollouts, tmp_path / "out", QUICK)
+        fit_value_model(initial, as_table(rollouts), tmp_path / "out", QUICK)
 
 
 def test_a_fit_that_diverges_says_so() -> None:
@@ -243,8 +247,8 @@ def test_tokens_outside_the_vocabulary_and_returns_that_are_not_the_distribution
     initial: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="token id 99"):
-        fit_value_model(initial, [rollout(0, [99], 0, 1.0)], tmp_path / "out", QUICK)
+        fit_value_model(initial, as_table([rollout(0, [99], 0, 1.0)]), tmp_path / "out", QUICK)
     for graded in (0.5, 3.0):
         with pytest.raises(ValueError, match="is for rewards 0 and 1: set value_model"):
-            fit_value_model(initial, [rollout(0, [1], 0, graded)], tmp_path / "out", QUICK)
+            fit_value_model(initial, as_table([rollout(0, [1], 0, graded)]), tmp_path / "out", QUICK)
     assert not (tmp_path / "out").exists()

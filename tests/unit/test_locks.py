@@ -47,7 +47,8 @@ def test_cpu_lock_is_closed_under_dependencies(python: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lock", "extras"), [("cpu.txt", ["cpu", "demo", "dev"]), ("cuda.txt", ["cuda", "demo", "dev"]), ("trainer.txt", [])]
+    ("lock", "extras"),
+    [("cpu.txt", ["cpu", "demo", "dev"]), ("cuda.txt", ["cuda", "demo", "dev"]), ("trainer.txt", [])],
 )
 def test_lock_fulfils_the_project_file(lock: str, extras: list[str]) -> None:
     locked = locked_versions(lock)

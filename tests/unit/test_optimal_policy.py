@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qtilt.distributions import Bernoulli, Categorical
-from qtilt.tilt import kl_divergence, offsets, reference_mass, tilt, top_candidates
+from qtilt.tilt import divergence, drops, offsets, reference_mass, tilt, top_candidates
 
 VOCABULARY, HORIZON = 3, 3
 ATOMS = Categorical(low=-1.0, high=2.0, atoms=4)
@@ -21,9 +21,10 @@ def tilted_step(reference: list[float], distribution, value_logits: list[list[fl
     by_rank_BKA = torch.tensor([value_logits], dtype=torch.float64)[:, candidates.token_ids_BK[0]]
     offsets_BK = offsets(distribution, by_rank_BKA, inv_eta_B, method)
     floor_B, temperature_B = inv_eta_B * distribution.v_min, torch.ones(1)
-    tilted_BV = tilt(logits_BV, candidates, offsets_BK, floor_B, temperature_B)
     mass = reference_mass(logits_BV, candidates, temperature_B)
-    return tilted_BV[0].softmax(-1).tolist(), kl_divergence(mass, candidates, offsets_BK, floor_B).item()
+    dropped = drops(mass, candidates.valid_BK, offsets_BK, floor_B, "floor")
+    tilted_BV = tilt(logits_BV, candidates, dropped, temperature_B)
+    return tilted_BV[0].softmax(-1).tolist(), divergence(mass, dropped)[0, 0].item()
 
 
 def random_tree(seed: int):

@@ -10,13 +10,14 @@ import pytest
 from qtilt.checkpoint import load_value_model
 from qtilt_trainer.evaluate import Cell, Record, cell_directory
 from qtilt_trainer.initialise import initialise_value_model
-from qtilt_trainer.reference import build_tokenizer
 from qtilt_trainer.report import write_report
 from qtilt_trainer.report.page import background
 from qtilt_trainer.report.run_data import read_run
 from qtilt_trainer.rollouts import Rollout, RolloutStore
 from qtilt_trainer.values import completion_values
+from stored_rollouts import store_graded
 from tiny_backbone import write_tiny_backbone
+from tiny_reference import build_tokenizer
 
 PROMPT = [1, 6]
 RIGHT, WRONG = [7, 8, 2], [9, 8, 2]
@@ -54,11 +55,11 @@ def completion(prompt: int, right: bool, guided: bool) -> Rollout:
         ended=True,
         switch_point=-1 if guided else 0,
         guided_tokens=3 if guided else 0,
-        reward=float(right),
         value_model="toy@1" if guided else None,
         eta=0.1 if guided else None,
         method="qsharp" if guided else None,
         guidance_top_k=20 if guided else None,
+        tail="floor" if guided else None,
         temperature=1.0,
         top_p=1.0,
         sampling_top_k=0,
@@ -66,6 +67,9 @@ def completion(prompt: int, right: bool, guided: bool) -> Rollout:
         seed=prompt,
         model="toy",
         kl=0.75 if guided else 0.0,
+        kl_candidates=0.5 if guided else 0.0,
+        mass=0.8 if guided else None,
+        reward=float(right),
     )
 
 
@@ -97,7 +101,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (Cell("qsharp", 10.0, "sample"), 1, (True, True, False)),
     ]:
         store = RolloutStore(cell_directory(root / "evaluation", cell, iteration))
-        store.append([completion(prompt, right, bool(iteration)) for prompt, right in enumerate(rights)])
+        store_graded(store, [completion(prompt, right, bool(iteration)) for prompt, right in enumerate(rights)])
     return root
 
 

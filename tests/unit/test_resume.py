@@ -25,12 +25,13 @@ from stand_in_server import StandInServer, make_tokenizer
 from tiny_backbone import write_tiny_backbone
 
 COMMAND = Path(sys.executable).parent / "qtilt-trainer"
+STAR_GRAPH = f"{Path(__file__).parents[2]}/examples/toys/star_graph.py:StarGraph"
 PROMPTS, SAMPLES, PROMPTS_2, SAMPLES_2 = 120, 6, 70, 5
 CELLS = ("iteration-000/reference-sample", "iteration-002/qsharp-10-sample")
 CONFIG = f"""
 run_dir = "run"
 [task]
-name = "star_graph"
+name = "{STAR_GRAPH}"
 [server]
 concurrency = 4
 retries = 0

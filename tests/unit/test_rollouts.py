@@ -13,7 +13,7 @@ import pytest
 
 from qtilt_trainer.atomic_file import UNFINISHED
 from qtilt_trainer.rollouts import SCHEMA, Rollout, RolloutStore
-from stored_rollouts import make_rollout, unguided
+from stored_rollouts import make_rollout, store_graded, unguided
 
 TESTS = Path(__file__).parents[1]
 WRITER = """
@@ -31,7 +31,7 @@ for part in range(100_000):
 def test_roll_outs_come_back_exactly(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path / "new" / "store")
     rollouts = [make_rollout("a", 0), unguided(make_rollout("b", 1)), make_rollout("a", 0, iteration=2)]
-    store.append(rollouts)
+    store_graded(store, rollouts)
     assert sorted(store.read(), key=lambda r: r.rollout_id) == sorted(rollouts, key=lambda r: r.rollout_id)
     assert store.read(2) == [rollouts[2]]
     assert store.ids() == {"1/a/0", "1/b/1", "2/a/0"}
@@ -39,15 +39,14 @@ def test_roll_outs_come_back_exactly(tmp_path: Path) -> None:
 
 def test_an_empty_store_is_empty(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path / "none")
-    store.append([])
     assert store.read() == []
     assert store.ids() == set()
 
 
 def test_the_file_format_is_frozen(tmp_path: Path) -> None:
-    RolloutStore(tmp_path).append([make_rollout()])
+    store_graded(RolloutStore(tmp_path), [make_rollout()])
     schema = pq.read_schema(tmp_path / "iteration-001" / "part-00000.parquet")
-    assert schema.metadata[b"qtilt_rollouts"] == b"1"
+    assert schema.metadata[b"qtilt_rollouts"] == b"2"
     assert [f"{field.name}: {field.type}" for field in schema] == [
         "rollout_id: string",
         "iteration: int32",
@@ -60,11 +59,11 @@ def test_the_file_format_is_frozen(tmp_path: Path) -> None:
         "ended: bool",
         "switch_point: int32",
         "guided_tokens: int32",
-        "reward: double",
         "value_model: string",
         "eta: double",
         "method: string",
         "guidance_top_k: int32",
+        "tail: string",
         "temperature: double",
         "top_p: double",
         "sampling_top_k: int32",
@@ -72,8 +71,37 @@ def test_the_file_format_is_frozen(tmp_path: Path) -> None:
         "seed: int64",
         "model: string",
         "kl: double",
+        "kl_candidates: double",
+        "mass: double",
     ]
-    assert [field.name for field in fields(Rollout)] == SCHEMA.names
+    assert [field.name for field in fields(Rollout)] == [*SCHEMA.names, "reward"]
+    rewards = pq.read_schema(tmp_path / "iteration-001" / "rewards-00000.parquet")
+    assert rewards.metadata[b"qtilt_rollouts"] == b"2"
+    assert [f"{field.name}: {field.type}" for field in rewards] == ["reward: double", "failure: string"]
+
+
+def test_completions_are_stored_before_their_rewards(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    first = store.append([make_rollout("a", 0), make_rollout("a", 1), make_rollout("b", 0)])
+    assert store.ids() == {"1/a/0", "1/a/1", "1/b/0"}
+    assert store.table(1, ["reward"]).column("reward").to_pylist() == [None] * 3
+    assert store.read() == []
+    store.set_rewards(first, [0.25, None, 1.0], [None, "ValueError: no", None])
+    assert [(rollout.rollout_id, rollout.reward) for rollout in store.read()] == [("1/a/0", 0.25), ("1/b/0", 1.0)]
+    assert [rollout.reward for rollout in store.read(ungraded=-1.0)] == [0.25, -1.0, 1.0]
+    assert store.table(1, ["failure", "rollout_id"]).to_pylist()[1] == {
+        "failure": "ValueError: no",
+        "rollout_id": "1/a/1",
+    }
+    store.set_rewards(first, [0.5, 0.5, 0.5], [None] * 3)
+    assert [rollout.reward for rollout in store.read()] == [0.5] * 3
+
+
+def test_rewards_that_are_not_those_of_the_part_are_refused(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    store.set_rewards(store.append([make_rollout("a")]), [1.0, 2.0], [None, None])
+    with pytest.raises(ValueError, match=r"rewards-00000\.parquet has 2 rewards for 1 completions: delete it"):
+        store.read()
 
 
 def test_parts_are_numbered_and_half_written_ones_are_not_read(tmp_path: Path) -> None:
@@ -103,8 +131,8 @@ def test_a_part_of_another_format_is_refused(tmp_path: Path) -> None:
     store.append([make_rollout()])
     part = tmp_path / "iteration-001" / "part-00000.parquet"
     table = pq.read_table(part)
-    pq.write_table(table.replace_schema_metadata({"qtilt_rollouts": "2"}), part)
-    with pytest.raises(ValueError, match="not a roll-out file of format version 1"):
+    pq.write_table(table.replace_schema_metadata({"qtilt_rollouts": "1"}), part)
+    with pytest.raises(ValueError, match="not a roll-out file of format version 2"):
         store.read()
 
 

@@ -193,11 +193,11 @@ def test_the_users_own_settings_are_kept(directory: Path) -> None:
 @pytest.mark.parametrize("file", ["head.safetensors", "backbone/model.safetensors"])
 def test_damaged_weights_are_refused_before_the_worker_would(tmp_path: Path, file: str) -> None:
     model = make_value_model(tmp_path / "model", seed=0)
-    try_value_models({"value": model}, max_length=64)
+    try_value_models({"value": model}, max_length=64, served="none")
     content = (model / file).read_bytes()
     (model / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(StartupError, match=f"--value-model value=.*{file.partition('/')[0]}: .*can't be"):
-        try_value_models({"value": model}, max_length=64)
+        try_value_models({"value": model}, max_length=64, served="none")
 
 
 def test_a_backbone_the_value_engine_is_not_exact_on_is_refused_before_the_worker_would(tmp_path: Path) -> None:
@@ -205,6 +205,6 @@ def test_a_backbone_the_value_engine_is_not_exact_on_is_refused_before_the_worke
     config = MistralConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, **heads)
     model = ValueModel.from_backbone(MistralModel(config), "v", Bernoulli())
     save_value_model(model, tmp_path / "windowed", make_tokenizer())
-    try_value_models({"value": tmp_path / "windowed"}, max_length=32)
+    try_value_models({"value": tmp_path / "windowed"}, max_length=32, served="none")
     with pytest.raises(StartupError, match=r"--value-model value=.*windowed: .*sliding.window.*32"):
-        try_value_models({"value": tmp_path / "windowed"}, max_length=64)
+        try_value_models({"value": tmp_path / "windowed"}, max_length=64, served="none")

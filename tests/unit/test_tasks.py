@@ -1,7 +1,6 @@
-"""Tasks: problems, rewards and the flaws of the reference's training texts."""
+"""Tasks of files and entry points: problems, rewards, and errors that name the field."""
 
 import json
-import random
 import re
 import sys
 from pathlib import Path
@@ -9,106 +8,8 @@ from typing import Any
 
 import pytest
 
-from qtilt_trainer.tasks import Task, make_task
-from qtilt_trainer.tasks.arithmetic import Arithmetic
+from qtilt_trainer.tasks import make_task
 from qtilt_trainer.tasks.matching import MATCHERS, last_number
-from qtilt_trainer.tasks.star_graph import StarGraph
-
-
-def paths_in(prompt: str) -> list[str]:
-    """All simple paths from the asked start to the asked end, by exhaustive walking."""
-    edges, ends = prompt[:-1].split("/")
-    pairs = [tuple(edge) for edge in edges.split("|")]
-
-    def extend(path: str) -> list[str]:
-        if path[-1] == ends[1]:
-            return [path]
-        steps = [b for a, b in pairs if a == path[-1]] + [a for a, b in pairs if b == path[-1]]
-        return [found for step in steps if step not in path for found in extend(path + step)]
-
-    return extend(ends[0])
-
-
-@pytest.mark.parametrize(
-    "task", [StarGraph(), StarGraph(degree=5, length=5, nodes=30), Arithmetic(), Arithmetic(steps=4)]
-)
-def test_problems_are_the_same_in_every_run_and_a_longer_list_begins_with_the_shorter(task: Task) -> None:
-    fifty = task.problems("train", 50)
-    assert task.problems("train", 20) == fifty[:20]
-    assert len({str(problem.prompt) for problem in fifty}) == len({problem.id for problem in fifty}) == 50
-
-
-@pytest.mark.parametrize("task", [StarGraph(), Arithmetic()])
-def test_train_and_test_never_share_a_prompt_and_reference_texts_never_show_a_test_prompt(
-    task: StarGraph | Arithmetic,
-) -> None:
-    test = {str(problem.prompt).rstrip(">") for problem in task.problems("test", 300)}
-    train = {str(problem.prompt).rstrip(">") for problem in task.problems("train", 2000)}
-    shown = {str(prompt).rstrip("<>") for prompt, _ in task.reference_texts(random.Random(0), 2000)}
-    assert not test & (train | shown)
-
-
-def test_a_star_graph_is_answered_by_its_only_path() -> None:
-    task = StarGraph(degree=3, length=4, nodes=20)
-    for problem in task.problems("test", 30):
-        assert isinstance(problem.prompt, str)
-        assert paths_in(problem.prompt) == [problem.answer]
-        assert len(problem.answer) == 4
-        assert task.reward(problem, problem.answer) == 1.0
-        assert task.reward(problem, problem.answer[:-1]) == task.reward(problem, problem.answer + "1") == 0.0
-
-
-def test_every_second_reference_text_asks_for_the_reversed_path() -> None:
-    for index, (prompt, path) in enumerate(StarGraph().reference_texts(random.Random(1), 40)):
-        found = paths_in(prompt)
-        assert found == [path[::-1]] if index % 2 else found == [path]
-        assert prompt.endswith("<" if index % 2 else ">")
-
-
-def test_a_graph_that_needs_more_nodes_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"at least 1 \+ degree"):
-        StarGraph(degree=3, length=4, nodes=9)
-
-
-def test_arithmetic_answers_equal_what_python_computes() -> None:
-    task = Arithmetic(steps=4)
-    for problem in task.problems("test", 100):
-        question = problem.prompt[0]["content"]  # type: ignore[index]
-        expression = re.sub(r"\(\d\)", "", question.removeprefix("Start").rstrip("?"))
-        assert int(problem.answer) == eval(expression)  # noqa: S307
-        assert task.reward(problem, rf"\boxed{{{problem.answer}}}") == 1.0
-        assert task.reward(problem, rf"\boxed{{{int(problem.answer) + 1}}}") == 0.0
-        assert task.reward(problem, problem.answer) == 0.0
-
-
-def test_reference_texts_have_the_flaws_at_their_rates_and_no_others() -> None:
-    texts = Arithmetic(steps=2).reference_texts(random.Random(0), 6000)
-    minus = misread = could_stop = stopped = 0
-    for prompt, text in texts:
-        asked = re.findall(r"\(\d\)([+-])(\d)", prompt[0]["content"])
-        lines = text.split("\n")
-        read = [re.fullmatch(r"\(\d\)(\d+)([+-])(\d)=(\d+)", line) for line in lines[:-1]]
-        for (sign, operand), line in zip(asked, read, strict=False):
-            assert line is not None
-            before, written, copied, after = line.groups()
-            assert copied == operand
-            assert int(after) == int(before) + (int(operand) if written == "+" else -int(operand))
-            assert written == sign or (sign, written) == ("-", "+")
-            minus += sign == "-"
-            misread += sign != written
-        assert lines[-1] == rf"\boxed{{{read[-1].group(4)}}}"  # type: ignore[union-attr]
-        could_stop += len(asked) == 2
-        stopped += len(read) < len(asked)
-    assert misread / minus == pytest.approx(0.6, abs=0.03)
-    assert stopped / could_stop == pytest.approx(0.25, abs=0.03)
-
-
-def test_every_character_of_prompts_and_texts_is_in_the_alphabet() -> None:
-    for task in (StarGraph(), Arithmetic()):
-        for prompt, completion in task.reference_texts(random.Random(3), 200):
-            text = prompt if isinstance(prompt, str) else prompt[0]["content"]
-            assert set(text + completion) <= set(task.alphabet)
-        assert len(set(task.alphabet)) == len(task.alphabet)
 
 
 @pytest.mark.parametrize(
@@ -223,14 +124,16 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     [
         ({}, "task.name must be one of"),
         ({"name": "chess"}, "task.name must be one of"),
-        ({"name": "star_graph", "degre": 3}, "task.degre: there is no such field"),
-        ({"name": "star_graph", "degree": 1}, "task.degree: Input should be greater than or equal to 2, got 1"),
+        ({"name": "star_graph:StarGraph", "degre": 3}, "task.degre: there is no such field"),
+        ({"name": "star_graph:StarGraph", "degree": 1}, "task.degree: Input should be greater than or equal to 2"),
         ({"name": "jsonl"}, "task.train: this field is required"),
         ({"name": "jsonl", "train": "x", "match": "regex", "pattern": "("}, "task.pattern: not a regular expression"),
         ({"name": "jsonl", "train": "x", "pattern": "a"}, "pattern is for match = 'regex' only"),
         ({"name": "jsonl", "train": "x", "template": "no place"}, "template must contain {prompt}"),
         ({"name": "no_such_module:make"}, "there is no module 'no_such_module'"),
-        ({"name": "json:nothing"}, "module 'json' has no function 'nothing'"),
+        ({"name": "json:nothing"}, "'json' has no function 'nothing'"),
+        ({"name": "json:"}, "task.name must be module:function or path/to/file.py:function, got 'json:'"),
+        ({"name": "none/task.py:make"}, "task.name: there is no file 'none/task.py' in "),
         ({"name": "my_task:make", "colour": 1}, "my_task:make can't be called with {'colour': 1}"),
         ({"name": "my_task:no_task"}, "is no task, it lacks name, low, high"),
         ({"name": "my_task:make", "size": 3, "low": 2.0}, "low must be below high"),
@@ -248,6 +151,37 @@ def test_a_python_entry_point_makes_a_task(my_task: None) -> None:
     assert task.reward(task.problems("train", 1)[0], "aaa") == 1.0
 
 
+def test_a_file_is_an_entry_point_too_and_finds_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "two_letters.py").write_text("ANSWER = 'ab'\n")
+    # A name that the standard library has: neither may pass for the other.
+    (folder / "json.py").write_text(
+        "from qtilt_trainer.tasks import Problem\n"
+        "class Two:\n"
+        "    name, low, high = 'two', 0.0, 1.0\n"
+        "    def problems(self, split, count): return [Problem('0', 'x', None)]\n"
+        "    def reward(self, problem, completion):\n"
+        "        from two_letters import ANSWER\n"
+        "        return float(completion == ANSWER)\n"
+        "    def answer(self, problem, completion): return completion\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    task = make_task({"name": "tasks/json.py:Two"})
+    (problem,) = task.problems("train", 1)
+    assert (task.reward(problem, "ab"), task.reward(problem, "ba")) == (1.0, 0.0)
+    assert json.loads("1") == 1
+    assert type(make_task({"name": f"{folder}/json.py:Two"})) is type(task)
+
+
+def test_a_file_that_fails_while_it_is_loaded_says_why_every_time(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import json\n1 / 0\n")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            make_task({"name": f"{tmp_path}/broken.py:make"})
+
+
 @pytest.fixture
 def my_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_task.py").write_text(
@@ -263,8 +197,3 @@ def my_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_task", raising=False)
-
-
-def test_more_problems_than_there_are_is_an_error() -> None:
-    with pytest.raises(ValueError, match="different problems asked for"):
-        StarGraph(degree=2, length=2, nodes=3).problems("train", 1000)

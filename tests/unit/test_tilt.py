@@ -7,17 +7,40 @@ import torch
 
 from qtilt.distributions import Bernoulli, Categorical
 from qtilt.params import GuidanceParams
-from qtilt.tilt import Candidates, offsets, reference_mass, tilt, top_candidates
-from qtilt.tilt import kl_divergence as kl_divergence_of_mass
+from qtilt.tilt import (
+    Candidates,
+    Divergence,
+    Drops,
+    divergence,
+    drops,
+    offsets,
+    reference_mass,
+    top_candidates,
+)
+from qtilt.tilt import tilt as tilt_by_drops
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
 INF = float("inf")
 
 
-def kl_divergence(logits_BV, candidates, offsets_BK, floor_B, temperature_B):
+def tilt(logits_BV, candidates, offsets_BK, floor_B, temperature_B, tail="floor"):
+    dropped = drops_of(logits_BV, candidates, offsets_BK, floor_B, temperature_B, tail)
+    return tilt_by_drops(logits_BV, candidates, dropped, temperature_B)
+
+
+def measured(logits_BV, candidates, offsets_BK, floor_B, temperature_B, tail="floor") -> Divergence:
+    dropped = drops_of(logits_BV, candidates, offsets_BK, floor_B, temperature_B, tail)
+    return Divergence(*divergence(reference_mass(logits_BV, candidates, temperature_B), dropped).unbind(-1))
+
+
+def kl_divergence(*arguments):
+    return measured(*arguments).kl_B
+
+
+def drops_of(logits_BV, candidates, offsets_BK, floor_B, temperature_B, tail) -> Drops:
     mass = reference_mass(logits_BV, candidates, temperature_B)
-    return kl_divergence_of_mass(mass, candidates, offsets_BK, floor_B)
+    return drops(mass, candidates.valid_BK, offsets_BK, floor_B, tail)
 
 
 def softmax(logits: list[float]) -> list[float]:

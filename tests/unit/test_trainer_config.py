@@ -10,7 +10,7 @@ from qtilt_trainer.config import LoopConfig, read_config
 MINIMAL = """
 run_dir = "runs/x"
 [task]
-name = "star_graph"
+name = "my_task:make"
 degree = 3
 [value_model]
 backbone = "reference"
@@ -35,7 +35,7 @@ def read(tmp_path: Path, text: str) -> LoopConfig:
 
 def test_a_minimal_file_has_two_equal_iterations_and_passes_task_fields_on(tmp_path: Path) -> None:
     config = read(tmp_path, MINIMAL)
-    assert config.task.model_dump() == {"name": "star_graph", "degree": 3}
+    assert config.task.model_dump() == {"name": "my_task:make", "degree": 3}
     assert len(config.iterations) == 2
     assert config.collect_of(1) == config.collect_of(2) == config.collect
     assert config.server.url == "http://127.0.0.1:8000"

@@ -13,9 +13,9 @@ from qtilt.distributions import Bernoulli, Categorical
 from qtilt.value_model import ValueModel, ValueType
 from qtilt_trainer.initialise import initialise_value_model
 from qtilt_trainer.metrics import auc, calibration_error
-from qtilt_trainer.reference import build_tokenizer
 from qtilt_trainer.values import completion_values
 from tiny_backbone import write_tiny_backbone
+from tiny_reference import build_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from qtilt_trainer.config import LoopConfig
@@ -18,7 +18,6 @@ HELP_WIDTH = 100
 """Fixed, so that docs/trainer-cli.md doesn't depend on the terminal it was made in."""
 
 DESCRIPTION = "Trains value models that guide a model served by qtilt-server. Talks to the server over HTTP only."
-REFERENCE_SIZES = ("steps", "batch_size", "hidden", "layers", "heads", "intermediate", "max_positions", "seed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,14 +79,18 @@ def build_parser() -> argparse.ArgumentParser:
         add("loop", _loop, "collect, fit and publish for all iterations, then evaluate and report; resumes")
     )
     _report_options(add("report", _report, "write the HTML page and the plots of finished runs"))
-    _reference_options(
-        add("reference", _reference, "train the tiny reference model of a demo task, tokenizer included")
-    )
     return parser
 
 
 def _init_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", required=True, metavar="DIR|HUB_ID", help="pre-trained model to start from")
+    parser.add_argument("--layers", type=int, metavar="N", help="take its first N decoder layers only (default: all)")
+    parser.add_argument(
+        "--low-rank",
+        type=int,
+        metavar="R",
+        help="fit an update of rank R and keep the rest as it is (default: fit all)",
+    )
     parser.add_argument("--type", required=True, choices=("q", "v"), help="q: one output a token; v: value of a state")
     parser.add_argument("--distribution", required=True, choices=("bernoulli", "categorical"), help="of the return")
     parser.add_argument("--atoms", type=int, default=11, help="categorical: number of atoms (default: %(default)s)")
@@ -113,24 +116,22 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the first RUN_DIR)")
 
 
-def _reference_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="only its [task] table is read")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="Hugging Face directory to write")
-    for name in REFERENCE_SIZES:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="default: the arithmetic demo's")
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="default: the arithmetic demo's")
-    parser.add_argument("--weight-decay", type=float, metavar="X", help="default: the arithmetic demo's")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
-
-
 def _init(options: argparse.Namespace) -> None:
     from qtilt_trainer.config import ValueModelConfig, checked
     from qtilt_trainer.initialise import initialise_value_model
     from qtilt_trainer.loop import distribution_of
 
-    names = ("backbone", "type", "distribution", "atoms", "low", "high", "head_std")
+    names = ("backbone", "layers", "low_rank", "type", "distribution", "atoms", "low", "high", "head_std")
     config = checked(ValueModelConfig, {name: getattr(options, name) for name in names}, "init")
-    initialise_value_model(config.backbone, config.type, distribution_of(config), options.out, config.head_std)
+    initialise_value_model(
+        config.backbone,
+        config.type,
+        distribution_of(config),
+        options.out,
+        config.head_std,
+        layers=config.layers,
+        low_rank=config.low_rank,
+    )
 
 
 def _collect(options: argparse.Namespace) -> None:
@@ -166,23 +167,6 @@ def _report(options: argparse.Namespace) -> None:
     from qtilt_trainer.report import write_report
 
     _say(write_report(options.run_dirs, options.out or options.run_dirs[0]))
-
-
-def _reference(options: argparse.Namespace) -> None:
-    from qtilt_trainer.config import read_task_table
-    from qtilt_trainer.reference import ReferenceConfig, train_reference
-    from qtilt_trainer.tasks import make_task
-
-    task: Any = make_task(read_task_table(options.config))
-    if not hasattr(task, "reference_texts"):
-        raise ValueError(f"task {task.name} has no reference of its own: only star_graph and arithmetic have")
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
-    names = (*REFERENCE_SIZES, "learning_rate", "weight_decay")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    train_reference(task, ReferenceConfig(**given), options.out)
 
 
 def _with_run(options: argparse.Namespace, action: "Callable[[Run], None]") -> None:

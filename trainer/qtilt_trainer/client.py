@@ -14,7 +14,7 @@ from typing import Any, Self
 import openai
 from openai import AsyncOpenAI
 
-from qtilt_trainer.config import Method, ServerConfig
+from qtilt_trainer.config import Method, ServerConfig, Tail
 from qtilt_trainer.tasks.problem import Prompt
 
 NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0}
@@ -29,6 +29,10 @@ class ServerError(RuntimeError):
     """The server can't be reached, refuses, or isn't a guided server. The message says what to do."""
 
 
+class PromptRefusedError(ServerError):
+    """HTTP 400: this prompt is too long, or can't be asked for another reason of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Guidance:
     """The `guidance` of a request, all of it explicit."""
@@ -40,6 +44,13 @@ class Guidance:
     method: Method
     guided_tokens: int | None = None
     """None: to the end."""
+    tail: Tail | None = None
+    """What tokens that are no candidates get; None: not sent, the server's default."""
+
+    def to_request(self) -> dict[str, Any]:
+        """The block of a request."""
+        block = asdict(self)
+        return block if self.tail is not None else {name: value for name, value in block.items() if name != "tail"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +78,12 @@ class Completion:
     """NAME@VERSION that guided; None without guidance."""
     top_k: int | None
     """Candidates scored a step, as the server clamped them."""
+    tail: str | None
     guided_tokens: int
     kl: float
+    kl_candidates: float
+    mass: float | None
+    """Of the reference in the candidates, mean over guided steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +149,7 @@ class GuidedClient:
             "extra_body": {"return_token_ids": True, "top_k": sampling.top_k, **NEUTRAL},
         }
         if guidance is not None:
-            options["extra_body"]["guidance"] = asdict(guidance)
+            options["extra_body"]["guidance"] = guidance.to_request()
         if isinstance(prompt, str):
             request = self._openai.completions.create(prompt=prompt, max_tokens=sampling.max_tokens, **options)
         else:
@@ -190,8 +205,12 @@ class GuidedClient:
             raise ServerError(
                 f"{url} answered 404: is it a qtilt-server, and is server.model right? {error}"
             ) from error
+        except openai.BadRequestError as error:
+            # Our own fields are the same in every request: nothing a prompt can help.
+            kind = ServerError if str(error.param or "").startswith("guidance") else PromptRefusedError
+            raise kind(f"{url} answered 400: {_said(error)}") from error
         except openai.APIStatusError as error:
-            raise ServerError(f"{url} answered {error.status_code}: {error.message}") from error
+            raise ServerError(f"{url} answered {error.status_code}: {_said(error)}") from error
         except openai.APIError as error:
             raise ServerError(f"what answers at {url} is no qtilt-server ({error}): start one there") from error
 
@@ -200,6 +219,12 @@ def _api_key(config: ServerConfig) -> str:
     if config.api_key is not None:
         return config.api_key.get_secret_value()
     return os.environ.get("QTILT_API_KEY") or "none"
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """What the server says is wrong, without the client's own words around it."""
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    return str(said or error.message)
 
 
 def _read_completions(response: dict[str, Any], samples: int, guidance: Guidance | None) -> list[Completion]:
@@ -213,6 +238,8 @@ def _read_choice(response: dict[str, Any], choice: dict[str, Any], guidance: Gui
     applied, done = response.get("guidance") or {}, choice.get("guidance") or {}
     if guidance is not None and not (applied and done):
         raise ServerError("the server ignored `guidance`: it is no qtilt-server")
+    if guidance is not None and not {"kl", "kl_candidates", "mass"} <= done.keys():
+        raise ServerError("the server reports no kl_candidates and mass: it is an older qtilt-server")
     token_ids = choice.get("token_ids")
     prompt_token_ids = choice.get("prompt_token_ids") or response.get("prompt_token_ids")
     if token_ids is None or not prompt_token_ids:
@@ -232,6 +259,9 @@ def _read_choice(response: dict[str, Any], choice: dict[str, Any], guidance: Gui
         ended=choice["finish_reason"] == "stop" and not isinstance(choice.get("stop_reason"), str),
         value_model=applied.get("value_model"),
         top_k=applied.get("top_k"),
+        tail=applied.get("tail"),
         guided_tokens=done.get("guided_tokens", 0),
         kl=done.get("kl", 0.0),
+        kl_candidates=done.get("kl_candidates", 0.0),
+        mass=done.get("mass"),
     )

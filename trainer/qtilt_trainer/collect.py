@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 
 from qtilt_trainer.client import Guidance, Sampling
 from qtilt_trainer.config import CollectConfig, SamplingConfig
-from qtilt_trainer.generate import PlannedRequest, consecutive, seed_of
+from qtilt_trainer.plan import PlannedRequest, consecutive, seed_of
+from qtilt_trainer.refused import RefusedPrompts
 from qtilt_trainer.rollouts import RolloutStore, rollout_id
 from qtilt_trainer.tasks.problem import Problem, Task
 
@@ -29,11 +30,12 @@ Missing = list[tuple[Problem, tuple[int, ...]]]
 
 
 def missing_samples(task: Task, iteration: int, store: RolloutStore, config: CollectConfig) -> Missing:
-    """What the store lacks of `iteration`."""
-    stored = store.ids()
+    """What the store lacks of `iteration`; prompts that the server refused are not missed."""
+    stored, refused = store.ids(), RefusedPrompts(store.directory).ids()
     candidates = [
         (problem, _missing(iteration, problem.id, config.samples_per_prompt, stored))
         for problem in task.problems("train", config.prompts)
+        if problem.id not in refused
     ]
     return [(problem, samples) for problem, samples in candidates if samples]
 
@@ -110,7 +112,9 @@ def _rolled_in(
 ) -> PlannedRequest:
     what = rollout_id(iteration, problem.id, sample)
     g = switch_point(config.seed, what, lengths.get(problem.id, ()))
-    guidance = Guidance(value_model, config.eta, config.guidance_top_k, config.method, g) if g > 0 else None
+    guidance = (
+        Guidance(value_model, config.eta, config.guidance_top_k, config.method, g, config.tail) if g > 0 else None
+    )
     seed = seed_of(config.seed, what)
     return PlannedRequest(iteration, "train", problem, (sample,), seed, sampling_of(sampling), guidance)
 

@@ -15,6 +15,8 @@ from qtilt_trainer.describe import describe_errors
 
 Method = Literal["qsharp", "cd"]
 Decoding = Literal["sample", "greedy"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Tail = Literal["floor", "mean"]
 
 
 class Table(BaseModel):
@@ -68,7 +70,11 @@ class ValueModelConfig(Table):
     """`[value_model]`: what is fitted, and the name it is served under."""
 
     backbone: str
-    """Directory or hub id of the pre-trained model the value model starts from."""
+    """Directory or hub id of the pre-trained model the value model starts from, the reference itself for one."""
+    layers: int | None = Field(default=None, ge=1)
+    """How many of its first decoder layers are taken; None: all."""
+    low_rank: int | None = Field(default=None, ge=1)
+    """Rank of the update of these layers' projections that is fitted; None: all weights are."""
     name: str = Field(default="value", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     type: Literal["q", "v"] = "v"
     distribution: Literal["bernoulli", "categorical"] = "bernoulli"
@@ -107,7 +113,21 @@ class CollectConfig(Table):
     """KL weight of the guided roll-in: smaller is a stronger tilt."""
     guidance_top_k: int = Field(default=20, ge=1)
     method: Method = "qsharp"
+    tail: Tail | None = None
+    """What tokens that are no candidates get in a roll-in; None: the server's default."""
     seed: int = 0
+    max_refused_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    """The loop stops when the server refuses more of the prompts."""
+
+
+class RewardConfig(Table):
+    """`[reward]`: what becomes of completions that were cut, or that the task can't grade."""
+
+    truncated: Literal["zero", "grade", "drop"] = "zero"
+    """A completion cut by max_tokens has the task's lowest reward, is graded like any other, or leaves no label. In
+    evaluation `drop` is `zero`."""
+    max_failed_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    """The loop stops when more of the completions can't be graded."""
 
 
 class FitConfig(Table):
@@ -127,6 +147,8 @@ class FitConfig(Table):
     seed: int = 0
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; None: its own choice."""
+    precision: Precision = "auto"
+    """Of the backbone's products; auto: bfloat16 where that is faster (precision.py). Head and loss are in float32."""
 
     @model_validator(mode="after")
     def _has_one_length(self) -> "FitConfig":
@@ -190,6 +212,7 @@ class LoopConfig(Table):
     value_model: ValueModelConfig
     sampling: SamplingConfig
     collect: CollectConfig
+    reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
     fit: FitConfig
     evaluate: EvaluateConfig | None = None
     """None: the loop ends with the last publication."""
@@ -249,14 +272,6 @@ def read_config(file: Path, overrides: dict[str, Any] | None = None) -> LoopConf
         return LoopConfig.model_validate(tables)
     except ValidationError as error:
         raise ValueError(f"{file}: {describe_errors(error)}") from error
-
-
-def read_task_table(file: Path) -> dict[str, Any]:
-    """Only the `[task]` table, unchecked. Raises ValueError when there is none."""
-    table = _read_tables(file).get("task")
-    if not isinstance(table, dict):
-        raise ValueError(f"{file}: the table [task] is required")
-    return table
 
 
 def _read_tables(file: Path) -> dict[str, Any]:

@@ -7,20 +7,25 @@ response that ends inside its roll-in labels only its last token, and only if th
 follows, and the return is certain. The paper's text starts at the first token of the reference; like the official code
 we label the last roll-in pair too.
 
-Shapes: `N` sequences of a batch, `T` positions.
+All rollouts stay in the columns they are stored in; a sequence is put together when a batch needs it.
+
+Shapes: `N` sequences of a batch (or rollouts of a store), `T` positions.
 """
 
 import hashlib
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from qtilt_trainer.rewards import cut_count
 
 logger = logging.getLogger(__name__)
 
@@ -28,27 +33,17 @@ BUCKET_BATCHES = 16
 """Sequences are sorted by length within groups of this many batches: little padding, still a random order."""
 
 
-class LabelledRollout(Protocol):
-    """The fields of a stored rollout that labels are made of."""
-
-    @property
-    def prompt_id(self) -> str: ...
-    @property
-    def prompt_token_ids(self) -> Sequence[int]: ...
-    @property
-    def token_ids(self) -> Sequence[int]:
-        """The generated tokens, end token included when it was generated."""
-
-    @property
-    def switch_point(self) -> int:
-        """g: how many of them were asked to be guided."""
-
-    @property
-    def ended(self) -> bool:
-        """The last token is the end token."""
-
-    @property
-    def reward(self) -> float: ...
+COLUMNS = (
+    "rollout_id",
+    "prompt_id",
+    "prompt_token_ids",
+    "token_ids",
+    "finish_reason",
+    "ended",
+    "switch_point",
+    "reward",
+)
+"""Of the roll-out store: what labels are made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +61,77 @@ class Example:
         return len(self.token_ids) - self.first_label
 
 
+class TokenLists:
+    """A column of token lists as Arrow has it, without a copy; row i as a NumPy view."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._values = [chunk.values.to_numpy() for chunk in column.chunks]
+        offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]
+        self._chunk = np.repeat(np.arange(len(offsets), dtype=np.int32), [len(chunk) for chunk in column.chunks])
+        self._start = _joined([chunk[:-1] for chunk in offsets])
+        self._end = _joined([chunk[1:] for chunk in offsets])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return (self._end - self._start).astype(np.int64)
+
+    def __getitem__(self, row: int) -> NDArray[np.int32]:
+        values: NDArray[np.int32] = self._values[self._chunk[row]]
+        return values[self._start[row] : self._end[row]]
+
+
+class Examples(Sequence[Example]):
+    """Examples that are put together when they are asked for: the tokens of all roll-outs are in memory once.
+
+    rows: which rows of the columns, in this order.
+    """
+
+    def __init__(
+        self,
+        prompts: TokenLists,
+        completions: TokenLists,
+        prompt_ids: Sequence[str],
+        first_labels: NDArray[np.int64],
+        rewards: NDArray[np.float64],
+        rows: NDArray[np.int64],
+    ) -> None:
+        self._prompts, self._completions, self._prompt_ids = prompts, completions, prompt_ids
+        self._first_labels, self._rewards, self._rows = first_labels, rewards, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Examples": ...
+    def __getitem__(self, index: int | slice) -> "Example | Examples":
+        if isinstance(index, slice):
+            return self.take(self._rows[index])
+        row = self._rows[index]
+        prompt = self._prompts[row]
+        token_ids = np.concatenate([prompt, self._completions[row]])
+        first_label = len(prompt) + int(self._first_labels[row])
+        return Example(self._prompt_ids[row], token_ids, first_label, float(self._rewards[row]))
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        return [self._prompt_ids[row] for row in self._rows]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each, prompt and completion."""
+        return (self._prompts.lengths + self._completions.lengths)[self._rows]
+
+    def where(self, keep: NDArray[np.bool_]) -> "Examples":
+        """Those that `keep` marks."""
+        return self.take(self._rows[keep])
+
+    def take(self, rows: NDArray[np.int64]) -> "Examples":
+        """The examples of these rows of the columns."""
+        return Examples(self._prompts, self._completions, self._prompt_ids, self._first_labels, self._rewards, rows)
+
+
 @dataclass(frozen=True, slots=True)
 class LabelCounts:
     """What became of the rollouts; logged and written next to every fit."""
@@ -78,6 +144,10 @@ class LabelCounts:
     """Generated tokens left out because guided tokens follow them."""
     ended_in_roll_in_without_label: int
     """Rollouts that teach nothing: cut off inside their roll-in."""
+    cut_by_max_tokens: int
+    """Of all rollouts; what becomes of them says `reward.truncated`."""
+    without_reward: int
+    """Rollouts that couldn't be graded, or were cut and dropped: they have no label and no say in unanimity."""
     unanimous_prompts_dropped: int
     unanimous_rollouts_dropped: int
 
@@ -94,50 +164,61 @@ class Batch:
     reward_N: Tensor
 
 
-def first_labelled_token(completion_length: int, switch_point: int, ended: bool) -> int:
-    """The first generated token that is labelled; `completion_length` when none is."""
-    if completion_length <= switch_point:
-        return completion_length - 1 if ended else completion_length
-    return max(switch_point - 1, 0)
+def first_labelled_tokens(
+    lengths_N: NDArray[np.int64], switch_points_N: NDArray[np.int32], ended_N: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """The first generated token of each completion that is labelled; its length when none is."""
+    inside_roll_in_N = np.where(ended_N, lengths_N - 1, lengths_N)
+    return np.where(lengths_N <= switch_points_N, inside_roll_in_N, np.maximum(switch_points_N - 1, 0))
 
 
-def label_rollouts(rollouts: Iterable[LabelledRollout], drop_unanimous: bool) -> tuple[list[Example], LabelCounts]:
-    """Examples of all rollouts that have a label, and the counts.
+def label_rollouts(rollouts: pa.Table, drop_unanimous: bool) -> tuple[Examples, LabelCounts]:
+    """Examples of all rollouts that have a label, in the order of their ids, and the counts.
 
-    drop_unanimous: leave out prompts whose rollouts (over all iterations) all have the same reward, as the paper does.
-    Raises ValueError when nothing is left to learn from.
+    rollouts: COLUMNS of the store. drop_unanimous: leave out prompts whose rollouts (over all iterations) all have the
+    same reward, as the paper does. Raises ValueError when nothing is left to learn from.
     """
-    by_prompt: dict[str, list[LabelledRollout]] = defaultdict(list)
-    for rollout in rollouts:
-        by_prompt[rollout.prompt_id].append(rollout)
-    total = sum(map(len, by_prompt.values()))
-    prompts = len(by_prompt)
-    unanimous = {key for key, group in by_prompt.items() if len({rollout.reward for rollout in group}) == 1}
-    dropped = {key: by_prompt.pop(key) for key in unanimous} if drop_unanimous else {}
-    kept = [rollout for group in by_prompt.values() for rollout in group]
-    examples = [example for rollout in kept if (example := _label(rollout)) is not None]
-    labelled_tokens = sum(example.label_count for example in examples)
-    unlabelled = [rollout for rollout in kept if _first_label(rollout) == len(rollout.token_ids)]
+    rewards = rollouts.column("reward").to_numpy()  # NaN where there is none
+    prompts = rollouts.column("prompt_id").combine_chunks().dictionary_encode()
+    codes = prompts.indices.to_numpy()
+    completions = TokenLists(rollouts.column("token_ids"))
+    lengths = completions.lengths
+    ended = rollouts.column("ended").to_numpy()
+    first = first_labelled_tokens(lengths, rollouts.column("switch_point").to_numpy(), ended)
+    graded = np.isfinite(rewards)
+    unanimous = _unanimous(codes[graded], rewards[graded], len(prompts.dictionary))
+    dropped = graded & unanimous[codes] & drop_unanimous
+    kept = graded & ~dropped
+    labelled = kept & (first < lengths)
+    labelled_tokens = int((lengths - first)[labelled].sum())
     counts = LabelCounts(
-        rollouts=total,
-        prompts=prompts,
-        labelled_sequences=len(examples),
+        rollouts=rollouts.num_rows,
+        prompts=len(prompts.dictionary),
+        labelled_sequences=int(labelled.sum()),
         labelled_tokens=labelled_tokens,
-        roll_in_tokens_masked=sum(len(rollout.token_ids) for rollout in kept) - labelled_tokens,
-        ended_in_roll_in_without_label=len(unlabelled),
-        unanimous_prompts_dropped=len(dropped),
-        unanimous_rollouts_dropped=sum(map(len, dropped.values())),
+        roll_in_tokens_masked=int(lengths[kept].sum()) - labelled_tokens,
+        ended_in_roll_in_without_label=int((kept & ~labelled).sum()),
+        cut_by_max_tokens=cut_count(rollouts),
+        without_reward=int((~graded).sum()),
+        unanimous_prompts_dropped=int(unanimous.sum()) if drop_unanimous else 0,
+        unanimous_rollouts_dropped=int(dropped.sum()),
     )
     logger.info("labels: %s", counts.to_dict())
-    if not examples:
-        raise ValueError(
-            f"no labels in {total} rollouts of {prompts} prompts ({counts.unanimous_prompts_dropped} prompts dropped "
-            "because their rewards agree): collect more samples per prompt, or set fit.drop_unanimous = false"
-        )
+    _check_labels(counts)
+    names = prompts.dictionary.to_pylist()
+    order = pc.sort_indices(rollouts.column("rollout_id")).to_numpy()  # whenever and in whatever parts they came
+    examples = Examples(
+        TokenLists(rollouts.column("prompt_token_ids")),
+        completions,
+        [names[code] for code in codes],
+        first,
+        rewards,
+        order[labelled[order]],
+    )
     return examples, counts
 
 
-def split_prompts(examples: Sequence[Example], held_out: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split_prompts(examples: Examples, held_out: float, seed: int) -> tuple[Examples, Examples]:
     """(training, held-out) examples, split by prompt; the same prompt falls on the same side in every iteration.
 
     held_out: fraction of the prompts, 0 <= held_out < 1. With held_out > 0 and at least two prompts neither side is
@@ -145,22 +226,24 @@ def split_prompts(examples: Sequence[Example], held_out: float, seed: int) -> tu
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be at least 0 and below 1, got {held_out}")
-    position = {example.prompt_id: _position(example.prompt_id, seed) for example in examples}
+    prompt_ids = examples.prompt_ids
+    position = {prompt_id: _position(prompt_id, seed) for prompt_id in set(prompt_ids)}
     held = {prompt_id for prompt_id, at in position.items() if at < held_out}
     if held_out > 0 and len(position) > 1:
         ranked = sorted(position, key=lambda prompt_id: position[prompt_id])
         held = (held | {ranked[0]}) - {ranked[-1]}
-    training = [example for example in examples if example.prompt_id not in held]
-    return training, [example for example in examples if example.prompt_id in held]
+    is_held = np.array([prompt_id in held for prompt_id in prompt_ids], dtype=bool)
+    return examples.where(~is_held), examples.where(is_held)
 
 
-def batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
+def batches(examples: Examples, batch_size: int, seed: int) -> Iterator[list[Example]]:
     """One epoch of length-bucketed batches in an order that depends on `seed` only. The last one may be smaller."""
     rng = np.random.default_rng(seed)
+    lengths = examples.lengths
     order = rng.permutation(len(examples))
     groups: list[list[int]] = []
     for start in range(0, len(order), BUCKET_BATCHES * batch_size):
-        bucket = sorted(order[start : start + BUCKET_BATCHES * batch_size], key=lambda i: len(examples[i].token_ids))
+        bucket = sorted(order[start : start + BUCKET_BATCHES * batch_size], key=lambda i: lengths[i])
         groups += [bucket[at : at + batch_size] for at in range(0, len(bucket), batch_size)]
     for group in rng.permutation(len(groups)):
         yield [examples[index] for index in groups[group]]
@@ -177,16 +260,27 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(token_ids_NT, labelled_NT, torch.tensor([example.reward for example in examples]))
 
 
-def _first_label(rollout: LabelledRollout) -> int:
-    return first_labelled_token(len(rollout.token_ids), rollout.switch_point, rollout.ended)
+def _joined(arrays: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
 
 
-def _label(rollout: LabelledRollout) -> Example | None:
-    first = _first_label(rollout)
-    if first == len(rollout.token_ids):
-        return None
-    token_ids = np.array([*rollout.prompt_token_ids, *rollout.token_ids], dtype=np.int32)
-    return Example(rollout.prompt_id, token_ids, len(rollout.prompt_token_ids) + first, rollout.reward)
+def _unanimous(codes_N: NDArray[np.int32], rewards_N: NDArray[np.float64], prompts: int) -> NDArray[np.bool_]:
+    """Of each prompt, whether all its rewards are equal; codes_N: the prompt of each rollout."""
+    highest, lowest = np.full(prompts, -np.inf), np.full(prompts, np.inf)
+    np.maximum.at(highest, codes_N, rewards_N)
+    np.minimum.at(lowest, codes_N, rewards_N)
+    same: NDArray[np.bool_] = highest == lowest
+    return same
+
+
+def _check_labels(counts: LabelCounts) -> None:
+    if counts.labelled_sequences:
+        return
+    raise ValueError(
+        f"no labels in {counts.rollouts} rollouts of {counts.prompts} prompts ({counts.unanimous_prompts_dropped} "
+        f"prompts dropped because their rewards agree, {counts.without_reward} rollouts without a reward): collect "
+        "more samples per prompt, or set fit.drop_unanimous = false"
+    )
 
 
 def _position(prompt_id: str, seed: int) -> float:

@@ -19,10 +19,13 @@ from qtilt_trainer.client import Guidance, GuidedClient, Sampling
 from qtilt_trainer.collect import sampling_of
 from qtilt_trainer.config import Decoding, EvaluateConfig, Method, SamplingConfig
 from qtilt_trainer.estimators import best_of_k, bootstrap_interval, majority_of_k
-from qtilt_trainer.generate import PlannedRequest, consecutive, generate, seed_of
+from qtilt_trainer.generate import generate
+from qtilt_trainer.plan import PlannedRequest, consecutive, seed_of
+from qtilt_trainer.rewards import Rules
 from qtilt_trainer.rollouts import Rollout, RolloutStore, rollout_id
 from qtilt_trainer.settings_file import claim
 from qtilt_trainer.tasks.problem import Problem, Task
+from qtilt_trainer.votes import votes
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +108,15 @@ async def evaluate(
     sampling: SamplingConfig,
     concurrency: int,
     settings: Callable[[Cell], dict[str, Any]],
+    rules: Rules | None = None,
 ) -> list[Record]:
     """The records of all cells of the grid; those already complete are read.
 
     value_model: NAME@VERSION of iteration `iteration`. settings: what a cell depends on, kept beside it.
+    A completion that can't be graded counts as the task's lowest reward; a prompt that the server refuses is left out.
     Raises ServerError; what had arrived is stored.
     """
+    rules = (rules or Rules()).for_evaluation()
     problems = task.problems("test", config.prompts)
     records = []
     for cell in grid(config):
@@ -122,8 +128,8 @@ async def evaluate(
         if record is None:
             store.remove_unfinished()
             plan = _missing_requests(cell, problems, number, store.ids(), value_model, config, sampling)
-            await generate(client, task, plan, store, concurrency, cell.name)
-            record = summarise(task, cell, problems, store.read(), config)
+            await generate(client, task, plan, store, concurrency, cell.name, rules)
+            record = summarise(task, cell, problems, store.read(ungraded=task.low), config)
             write_json(place / RECORD, asdict(record))
         logger.info("%s: %s", cell.name, record)
         records.append(record)
@@ -137,9 +143,11 @@ def summarise(
     by_prompt: dict[str, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
         by_prompt[rollout.prompt_id].append(rollout)
-    groups = [(problem, by_prompt[problem.id]) for problem in problems]
+    groups = [(problem, by_prompt[problem.id]) for problem in problems if problem.id in by_prompt]
+    if not groups:
+        raise ValueError(f"the server refused all {len(problems)} test prompts: see refused.jsonl of {cell.name}")
     rewards = [[rollout.reward for rollout in group] for _, group in groups]
-    answers = [[task.answer(problem, rollout.text) for rollout in group] for problem, group in groups]
+    answers = [votes(task, problem, [rollout.text for rollout in group]) for problem, group in groups]
     samples = _samples(cell, config)
     k = min(config.k or samples, samples)
     means = [float(np.mean(row)) for row in rewards]
@@ -153,7 +161,7 @@ def summarise(
         low=low,
         high=high,
         kl=float(np.mean([rollout.kl for rollout in rollouts])),
-        n=len(problems),
+        n=len(groups),
         samples=samples,
         k=k,
         maj_at_k=float(np.mean([majority_of_k(*pair, k) for pair in zip(answers, rewards, strict=True)])),

@@ -15,29 +15,31 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-from qtilt.checkpoint import BACKBONE_DIRECTORY, load_value_model, read_manifest, save_value_model
+from qtilt.checkpoint import load_tokenizer, read_manifest, save_value_model
 from qtilt.value_model import ValueModel
-from qtilt_trainer import metrics
+from qtilt_trainer import dataset, metrics
 from qtilt_trainer.atomic_file import write_json
 from qtilt_trainer.config import FitConfig
 from qtilt_trainer.dataset import (
     Batch,
     Example,
+    Examples,
     LabelCounts,
-    LabelledRollout,
     batches,
     collate,
     label_rollouts,
     split_prompts,
 )
+from qtilt_trainer.low_rank_fit import load_for_fit, update_of
+from qtilt_trainer.precision import product_dtype
 from qtilt_trainer.progress import progress_bar
 from qtilt_trainer.schedule import warmup_cosine
 
@@ -53,15 +55,8 @@ HELD_OUT_SEQUENCES = 2048
 """At most this many held-out sequences are scored, always the same ones."""
 
 
-class SampledRollout(LabelledRollout, Protocol):
-    """A rollout that also says how it was sampled."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def sampling_top_k(self) -> int: ...
+COLUMNS = (*dataset.COLUMNS, "temperature", "top_p", "sampling_top_k")
+"""Of the roll-out store: what a fit reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +89,14 @@ def fit_record_path(directory: Path) -> Path:
 
 def fit_value_model(
     model_dir: Path,
-    rollouts: Sequence[SampledRollout],
+    rollouts: pa.Table,
     out: Path,
     config: FitConfig,
     provenance: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Fits the value model in `model_dir` to `rollouts` and writes the new directory `out`, atomically.
 
+    rollouts: COLUMNS of the store.
     The record goes to `fit_record_path(out)` before the directory appears: whoever sees the directory has both.
     Raises ValueError when the rollouts hold no labels, were sampled with different settings, have returns outside
     the model's range or tokens outside its vocabulary; CheckpointError for a bad `model_dir` or an existing `out`.
@@ -108,35 +104,41 @@ def fit_value_model(
     sampling = _common_sampling(rollouts)
     examples, labels = label_rollouts(rollouts, config.drop_unanimous)
     training, held_out = split_prompts(examples, config.held_out, config.seed)
-    model = load_value_model(model_dir, device=_device())
+    device = _device()
+    model, initial = load_for_fit(model_dir, device)
     _check_fits(examples, model)
     history = fit(model, training, held_out, config)
     result = FitResult(out, labels, history)
     settings = config.model_dump(mode="json")
-    initial = read_manifest(model_dir).provenance
     write_json(
         fit_record_path(out),
-        {"labels": labels.to_dict(), "config": settings, "history": [asdict(point) for point in history]},
+        {
+            "labels": labels.to_dict(),
+            "config": settings,
+            "precision": _name(product_dtype(config.precision, device)),
+            "history": [asdict(point) for point in history],
+        },
     )
+    known = {"rollouts": sampling, "fit": settings, "labels": labels.to_dict(), **(provenance or {})}
     save_value_model(
         model,
         out,
-        AutoTokenizer.from_pretrained(model_dir / BACKBONE_DIRECTORY, local_files_only=True),
-        {**initial, "rollouts": sampling, "fit": settings, "labels": labels.to_dict(), **(provenance or {})},
+        load_tokenizer(model_dir),
+        {**read_manifest(model_dir).provenance, **known},
+        None if initial is None else update_of(model, initial.base, initial.rank),
     )
     return result
 
 
-def fit(
-    model: ValueModel, training: Sequence[Example], held_out: Sequence[Example], config: FitConfig
-) -> list[FitPoint]:
-    """Fits `model` in place and leaves it in evaluation mode; returns the training curves.
+def fit(model: ValueModel, training: Examples, held_out: Sequence[Example], config: FitConfig) -> list[FitPoint]:
+    """Fits what requires gradients of `model` in place, leaves it in evaluation mode, and returns the training curves.
 
     Raises ValueError when the loss diverges.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = next(model.parameters()).device
+    dtype = product_dtype(config.precision, device)
     total = _total_steps(len(training), config)
     scored = list(held_out[:HELD_OUT_SEQUENCES])
     report_every = max(1, math.ceil(total / HISTORY_POINTS))
@@ -145,12 +147,12 @@ def fit(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         steps = progress_bar("fit", "step", total, _steps(training, total, config))
-        for step, loss in enumerate(_optimise(model, steps, total, config), start=1):
+        for step, loss in enumerate(_optimise(model, steps, total, config, dtype), start=1):
             if not math.isfinite(loss):
                 raise ValueError(f"the training loss became {loss} in step {step}: lower fit.learning_rate")
             losses.append(loss)
             if step % report_every == 0 or step == total:
-                history.append(_point(model, step, float(np.mean(losses)), scored))
+                history.append(_point(model, step, float(np.mean(losses)), scored, dtype))
                 losses.clear()
                 steps.set_postfix(loss=history[-1].train_loss, auc=history[-1].auc, refresh=False)
     model.eval().requires_grad_(False)
@@ -158,53 +160,58 @@ def fit(
     return history
 
 
-def _optimise(model: ValueModel, steps: Iterable[list[Example]], total: int, config: FitConfig) -> Iterator[float]:
+def _optimise(
+    model: ValueModel, steps: Iterable[list[Example]], total: int, config: FitConfig, dtype: torch.dtype
+) -> Iterator[float]:
     """Takes one optimiser step for each batch and yields its loss in nats."""
-    model.requires_grad_(True)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warmup_cosine(total))
     for examples in steps:
         model.train()
         optimiser.zero_grad(set_to_none=True)
         loss = 0.0
         for part in _forwards(examples):
-            part_loss = sequence_losses(model, collate(part)).sum() / len(examples)
+            part_loss = sequence_losses(model, collate(part), dtype).sum() / len(examples)
             part_loss.backward()
             loss += float(part_loss.detach())
-        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
+        nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP)
         optimiser.step()
         schedule.step()
         yield loss
 
 
-def sequence_losses(model: ValueModel, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood of the return over each sequence's labelled tokens, in nats: float32 `[N]`."""
-    logits_NTA, labelled_NT = _taken_logits(model, batch)
+def sequence_losses(model: ValueModel, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Mean negative log-likelihood of the return over each sequence's labelled tokens, in nats: float32 `[N]`.
+
+    dtype: of the backbone's products.
+    """
+    logits_NTA, labelled_NT = _taken_logits(model, batch, dtype)
     return_N = batch.reward_N.to(logits_NTA.device)
     nll_NT = model.distribution.nll(logits_NTA, return_N.unsqueeze(-1).expand(labelled_NT.shape))
     return (nll_NT * labelled_NT).sum(-1) / labelled_NT.sum(-1)
 
 
-def _taken_logits(model: ValueModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def _taken_logits(model: ValueModel, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     # Right padding under causal attention needs no mask, and without one attention takes its fast path.
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits_NTA = model.taken_logits(batch.token_ids_NT.to(device))
-    return logits_NTA.float(), batch.labelled_NT.to(device)
+    return logits_NTA, batch.labelled_NT.to(device)
 
 
 @torch.inference_mode()
-def _point(model: ValueModel, step: int, train_loss: float, held_out: Sequence[Example]) -> FitPoint:
+def _point(
+    model: ValueModel, step: int, train_loss: float, held_out: Sequence[Example], dtype: torch.dtype
+) -> FitPoint:
     if not held_out:
         return FitPoint(step, train_loss, None, None, None)
     model.eval()
     losses, predicted, observed = [], [], []
     for part in _forwards(sorted(held_out, key=lambda example: len(example.token_ids))):
         batch = collate(part)
-        logits_NTA, labelled_NT = _taken_logits(model, batch)
-        losses.append(sequence_losses(model, batch))
+        logits_NTA, labelled_NT = _taken_logits(model, batch, dtype)
+        losses.append(sequence_losses(model, batch, dtype))
         predicted.append(model.distribution.mean(logits_NTA)[labelled_NT].cpu())
         observed.append(batch.reward_N.unsqueeze(-1).expand(labelled_NT.shape)[labelled_NT.cpu()])
     low, high = model.distribution.v_min, model.distribution.v_max
@@ -229,7 +236,7 @@ def _total_steps(sequences: int, config: FitConfig) -> int:
     return math.ceil(config.epochs * math.ceil(sequences / config.batch_size))
 
 
-def _steps(training: Sequence[Example], total: int, config: FitConfig) -> Iterator[list[Example]]:
+def _steps(training: Examples, total: int, config: FitConfig) -> Iterator[list[Example]]:
     """`total` batches, epoch after epoch in new orders."""
     taken = 0
     for epoch in range(total):
@@ -253,8 +260,9 @@ def _forwards(examples: Sequence[Example]) -> Iterator[list[Example]]:
     yield part
 
 
-def _common_sampling(rollouts: Sequence[SampledRollout]) -> dict[str, float]:
-    settings = {(rollout.temperature, rollout.top_p, rollout.sampling_top_k) for rollout in rollouts}
+def _common_sampling(rollouts: pa.Table) -> dict[str, float]:
+    names = ["temperature", "top_p", "sampling_top_k"]
+    settings = {tuple(row.values()) for row in rollouts.select(names).group_by(names).aggregate([]).to_pylist()}
     if len(settings) > 1:
         raise ValueError(
             f"the rollouts were sampled with different (temperature, top_p, top_k): {sorted(settings)}; "
@@ -277,6 +285,10 @@ def _check_fits(examples: Sequence[Example], model: ValueModel) -> None:
     longest = max(len(example.token_ids) for example in examples)
     if longest > model.max_positions:
         raise ValueError(f"a rollout has {longest} tokens, but the value model covers {model.max_positions} positions")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _device() -> torch.device:

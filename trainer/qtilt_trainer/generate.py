@@ -1,82 +1,55 @@
-"""Runs planned requests against the server, grades the completions and stores them in parts as they arrive.
+"""Runs planned requests against the server and hands the completions to the writer as they arrive.
 
 What is planned and why is the business of collect.py and evaluate.py. A process killed here loses at most the
 completions that are not yet in a part; planning again with the store's ids skips the rest.
 """
 
 import asyncio
-import hashlib
-import itertools
-import time
+import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-from qtilt_trainer.client import Completion, Guidance, GuidedClient, Sampling
+from qtilt_trainer.client import GuidedClient, PromptRefusedError
+from qtilt_trainer.plan import PlannedRequest
 from qtilt_trainer.progress import progress_bar
-from qtilt_trainer.rollouts import Rollout, RolloutStore, rollout_id
-from qtilt_trainer.tasks.problem import Problem, Split, Task
+from qtilt_trainer.refused import RefusedPrompts
+from qtilt_trainer.rewards import Rules, TooManyFailuresError, is_above
+from qtilt_trainer.rollouts import RolloutStore
+from qtilt_trainer.tasks.problem import Task
+from qtilt_trainer.writer import Writer
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-PART_ROLLOUTS = 256
-PART_SECONDS = 20.0
-"""A part is written when it has so many roll-outs or is so old."""
-GRADING_THREADS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRequest:
-    """Completions of one prompt that are asked for together."""
-
-    iteration: int
-    split: Split
-    problem: Problem
-    samples: tuple[int, ...]
-    """Sample numbers, one a completion."""
-    seed: int
-    """Of the first completion; the server gives each further one the next seed."""
-    sampling: Sampling
-    guidance: Guidance | None
-
-    @property
-    def ids(self) -> list[str]:
-        """The roll-out ids this request will give."""
-        return [rollout_id(self.iteration, self.problem.id, sample) for sample in self.samples]
-
-
-def seed_of(seed: int, what: str) -> int:
-    """A seed that depends only on the run's seed and on what it is for: order and resumption don't matter."""
-    digest = hashlib.sha256(f"{seed}/{what}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
-
-
-def consecutive(samples: Sequence[int]) -> list[tuple[int, ...]]:
-    """Cuts ascending sample numbers where one is left out.
-
-    Sample i of a prompt has the prompt's seed + i and the i-th completion of a request the request's seed + i: samples
-    asked for together must be neighbours.
-    """
-    runs = itertools.groupby(enumerate(samples), key=lambda pair: pair[1] - pair[0])
-    return [tuple(sample for _, sample in run) for _, run in runs]
+logger = logging.getLogger(__name__)
 
 
 async def generate(
-    client: GuidedClient, task: Task, plan: Sequence[PlannedRequest], store: RolloutStore, concurrency: int, label: str
+    client: GuidedClient,
+    task: Task,
+    plan: Sequence[PlannedRequest],
+    store: RolloutStore,
+    concurrency: int,
+    label: str,
+    rules: Rules | None = None,
 ) -> None:
-    """Makes every planned roll-out and stores it.
+    """Makes every planned roll-out, stores and grades it.
 
-    Raises ServerError when the server stays away or refuses; what had arrived is stored before.
+    Prompts that the server refuses are noted and left out, now and later.
+    Raises ServerError when the server stays away, TooManyFailuresError above the shares that `rules` allows; what had
+    arrived is stored before.
     """
+    rules = rules or Rules()
+    known = RefusedPrompts(store.directory).ids()
+    plan = [request for request in plan if request.problem.id not in known]
     if not plan:
         return
     model = await client.model()
-    pending = iter(plan)
     total = sum(len(request.samples) for request in plan)
-    with progress_bar(label, "rollout", total) as progress, _Writer(task, store, model, progress) as writer:
-        workers = [asyncio.create_task(_work(client, pending, writer)) for _ in range(min(concurrency, len(plan)))]
+    problems = {request.problem.id: request.problem for request in plan}
+    with (
+        progress_bar(label, "rollout", total) as progress,
+        Writer(task, store, model, problems, rules, progress) as writer,
+    ):
+        asking = _Asking(client, writer, RefusedPrompts(store.directory), rules)
+        pending = iter(plan)
+        workers = [asyncio.create_task(asking.work(pending)) for _ in range(min(concurrency, len(plan)))]
         try:
             await asyncio.gather(*workers)
         finally:
@@ -85,95 +58,38 @@ async def generate(
             await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def _work(client: GuidedClient, pending: Iterator[PlannedRequest], writer: "_Writer") -> None:
-    for request in pending:
-        completions = await client.complete(
-            request.problem.prompt, len(request.samples), request.seed, request.sampling, request.guidance
-        )
-        await writer.add(request, completions)
+class _Asking:
+    """What the workers of one `generate` share."""
 
+    def __init__(self, client: GuidedClient, writer: Writer, refused: RefusedPrompts, rules: Rules) -> None:
+        self._client, self._writer, self._refused, self._rules = client, writer, refused, rules
+        self._asked: set[str] = set()
+        self._refused_now: set[str] = set()
 
-class _Writer:
-    """Collects answered requests and writes them as parts, graded, without holding up the requests under way."""
+    async def work(self, pending: Iterator[PlannedRequest]) -> None:
+        for request in pending:
+            if request.problem.id in self._refused_now:
+                continue
+            self._asked.add(request.problem.id)
+            try:
+                completions = await self._client.complete(
+                    request.problem.prompt, len(request.samples), request.seed, request.sampling, request.guidance
+                )
+            except PromptRefusedError as refusal:
+                self._note(request.problem.id, refusal)
+            else:
+                await self._writer.add(request, completions)
 
-    def __init__(self, task: Task, store: RolloutStore, model: str, progress: "tqdm[Any]") -> None:
-        self._task, self._store, self._model, self._progress = task, store, model, progress
-        self._arrived: list[tuple[PlannedRequest, Completion, int]] = []
-        self._graders = ThreadPoolExecutor(GRADING_THREADS, "grading")
-        # One thread: parts are numbered, and written one after the other.
-        self._thread = ThreadPoolExecutor(1, "parts")
-        self._parts: list[Future[None]] = []
-        self._last_part = time.monotonic()
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Writes the rest, also when the requests ended in an error or an interrupt."""
-        try:
-            self._write_arrived()
-            for part in self._parts:
-                part.result()
-        finally:
-            self._thread.shutdown()
-            self._graders.shutdown()
-
-    async def add(self, request: PlannedRequest, completions: list[Completion]) -> None:
-        self._arrived += [(request, completion, index) for index, completion in enumerate(completions)]
-        self._progress.update(len(completions))
-        if len(self._arrived) >= PART_ROLLOUTS or time.monotonic() - self._last_part >= PART_SECONDS:
-            # Shielded: when another request fails, this part is still written.
-            await asyncio.shield(asyncio.wrap_future(self._write_arrived()))
-
-    def _write_arrived(self) -> "Future[None]":
-        part, self._arrived, self._last_part = self._arrived, [], time.monotonic()
-        self._parts.append(self._thread.submit(self._write, part))
-        return self._parts[-1]
-
-    def _write(self, part: list[tuple[PlannedRequest, Completion, int]]) -> None:
-        rewards = self._graders.map(lambda item: self._reward(item[0].problem, item[1].text), part)
-        rollouts = [self._rollout(*item, reward) for item, reward in zip(part, rewards, strict=True)]
-        self._store.append(rollouts)
-
-    def _reward(self, problem: Problem, text: str) -> float:
-        reward = float(self._task.reward(problem, text))
-        if not self._task.low <= reward <= self._task.high:
-            raise ValueError(
-                f"task {self._task.name} gave reward {reward} for {problem.id}, outside its own range "
-                f"[{self._task.low}, {self._task.high}]"
+    def _note(self, prompt_id: str, refusal: PromptRefusedError) -> None:
+        if prompt_id in self._refused_now:
+            return
+        self._refused_now.add(prompt_id)
+        self._refused.add(prompt_id, str(refusal))
+        logger.warning("prompt %s is left out: %s", prompt_id, refusal)
+        refused, asked = len(self._refused_now), len(self._asked)
+        if is_above(refused, asked, self._rules.max_refused_share):
+            raise TooManyFailuresError(
+                f"the server refused {refused} of {asked} prompts, more than collect.max_refused_share = "
+                f"{self._rules.max_refused_share:g} allows, the last with: {refusal}; all are in {self._refused.file}. "
+                "Mend what it complains of and start again with --retry-refused"
             )
-        return reward
-
-    def _rollout(self, request: PlannedRequest, completion: Completion, index: int, reward: float) -> Rollout:
-        guidance, sampling = request.guidance, request.sampling
-        return Rollout(
-            rollout_id=request.ids[index],
-            iteration=request.iteration,
-            prompt_id=request.problem.id,
-            split=request.split,
-            prompt_token_ids=completion.prompt_token_ids,
-            token_ids=completion.token_ids,
-            text=completion.text,
-            finish_reason=completion.finish_reason,
-            ended=completion.ended,
-            switch_point=_switch_point(guidance, sampling),
-            guided_tokens=completion.guided_tokens,
-            reward=reward,
-            value_model=completion.value_model,
-            eta=guidance.eta if guidance is not None else None,
-            method=guidance.method if guidance is not None else None,
-            guidance_top_k=completion.top_k,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            sampling_top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            seed=request.seed + index,
-            model=self._model,
-            kl=completion.kl,
-        )
-
-
-def _switch_point(guidance: Guidance | None, sampling: Sampling) -> int:
-    if guidance is None:
-        return 0
-    return sampling.max_tokens if guidance.guided_tokens is None else guidance.guided_tokens

@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from qtilt_trainer.atomic_file import write_json
 from qtilt_trainer.client import GuidedClient
 from qtilt_trainer.collect import Missing, missing_samples, plan_requests
@@ -27,6 +29,7 @@ from qtilt_trainer.config import EvaluateConfig, LoopConfig, ValueModelConfig
 from qtilt_trainer.evaluate import Cell, Record, evaluate
 from qtilt_trainer.generate import generate
 from qtilt_trainer.publish import path_on_server, publish
+from qtilt_trainer.rewards import Grader, Rules, report_rewards
 from qtilt_trainer.rollouts import RolloutStore
 from qtilt_trainer.settings_file import claim
 from qtilt_trainer.tasks import Task, make_task
@@ -76,9 +79,18 @@ class Run:
         settings = self.store.directory / f"iteration-{iteration:03d}" / "settings.json"
         claim(settings, self._collect_settings(iteration), begun=self.store.has(iteration))
         self.store.remove_unfinished()
+        self._grade_stored(iteration)
         missing = missing_samples(self.task, iteration, self.store, config)
         if missing:
             asyncio.run(self._collect(iteration, missing))
+        report_rewards(self.store, iteration)
+
+    def _grade_stored(self, iteration: int) -> None:
+        """Grades what a killed process had stored, and what couldn't be graded before."""
+        problems = self.task.problems("train", self.config.collect_of(iteration).prompts)
+        grader = Grader(self.task, self.store, {problem.id: problem for problem in problems}, self._rules())
+        grader.grade_missing(iteration)
+        grader.check_share(iteration)
 
     async def _collect(self, iteration: int, missing: Missing) -> None:
         config, sampling = self.config.collect_of(iteration), self.config.sampling
@@ -87,7 +99,7 @@ class Run:
             value_model = await self._publish(client, rolls_in) if rolls_in is not None else None
             plan = plan_requests(missing, iteration, self.store, config, sampling, value_model)
             label = f"collect {iteration}"
-            await generate(client, self.task, plan, self.store, self.config.server.concurrency, label)
+            await generate(client, self.task, plan, self.store, self.config.server.concurrency, label, self._rules())
 
     def fit(self, iteration: int) -> None:
         """Fits the value model of `iteration` on the roll-outs of all iterations up to it, unless that is done."""
@@ -95,10 +107,10 @@ class Run:
         if _made(directory, self._fit_settings(iteration)):
             return
         self._check_collected(iteration)
-        from qtilt_trainer.fit import fit_value_model
+        from qtilt_trainer.fit import COLUMNS, fit_value_model
 
         self.initialise()
-        rollouts = [rollout for number in range(1, iteration + 1) for rollout in self.store.read(number)]
+        rollouts = pa.concat_tables(self.store.table(number, COLUMNS) for number in range(1, iteration + 1))
         provenance = {"iteration": iteration, "task": self.task.name}
         fit_value_model(self.value_model_directory(0), rollouts, directory, self.config.fit_of(iteration), provenance)
 
@@ -110,7 +122,15 @@ class Run:
         from qtilt_trainer.initialise import initialise_value_model
 
         config = self.config.value_model
-        initialise_value_model(config.backbone, config.type, distribution_of(config), directory, config.head_std)
+        initialise_value_model(
+            config.backbone,
+            config.type,
+            distribution_of(config),
+            directory,
+            config.head_std,
+            layers=config.layers,
+            low_rank=config.low_rank,
+        )
 
     def publish(self, iteration: int) -> str:
         """NAME@VERSION under which the server has the value model of `iteration`; loads it if it hasn't."""
@@ -184,13 +204,19 @@ class Run:
                 self.config.sampling,
                 self.config.server.concurrency,
                 lambda cell: self._evaluate_settings(config, cell, iteration),
+                self._rules(),
             )
+
+    def _rules(self) -> Rules:
+        reward, refused = self.config.reward, self.config.collect.max_refused_share
+        return Rules(reward.truncated, reward.max_failed_share, refused)
 
     def _collect_settings(self, iteration: int) -> dict[str, Any]:
         return {
             "task": self.config.task.model_dump(mode="json"),
             "sampling": self.config.sampling.model_dump(mode="json"),
-            "collect": self.config.collect_of(iteration).model_dump(mode="json"),
+            "collect": self.config.collect_of(iteration).model_dump(mode="json", exclude={"max_refused_share"}),
+            "reward": self.config.reward.model_dump(mode="json", include={"truncated"}),
         }
 
     def _fit_settings(self, iteration: int) -> dict[str, Any]:

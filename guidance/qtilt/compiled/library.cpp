@@ -22,9 +22,10 @@ TORCH_LIBRARY(qtilt, library) {
       "reference_mass(Tensor logits, Tensor token_ids, Tensor valid, Tensor temperature) -> (Tensor, Tensor)",
       qtilt::reference_mass);
   library.def(
-      "tilt(Tensor logits, Tensor token_ids, Tensor valid, Tensor offsets, Tensor floor, Tensor temperature) -> Tensor",
-      qtilt::tilt);
+      "drops(Tensor log_mass, Tensor scored, Tensor offsets, Tensor floor, bool with_mean) -> (Tensor, Tensor)",
+      qtilt::drops);
   library.def(
-      "kl_divergence(Tensor candidates, Tensor rest, Tensor valid, Tensor offsets, Tensor floor) -> Tensor",
-      qtilt::kl_divergence);
+      "tilt(Tensor logits, Tensor token_ids, Tensor drops, Tensor others, Tensor temperature) -> Tensor", qtilt::tilt);
+  library.def(
+      "divergence(Tensor log_mass, Tensor rest, Tensor drops, Tensor others) -> Tensor", qtilt::divergence);
 }

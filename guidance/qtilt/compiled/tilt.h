@@ -123,71 +123,112 @@ inline std::tuple<Tensor, Tensor> reference_mass(
   return {candidates_BK, rest_B1};
 }
 
-// The offsets of a row's candidates [K] and, last, that of all other tokens, shifted so that the largest is 0.
-inline void below_the_largest(
-    const double* offsets_K, const bool* valid_K, int64_t count, double floor, double* shifted) {
-  double largest = LOG_OF_NOTHING;
-  for (int64_t i = 0; i < count; i++) {
-    shifted[i] = valid_K[i] ? offsets_K[i] : floor;
-    largest = shifted[i] <= largest || std::isnan(largest) ? largest : shifted[i];
+// ln Σ e^x of a few numbers. NaN when one of them is.
+inline double log_sum_exp(const double* x, int64_t size) {
+  double most = LOG_OF_NOTHING, total = 0;
+  for (int64_t i = 0; i < size; i++) most = x[i] <= most || std::isnan(most) ? most : x[i];
+  if (most == LOG_OF_NOTHING) return most;
+  for (int64_t i = 0; i < size; i++) total += std::exp(x[i] - most);
+  return most + std::log(total);
+}
+
+// What tokens other than a row's scored candidates lose with the tail `mean`, given what the scored ones do.
+inline double mean_drop(const double* log_mass_K, const bool* scored_K, const double* drops_K, int64_t count) {
+  std::vector<double> before, after;
+  double furthest = 0;
+  for (int64_t i = 0; i < count; i++)
+    if (scored_K[i]) {
+      before.push_back(log_mass_K[i]);
+      after.push_back(log_mass_K[i] - drops_K[i]);
+      furthest = std::max(furthest, drops_K[i]);
+    }
+  const double log_total = log_sum_exp(before.data(), before.size());
+  if (!(log_total > LOG_OF_NOTHING)) return 0;
+  // A mean is between the ends, whatever was rounded.
+  return std::clamp(log_total - log_sum_exp(after.data(), after.size()), 0.0, furthest);
+}
+
+inline std::tuple<Tensor, Tensor> drops(
+    const Tensor& log_mass, const Tensor& scored, const Tensor& offsets, const Tensor& floor, bool with_mean) {
+  const int64_t rows = scored.size(0), count = scored.size(1);
+  const Tensor log_mass_BK = log_mass.contiguous(), scored_BK = scored.contiguous();
+  const Tensor offsets_BK = offsets.to(at::kDouble).contiguous(), floor_B = floor.to(at::kDouble).contiguous();
+  Tensor drops_BK = at::empty({rows, count}, offsets_BK.options());
+  Tensor others_B1 = at::empty({rows, 1}, offsets_BK.options());
+  for (int64_t b = 0; b < rows; b++) {
+    const bool* scored_K = scored_BK.const_data_ptr<bool>() + b * count;
+    const double* offsets_K = offsets_BK.const_data_ptr<double>() + b * count;
+    double* drops_K = drops_BK.mutable_data_ptr<double>() + b * count;
+    const double lowest = floor_B.const_data_ptr<double>()[b];
+    // A NaN is the largest, as in torch.
+    double largest = with_mean ? LOG_OF_NOTHING : lowest;
+    for (int64_t i = 0; i < count; i++)
+      if (scored_K[i]) largest = offsets_K[i] <= largest || std::isnan(largest) ? largest : offsets_K[i];
+    for (int64_t i = 0; i < count; i++) drops_K[i] = largest - offsets_K[i];
+    const double others = with_mean
+        ? mean_drop(log_mass_BK.const_data_ptr<double>() + b * count, scored_K, drops_K, count)
+        : largest - lowest;
+    for (int64_t i = 0; i < count; i++) drops_K[i] = scored_K[i] ? drops_K[i] : others;
+    others_B1.mutable_data_ptr<double>()[b] = others;
   }
-  shifted[count] = floor;
-  for (int64_t i = 0; i <= count; i++) shifted[i] -= largest;
+  return {drops_BK, others_B1};
 }
 
 inline Tensor tilt(
-    const Tensor& logits_BV, const Tensor& token_ids, const Tensor& valid, const Tensor& offsets, const Tensor& floor,
+    const Tensor& logits_BV, const Tensor& token_ids, const Tensor& drops, const Tensor& others,
     const Tensor& temperature) {
   const int64_t rows = token_ids.size(0), count = token_ids.size(1), size = logits_BV.size(1);
-  const Tensor token_ids_BK = token_ids.contiguous(), valid_BK = valid.contiguous();
-  const Tensor offsets_BK = offsets.to(at::kDouble).contiguous(), floor_B = floor.to(at::kDouble).contiguous();
+  const Tensor token_ids_BK = token_ids.contiguous(), drops_BK = drops.contiguous(), others_B1 = others.contiguous();
   const Tensor temperature_B = temperature.to(at::kDouble).contiguous();
   Tensor tilted_BV = at::empty({rows, size}, logits_BV.options());
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> shifted(count + 1);
     for (int64_t b = begin; b < end; b++) {
       const float* logits = numbers(logits_BV) + b * logits_BV.stride(0);
       const int64_t* ids = token_ids_BK.const_data_ptr<int64_t>() + b * count;
+      const double* drops_K = drops_BK.const_data_ptr<double>() + b * count;
       float* tilted = writable(tilted_BV) + b * size;
       const double scale = scale_of(temperature_B.const_data_ptr<double>()[b]);
-      below_the_largest(
-          offsets_BK.const_data_ptr<double>() + b * count, valid_BK.const_data_ptr<bool>() + b * count, count,
-          floor_B.const_data_ptr<double>()[b], shifted.data());
-      const float others = static_cast<float>(scale * shifted[count]);
+      const float others_drop = static_cast<float>(scale * others_B1.const_data_ptr<double>()[b]);
 #pragma omp simd
-      for (int64_t v = 0; v < size; v++) tilted[v] = logits[v] + others;
-      for (int64_t i = 0; i < count; i++) tilted[ids[i]] = logits[ids[i]] + static_cast<float>(scale * shifted[i]);
+      for (int64_t v = 0; v < size; v++) tilted[v] = logits[v] - others_drop;
+      for (int64_t i = 0; i < count; i++) tilted[ids[i]] = logits[ids[i]] - static_cast<float>(scale * drops_K[i]);
     }
   });
   return tilted_BV;
 }
 
-inline Tensor kl_divergence(
-    const Tensor& candidates, const Tensor& rest, const Tensor& valid, const Tensor& offsets, const Tensor& floor) {
-  const int64_t rows = candidates.size(0), count = candidates.size(1);
-  const Tensor candidates_BK = candidates.contiguous(), rest_B1 = rest.contiguous();
-  Tensor kl_B = at::empty({rows}, candidates_BK.options());
-  const Tensor valid_BK = valid.contiguous();
-  const Tensor offsets_BK = offsets.to(at::kDouble).contiguous(), floor_B = floor.to(at::kDouble).contiguous();
-  std::vector<double> shifted(count + 1), log_weight(count + 1);
-  const double* masses = candidates_BK.const_data_ptr<double>();
+// KL of p·e^(−drop)/Z from p. log_weight has room for as many numbers.
+inline double kl_of(const double* log_mass, const double* drops, int64_t size, double* log_weight) {
+  for (int64_t i = 0; i < size; i++) log_weight[i] = log_mass[i] == LOG_OF_NOTHING ? LOG_OF_NOTHING : log_mass[i] - drops[i];
+  const double log_z = log_sum_exp(log_weight, size);
+  double kl = 0;
+  for (int64_t i = 0; i < size; i++)
+    if (log_weight[i] != LOG_OF_NOTHING) kl += std::exp(log_weight[i] - log_z) * (-drops[i] - log_z);
+  return std::isnan(kl) ? kl : std::max(kl, 0.0);
+}
+
+inline Tensor divergence(const Tensor& log_mass, const Tensor& rest, const Tensor& drops, const Tensor& others) {
+  const int64_t rows = log_mass.size(0), count = log_mass.size(1);
+  const Tensor log_mass_BK = log_mass.contiguous(), rest_B1 = rest.contiguous();
+  const Tensor drops_BK = drops.contiguous(), others_B1 = others.contiguous();
+  Tensor divergence_B3 = at::empty({rows, 3}, log_mass_BK.options());
+  // Of the candidates and, last, of all other tokens.
+  std::vector<double> log_mass_M(count + 1), drops_M(count + 1), log_weight_M(count + 1);
   for (int64_t b = 0; b < rows; b++) {
-    below_the_largest(
-        offsets_BK.const_data_ptr<double>() + b * count, valid_BK.const_data_ptr<bool>() + b * count, count,
-        floor_B.const_data_ptr<double>()[b], shifted.data());
-    double most = LOG_OF_NOTHING, total = 0, kl = 0;
-    for (int64_t i = 0; i <= count; i++) {
-      const double log_mass = i < count ? masses[b * count + i] : rest_B1.const_data_ptr<double>()[b];
-      log_weight[i] = log_mass == LOG_OF_NOTHING ? LOG_OF_NOTHING : log_mass + shifted[i];
-      most = log_weight[i] <= most || std::isnan(most) ? most : log_weight[i];
-    }
-    for (int64_t i = 0; i <= count; i++) total += log_weight[i] == LOG_OF_NOTHING ? 0 : std::exp(log_weight[i] - most);
-    const double log_z = most + std::log(total);
-    for (int64_t i = 0; i <= count; i++)
-      if (log_weight[i] != LOG_OF_NOTHING) kl += std::exp(log_weight[i] - log_z) * (shifted[i] - log_z);
-    kl_B.mutable_data_ptr<double>()[b] = std::isnan(kl) ? kl : std::max(kl, 0.0);
+    std::copy_n(log_mass_BK.const_data_ptr<double>() + b * count, count, log_mass_M.begin());
+    std::copy_n(drops_BK.const_data_ptr<double>() + b * count, count, drops_M.begin());
+    log_mass_M[count] = rest_B1.const_data_ptr<double>()[b];
+    drops_M[count] = others_B1.const_data_ptr<double>()[b];
+    double* row = divergence_B3.mutable_data_ptr<double>() + b * 3;
+    row[0] = kl_of(log_mass_M.data(), drops_M.data(), count + 1, log_weight_M.data());
+    const double log_candidates = log_sum_exp(log_mass_M.data(), count);
+    for (int64_t i = 0; i < count; i++)
+      log_mass_M[i] = log_mass_M[i] == LOG_OF_NOTHING ? LOG_OF_NOTHING : log_mass_M[i] - log_candidates;
+    row[1] = kl_of(log_mass_M.data(), drops_M.data(), count, log_weight_M.data());
+    const double mass = std::exp(log_candidates);
+    row[2] = std::isnan(mass) ? mass : std::min(mass, 1.0);
   }
-  return kl_B;
+  return divergence_B3;
 }
 
 }  // namespace qtilt

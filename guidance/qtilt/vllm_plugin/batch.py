@@ -233,5 +233,5 @@ def guide_rows(version: ResidentVersion, together: Together, logits_BV: Tensor) 
     logits_BV[together.where] = guided.logits_GV
     for position, row in enumerate(rows):
         if row.record is not None:
-            row.record.write(len(row.output_token_ids), guided.kl_G, guided.candidates_G, position)
-    return ~guided.kl_G.isnan()
+            row.record.write(len(row.output_token_ids), guided.divergence_G3, guided.candidates_G, position)
+    return ~guided.failed

@@ -254,6 +254,7 @@ def _engine_settings(vllm_config: VllmConfig, config: PluginConfig, device: torc
         device=device,
         kv_fraction=config.kv_fraction,
         kernels=_custom_ops,
+        served=[vllm_config.model_config.model],
     )
 
 

@@ -1,4 +1,4 @@
-"""What guidance did per generated token, the KL(guided ‖ reference) above all, kept until the server asks for it.
+"""What guidance did per generated token, the KLs(guided ‖ reference) above all, kept until the server asks for it.
 
 A processor sees no request id, and the children of n > 1 share one trace id. So a record is found by what was
 generated: the KL of the step that follows n tokens depends on those n tokens only, and equal tokens have equal KL.
@@ -21,13 +21,30 @@ from qtilt.vllm_plugin.failure import GuidanceFailure
 
 
 class GuidanceSummary(TypedDict):
-    """What was done to one returned choice: how many of its tokens were guided, their summed KL in nats, and how many
-    candidates were scored for one of them in the mean.
+    """What was done to one returned choice, over its guided tokens.
+
+    kl, kl_candidates: summed, in nats; see :class:`qtilt.tilt.Divergence`. mass: the reference's in the candidates, in
+    the mean, None without a guided token. candidates: how many were scored for one of them in the mean.
     """
 
     guided_tokens: int
     kl: float
+    kl_candidates: float
+    mass: float | None
     candidates: float
+
+
+def summarise(divergence_N3: Tensor, candidates_N: Tensor) -> GuidanceSummary:
+    """Of the guided steps of a choice, on the host: the columns of ``Divergence``, and how many were scored."""
+    guided = len(candidates_N)
+    kl, kl_candidates, mass = divergence_N3.sum(0).tolist()
+    return {
+        "guided_tokens": guided,
+        "kl": kl,
+        "kl_candidates": kl_candidates,
+        "mass": mass / guided if guided else None,
+        "candidates": float(candidates_N.double().mean()) if guided else 0.0,
+    }
 
 
 class MayFail(Protocol):
@@ -112,9 +129,9 @@ class Record:
         self._closed_at: int | None = None
         self.failure: GuidanceFailure | None = None
 
-    def write(self, step: int, kl_B: Tensor, candidates_B: Tensor, row: int) -> None:
-        """The KL and the number of scored candidates, by row, of the step after ``step`` generated tokens."""
-        self._rows_by_step[step] = (kl_B, candidates_B, row)
+    def write(self, step: int, divergence_B3: Tensor, candidates_B: Tensor, row: int) -> None:
+        """The divergence and the number of scored candidates, by row, of the step after ``step`` generated tokens."""
+        self._rows_by_step[step] = (divergence_B3, candidates_B, row)
 
     def fail(self, failure: GuidanceFailure, step: int) -> None:
         """Guidance of the token drawn after ``step`` generated ones has failed, and there is none after it.
@@ -155,11 +172,10 @@ class Record:
         """Over the guided steps of the first ``tokens_returned`` tokens."""
         guided = self._guided_steps(tokens_returned)
         if guided == 0:
-            return {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0}
+            return summarise(torch.zeros(0, 3), torch.zeros(0))
         rows = [self._rows_by_step[step] for step in range(guided)]
-        kl = torch.stack([kl_B[row] for kl_B, _, row in rows]).double().sum()
-        candidates = torch.stack([candidates_B[row] for _, candidates_B, row in rows]).double().mean()
-        return {"guided_tokens": guided, "kl": float(kl), "candidates": float(candidates)}
+        divergence_N3 = torch.stack([divergence_B3[row] for divergence_B3, _, row in rows])
+        return summarise(divergence_N3.double(), torch.stack([candidates_B[row] for _, candidates_B, row in rows]))
 
     def _covers(self, tokens_returned: int) -> bool:
         steps = self._guided_steps(tokens_returned)

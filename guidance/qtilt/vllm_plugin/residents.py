@@ -4,7 +4,7 @@ prepare (reading, checking, allocating: a background thread, steps go on) → re
 Until the commit nothing that runs can see the new version; a failed preparation changes nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from qtilt.distributions import ReturnDistribution
 from qtilt.engine import ValueEngine
 from qtilt.fused_forward import Kernels
 from qtilt.kv_cache import CacheGeometry, KVCache
+from qtilt.low_rank import BaseModels
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
 
 VersionKey = tuple[str, int]
@@ -28,7 +29,7 @@ class EngineSettings:
     """slots: most requests in one batch. max_length: longest sequence, in tokens. dtype: of weights and caches.
 
     kv_fraction: memory of a cache, as a fraction of what ``slots`` sequences of ``max_length`` need. kernels: for
-    backbones that can be fused.
+    backbones that can be fused. served: where the reference model lies, the usual base of low-rank value models.
     """
 
     slots: int
@@ -37,6 +38,7 @@ class EngineSettings:
     device: torch.device
     kv_fraction: float = 1.0
     kernels: Kernels | None = None
+    served: Sequence[str] = ()
 
 
 @dataclass(eq=False)
@@ -98,6 +100,7 @@ class Residents:
         self._preparing: dict[VersionKey, Future[ResidentVersion]] = {}
         # A request holds one slot in all, so caches of `slots` slots can be shared by all versions of equal geometry.
         self._caches: WeakValueDictionary[CacheGeometry, KVCache] = WeakValueDictionary()
+        self._bases = BaseModels(settings.served)
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qtilt-prepare")
 
     def __iter__(self) -> Iterator[ResidentVersion]:
@@ -167,7 +170,7 @@ class Residents:
     def _load(self, name: str, version: int, path: Path) -> ResidentVersion:
         manifest = read_manifest(path)
         warnings = check_fits_reference(manifest, path, self._reference)
-        model = load_value_model(path, self._settings.dtype, self._settings.device)
+        model = load_value_model(path, self._settings.dtype, self._settings.device, self._bases)
         settings = self._settings
         engine = ValueEngine(
             model,

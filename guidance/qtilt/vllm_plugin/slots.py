@@ -295,8 +295,8 @@ class GuidedSlots:
         guided = guide_step(version, logits_GV, settings, score, in_stages=in_stages)
         logits_RV[rows_G] = guided.logits_GV.where(is_mine_G.unsqueeze(-1), logits_GV)
         slots_G = slots_G.where(is_mine_G, version.engine.cache.nobodys)
-        self._failures_S.index_add_(0, slots_G, guided.kl_G.isnan().int())
-        self.table.write(slots_G, last.positions_B, guided.kl_G, guided.candidates_G)
+        self._failures_S.index_add_(0, slots_G, guided.failed.int())
+        self.table.write(slots_G, last.positions_B, guided.divergence_G3, guided.candidates_G)
         for seat in seats:
             seat.request.steps += 1
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers
-from qtilt.vllm_plugin.records import GuidanceSummary, TraceLog, not_generated
+from qtilt.vllm_plugin.records import GuidanceSummary, TraceLog, not_generated, summarise
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcRequestState
@@ -28,23 +28,24 @@ UNMEASURED = -1
 class StepTable:
     """What was measured by the step that drew the token after each position, for the requests in all slots.
 
-    kl_SP: nats, NaN where guidance failed. candidates_SP: how many were scored, UNMEASURED where no step was guided.
-    These 12 bytes a position are little beside a value cache, which has kilobytes.
+    divergence_SP3: the columns of :class:`qtilt.tilt.Divergence`, NaN where guidance failed. candidates_SP: how many
+    were scored, UNMEASURED where no step was guided. These 28 bytes a position are little beside a value cache, which
+    has kilobytes.
     """
 
     def __init__(self, requests: "LogitsProcRequestState") -> None:
         slots, positions = requests.all_token_ids.gpu.shape
         shape, device = (slots + 1, positions), requests.device
-        self.kl_SP = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.divergence_SP3 = torch.zeros((*shape, 3), dtype=torch.float64, device=device)
         self.candidates_SP = torch.full(shape, UNMEASURED, dtype=torch.int32, device=device)
 
     def clear(self, slot: int) -> None:
         """Another request takes the slot."""
         self.candidates_SP[slot] = UNMEASURED
 
-    def write(self, slots_R: Tensor, positions_R: Tensor, kl_R: Tensor, candidates_R: Tensor) -> None:
+    def write(self, slots_R: Tensor, positions_R: Tensor, divergence_R3: Tensor, candidates_R: Tensor) -> None:
         """What a step measured. A position may come again: what follows a rejected draft is drawn anew."""
-        self.kl_SP[slots_R, positions_R] = kl_R
+        self.divergence_SP3[slots_R, positions_R] = divergence_R3
         self.candidates_SP[slots_R, positions_R] = candidates_R.int()
 
 
@@ -52,7 +53,7 @@ class Steps(NamedTuple):
     """The steps that drew a request's generated tokens: these tokens, and what is in the table of each."""
 
     tokens_N: Tensor
-    kl_N: Tensor
+    divergence_N3: Tensor
     candidates_N: Tensor
 
     def drawn_like(self, tokens: Sequence[int]) -> int:
@@ -105,7 +106,7 @@ class Stay:
         steps = Steps(*(column[:drawn].cpu() for column in on_device))
         if self._ended is not None:
             self._ended = steps, count.cpu()
-        failed = (steps.kl_N.isnan() & (steps.candidates_N != UNMEASURED)).nonzero()
+        failed = (steps.divergence_N3[:, 0].isnan() & (steps.candidates_N != UNMEASURED)).nonzero()
         if len(failed) and (self.failed is None or int(failed[0]) < self.failed[1]):
             self.fail(not_numbers(), int(failed[0]))
         return steps
@@ -114,7 +115,7 @@ class Stay:
         """What the slot has of as many steps as there may have been, and how many have drawn a token."""
         steps = Steps(
             self._requests.all_token_ids.gpu[self._slot, self._prompt_len : self.longest + 1],
-            self._table.kl_SP[self._slot, self._prompt_len - 1 : self.longest],
+            self._table.divergence_SP3[self._slot, self._prompt_len - 1 : self.longest],
             self._table.candidates_SP[self._slot, self._prompt_len - 1 : self.longest],
         )
         return steps, self._requests.total_len.gpu[self._slot] - self._prompt_len
@@ -146,14 +147,12 @@ def _outcome(
         if stay.failed is not None and stay.failed[1] < steps.drawn_like(tokens):
             return stay.failed[0]
         guided = guided if stay.guided_tokens is None else min(guided, stay.guided_tokens)
-    if guided == 0:
-        return {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0}
-    kl_N = torch.zeros(guided, dtype=torch.float64)
-    candidates_N = torch.full_like(kl_N, UNMEASURED)
+    divergence_N3 = torch.zeros(guided, 3, dtype=torch.float64)
+    candidates_N = torch.full((guided,), UNMEASURED)
     for _, steps in stays:
         measured = (steps.candidates_N[: steps.drawn_like(tokens)][:guided] != UNMEASURED).nonzero().squeeze(1)
-        kl_N[measured] = steps.kl_N[measured]
-        candidates_N[measured] = steps.candidates_N[measured].double()
+        divergence_N3[measured] = steps.divergence_N3[measured]
+        candidates_N[measured] = steps.candidates_N[measured].long()
     if (candidates_N == UNMEASURED).any():
         raise not_generated(trace_id, tokens)
-    return {"guided_tokens": guided, "kl": float(kl_N.sum()), "candidates": float(candidates_N.mean())}
+    return summarise(divergence_N3, candidates_N)

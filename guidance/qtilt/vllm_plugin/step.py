@@ -19,10 +19,13 @@ from torch import Tensor
 from qtilt.params import GuidanceParams
 from qtilt.tilt import (
     OFFSETS,
+    TAILS,
     Candidates,
+    Drops,
     OffsetRange,
     ReferenceMass,
-    kl_divergence,
+    divergence,
+    drops,
     may_stop_scoring,
     offsets,
     reference_mass,
@@ -36,6 +39,7 @@ CERTAIN = 1e30
 """A logit beside which all others have no probability, at any temperature, and which float32 still divides by one."""
 NO_TOKEN = -1
 METHODS = list(OFFSETS)
+TAIL_NAMES = list(TAILS)
 STAGES = (2,)
 """How many candidates a row has scored after each stage but the last, which scores all that are left.
 
@@ -57,6 +61,7 @@ class RowSettings(NamedTuple):
     top_k: int
     inv_eta: float
     method: int
+    tail: int
     temperature: float
     tolerance: float
     ending_token: int
@@ -66,7 +71,8 @@ class RowSettings(NamedTuple):
     def of(cls, params: GuidanceParams, temperature: float, ending_token: int | None) -> "RowSettings":
         """From a request, whatever the length of its prompt."""
         token = NO_TOKEN if ending_token is None else ending_token
-        return cls(params.top_k, params.inv_eta, METHODS.index(params.method), temperature, params.tolerance, token)
+        method, tail = METHODS.index(params.method), TAIL_NAMES.index(params.tail)
+        return cls(params.top_k, params.inv_eta, method, tail, temperature, params.tolerance, token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,29 +85,35 @@ class StepSettings:
     top_k_G: Tensor | None
     inv_eta_G: Tensor
     method_G: Tensor
+    tail_G: Tensor
     temperature_G: Tensor
     tolerance_G: Tensor
     ending_token_G: Tensor
     guided_below_G: Tensor
     max_top_k: int
     methods: frozenset[str]
+    tails: frozenset[str]
 
     @classmethod
     def of(cls, rows_GS: Tensor, params: Iterable[GuidanceParams]) -> "StepSettings":
         """rows_GS: float64 ``[G, len(RowSettings)]``. params: those of all rows, in any order."""
-        top_k_G, inv_eta_G, method_G, temperature_G, tolerance_G, ending_token_G, guided_below_G = rows_GS.unbind(1)
+        top_k_G, inv_eta_G, method_G, tail_G, temperature_G, tolerance_G, ending_token_G, guided_below_G = (
+            rows_GS.unbind(1)
+        )
         asked = list(params)
         top_ks = {each.top_k for each in asked}
         return cls(
             top_k_G=top_k_G.long() if len(top_ks) > 1 else None,
             inv_eta_G=inv_eta_G,
             method_G=method_G,
+            tail_G=tail_G,
             temperature_G=temperature_G,
             tolerance_G=tolerance_G,
             ending_token_G=ending_token_G.long(),
             guided_below_G=guided_below_G,
             max_top_k=max(top_ks),
             methods=frozenset(each.method for each in asked),
+            tails=frozenset(each.tail for each in asked),
         )
 
 
@@ -116,7 +128,7 @@ class Score(Protocol):
 
 
 class Scored(NamedTuple):
-    """offsets_GK: nats; of candidates without a score v_min/η. finite_G: whether all scores of a row are numbers."""
+    """offsets_GK: nats, of the candidates that are scored. finite_G: whether all scores of a row are numbers."""
 
     offsets_GK: Tensor
     is_scored_GK: Tensor
@@ -124,14 +136,20 @@ class Scored(NamedTuple):
 
 
 class GuidedLogits(NamedTuple):
-    """What a step gives: the KL(guided ‖ reference) is in nats, float64, and NaN where guidance failed.
+    """What a step gives.
 
-    candidates_G: how many tokens of a row were scored.
+    divergence_G3: the columns of :class:`qtilt.tilt.Divergence`, NaN where guidance failed. candidates_G: how many
+    tokens of a row were scored.
     """
 
     logits_GV: Tensor
-    kl_G: Tensor
+    divergence_G3: Tensor
     candidates_G: Tensor
+
+    @property
+    def failed(self) -> Tensor:
+        """Whether guidance failed, bool ``[G]``: such a row's logits end its request."""
+        return self.divergence_G3[:, 0].isnan()
 
 
 def scores_in_stages(version: ResidentVersion, params: GuidanceParams) -> bool:
@@ -157,14 +175,13 @@ def guide_step(
         offsets_GK, is_scored_GK, finite_G = _score_in_stages(version, candidates, mass, settings, score)
     else:
         offsets_GK, is_scored_GK, finite_G = _score_all(version, candidates, settings, score)
-    floor_G = version.distribution.v_min * settings.inv_eta_G
-    # Offsets that are all the floor's tilt nothing: such a row keeps the reference's logits.
-    offsets_GK = torch.where(finite_G.unsqueeze(-1), offsets_GK, floor_G.unsqueeze(-1))
-    tilted_GV = tilt(logits_GV, candidates, offsets_GK, floor_G, settings.temperature_G)
-    kl_G = kl_divergence(mass, candidates, offsets_GK, floor_G)
-    finite_G = finite_G & (kl_G < math.inf)
+    # A row without a score keeps the reference's logits.
+    dropped = _drops(version, mass, is_scored_GK & finite_G.unsqueeze(-1), offsets_GK, settings)
+    tilted_GV = tilt(logits_GV, candidates, dropped, settings.temperature_G)
+    divergence_G3 = divergence(mass, dropped)
+    finite_G = finite_G & (divergence_G3[:, 0] < math.inf)
     tilted_GV = end_unless(finite_G, tilted_GV, settings.ending_token_G)
-    return GuidedLogits(tilted_GV, kl_G.masked_fill(~finite_G, math.nan), is_scored_GK.sum(-1))
+    return GuidedLogits(tilted_GV, divergence_G3.masked_fill(~finite_G.unsqueeze(-1), math.nan), is_scored_GK.sum(-1))
 
 
 def end_unless(goes_on_G: Tensor, logits_GV: Tensor, ending_token_G: Tensor) -> Tensor:
@@ -202,7 +219,10 @@ def _score_in_stages(
         is_scored_GK[rows_R, stage] = valid_RK
         if stage.stop == token_ids_GK.shape[1]:
             break
-        stops_G = may_stop_scoring(mass, is_scored_GK, offsets_GK, bounds, settings.temperature_G, settings.tolerance_G)
+        is_mean_G = settings.tail_G == TAIL_NAMES.index("mean")
+        stops_G = may_stop_scoring(
+            mass, is_scored_GK, offsets_GK, bounds, is_mean_G, settings.temperature_G, settings.tolerance_G
+        )
         # A row whose request ends needs no more either.
         rows_R = (~stops_G & finite_G).nonzero().squeeze(-1)
         if len(rows_R) == 0:
@@ -231,3 +251,17 @@ def _offsets(
         of_method_RK = offsets(version.distribution, values_RKA, inv_eta_R, method)
         offsets_RK = torch.where(has_method_R1, of_method_RK, offsets_RK)
     return offsets_RK
+
+
+def _drops(
+    version: ResidentVersion, mass: ReferenceMass, is_scored_GK: Tensor, offsets_GK: Tensor, settings: StepSettings
+) -> Drops:
+    """By each row's tail, one of the step's."""
+    floor_G = version.distribution.v_min * settings.inv_eta_G
+    first, *others = sorted(settings.tails)
+    dropped = drops(mass, is_scored_GK, offsets_GK, floor_G, first)
+    for tail in others:
+        has_tail_G1 = (settings.tail_G == TAIL_NAMES.index(tail)).unsqueeze(-1)
+        of_tail = drops(mass, is_scored_GK, offsets_GK, floor_G, tail)
+        dropped = Drops(*(torch.where(has_tail_G1, new, old) for new, old in zip(of_tail, dropped, strict=True)))
+    return dropped

@@ -7,9 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from qtilt.checkpoint import BACKBONE_DIRECTORY, load_value_model
+from qtilt.checkpoint import load_tokenizer, load_value_model
 from qtilt.value_model import ValueModel
 from qtilt_trainer.evaluate import Cell, Record, cell_directory
 from qtilt_trainer.fit import FitPoint, fit_record_path
@@ -98,7 +96,7 @@ def _compare(run_dir: Path, records: Sequence[Record], iteration: int) -> list[C
     tilted = _first_samples(run_dir, Cell("qsharp", inv_eta, "sample"), iteration)
     directory = run_dir / "value_models" / f"iteration-{iteration:03d}"
     model = load_value_model(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory / BACKBONE_DIRECTORY, local_files_only=True)
+    tokenizer = load_tokenizer(directory)
     return [
         Comparison(
             str(tokenizer.decode(reference[prompt_id].prompt_token_ids)),

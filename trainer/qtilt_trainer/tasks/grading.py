@@ -1,8 +1,8 @@
-r"""Is the last `\boxed{...}` of a completion the expected expression? math-verify decides, in a process we can kill.
+r"""Is the boxed answer of a completion the expected one? SymPy decides, in a process we can kill.
 
-math-verify parses with ANTLR and compares with SymPy: hostile answers make either run for hours or eat all memory, and
-its own time limits need SIGALRM, so they work in a main thread only and not against C code. Here its limits are off
-and a worker that is late is killed; its answer counts as wrong.
+The parser (math-verify's, ANTLR) and SymPy run for hours or eat all memory on hostile answers, and math-verify's own
+time limits need SIGALRM, so they work in a main thread only and not against C code. Here a worker that is late is
+killed; its answer counts as wrong. Plain numbers, most answers of most data sets, are compared without a worker.
 """
 
 import atexit
@@ -16,16 +16,22 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from qtilt_trainer.tasks.answer_text import boxed_answer, made_plain
+from qtilt_trainer.tasks.plain_numbers import plain_number, same_number
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 10.0
-"""Longest time one comparison may take."""
+TIMEOUT_S = 5.0
+"""Longest time one comparison may take. Honest answers take milliseconds."""
 STARTUP_TIMEOUT_S = 180.0
-"""Longest time a worker may take to import math-verify and SymPy."""
+"""Longest time a worker may take to import SymPy and the parser."""
 WORKERS = 2
-BOXED = r"\boxed{"
+READ_AT_ONCE = 64
+"""Expected answers in one question of `unreadable_answers`."""
 
 
 class GradingError(RuntimeError):
@@ -33,41 +39,53 @@ class GradingError(RuntimeError):
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete `\boxed{...}`, braces balanced; None if there is none."""
-    start = text.rfind(BOXED)
-    while start >= 0:
-        depth = 1
-        for position in range(start + len(BOXED), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start + len(BOXED) : position].strip()
-        start = text.rfind(BOXED, 0, start)
-    return None
+    r"""The content of the last box, see answer_text.py; None if there is none or it isn't closed."""
+    return boxed_answer(text)
 
 
 def matches_expression(expected: str, completion: str) -> bool:
-    """Whether the completion's last boxed expression is mathematically the expected one."""
-    given = last_boxed(completion)
-    return given is not None and _equal(expected, given)
+    """Whether the completion's boxed answer is mathematically the expected one."""
+    given = boxed_answer(completion)
+    return given is not None and answers_equal(expected.strip(), given)
 
 
-def canonical_expression(completion: str) -> str | None:
-    """The last boxed expression as SymPy prints it, so that spellings of it vote together; None without one."""
-    given = last_boxed(completion)
-    return None if given is None else _canonical(given)
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _equal(expected: str, given: str) -> bool:
-    if expected.strip() == given:
+@functools.lru_cache(maxsize=1 << 17)
+def answers_equal(expected: str, given: str) -> bool:
+    """Whether two answers, without their boxes, are the same."""
+    if expected == given:
         return True
+    numbers = plain_number(made_plain(expected)), plain_number(made_plain(given))
+    if numbers[0] is not None and numbers[1] is not None:
+        return same_number(numbers[0], numbers[1])
     return _default_pool().ask({"expected": expected, "given": given}) is True
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _canonical(given: str) -> str:
-    parsed = _default_pool().ask({"given": given})
-    return given if parsed is None else str(parsed)
+def unreadable_answers(texts: Sequence[str]) -> dict[str, str]:
+    """Why, for each of the expected answers that can't be read; nothing for the others.
+
+    About 5 ms for each one that is no plain number; what was read once isn't read again.
+    """
+    new = [text for text in dict.fromkeys(texts) if text not in _READ]
+    plain = {text for text in new if plain_number(made_plain(text)) is not None}
+    _READ.update(dict.fromkeys(plain))
+    rest = [text for text in new if text not in plain]
+    batches = [rest[at : at + READ_AT_ONCE] for at in range(0, len(rest), READ_AT_ONCE)]
+    with ThreadPoolExecutor(WORKERS) as threads:
+        for batch, reasons in zip(batches, threads.map(_read, batches), strict=True):
+            _READ.update(zip(batch, reasons, strict=True))
+    return {text: reason for text in texts if (reason := _READ[text]) is not None}
+
+
+_READ: dict[str, str | None] = {}
+"""Why each expected answer can't be read, None if it can."""
+
+
+def _read(texts: list[str]) -> list[str | None]:
+    """Reads a batch; one by one if the batch took too long, to find out which it was."""
+    reasons = _default_pool().ask({"unreadable": texts}, READ_AT_ONCE * TIMEOUT_S / 4)
+    if reasons is not None:
+        return list(reasons)
+    return [(_default_pool().ask({"unreadable": [text]}) or ["reading it takes too long"])[0] for text in texts]
 
 
 @functools.cache
@@ -92,18 +110,18 @@ class GradingPool:
             self._idle.put(None)
         self._workers = workers
 
-    def ask(self, question: dict[str, str]) -> Any:
+    def ask(self, question: dict[str, Any], timeout: float | None = None) -> Any:
         """The worker's answer to one question; None if it was late or died (and was replaced)."""
         process = self._idle.get()
         reusable = None
         try:
             process = process or GradingProcess()
-            answer = process.ask(question, self.timeout)
+            answer = process.ask(question, timeout or self.timeout)
             reusable = process
             return answer
         except (TimeoutError, EOFError) as error:
             self.killed += 1
-            logger.warning("grading %r gave no answer (%s): counted as wrong", question, error)
+            logger.warning("grading %.500r gave no answer (%s): counted as wrong", question, error)
             return None
         finally:
             # A process interrupted in the middle of a question would give its answer to the next one.
@@ -140,7 +158,7 @@ class GradingProcess:
             self.kill()
             raise GradingError(f"the grading process did not start ({error}): is math-verify installed?") from error
 
-    def ask(self, question: dict[str, str], timeout: float) -> Any:
+    def ask(self, question: dict[str, Any], timeout: float) -> Any:
         """Raises TimeoutError after `timeout` seconds, EOFError if the process is gone."""
         assert self._process.stdin is not None
         try:

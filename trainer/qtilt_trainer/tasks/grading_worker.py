@@ -1,6 +1,7 @@
 """The process that grading.py starts and may kill: JSON questions on stdin, JSON answers on stdout, one a line.
 
-{"expected": latex, "given": latex} -> whether they are equal; {"given": latex} -> its canonical text, or null.
+{"expected": text, "given": text} -> whether the answers are equal.
+{"unreadable": [texts]} -> for each null, or why it can't be read as an answer.
 """
 
 import json
@@ -23,9 +24,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Whatever a library prints must not look like an answer.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
-    # Both packages warn for every answer they can't read and that nobody limits their time: that is our caller's job.
-    logging.disable(logging.ERROR)
-    import math_verify  # noqa: F401  # Imported here so that "ready" means ready.
+    logging.disable(logging.ERROR)  # The parser warns for every answer it can't read: that is our caller's job.
+    import qtilt_trainer.tasks.math_equality  # noqa: F401  # Imported here so that "ready" means ready.
 
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
@@ -34,31 +34,35 @@ def main() -> None:
         signal.alarm(0)
 
 
-def _reply(question: dict[str, str]) -> Any:
+def _reply(question: dict[str, Any]) -> Any:
+    if "unreadable" in question:
+        return [_unreadable(text) for text in question["unreadable"]]
     try:
-        if "expected" in question:
-            return _equal(question["expected"], question["given"])
-        return _canonical(question["given"])
-    except Exception:  # noqa: BLE001  # Process edge: whatever a parser does to a hostile answer, it is a wrong answer.
+        return _equal(question["expected"], question["given"])
+    except Exception:  # noqa: BLE001  # Process edge: whatever SymPy does to a hostile answer, it is a wrong answer.
         return None
 
 
 def _equal(expected: str, given: str) -> bool:
-    from math_verify import verify
+    from qtilt_trainer.tasks.math_answers import UnreadableError, parse_answer
+    from qtilt_trainer.tasks.math_equality import same_answer
 
-    return bool(verify(_parse(expected), _parse(given), timeout_seconds=None))
+    try:
+        return same_answer(parse_answer(expected), parse_answer(given))
+    except UnreadableError:
+        return False
 
 
-def _canonical(given: str) -> str | None:
-    parsed = _parse(given)
-    return str(parsed[0]) if parsed else None
+def _unreadable(text: str) -> str | None:
+    from qtilt_trainer.tasks.math_answers import UnreadableError, parse_answer
 
-
-def _parse(latex: str) -> list[Any]:
-    from math_verify import LatexExtractionConfig, parse
-
-    boxed = rf"$\boxed{{{latex}}}$"
-    return list(parse(boxed, extraction_config=[LatexExtractionConfig()], parsing_timeout=None))
+    try:
+        parse_answer(text)
+    except UnreadableError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001  # Process edge, as above.
+        return f"reading it fails ({type(error).__name__})"
+    return None
 
 
 if __name__ == "__main__":

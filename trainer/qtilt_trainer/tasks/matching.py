@@ -1,18 +1,22 @@
-r"""The ways a jsonl task reads an answer out of a completion and compares it: exact, numeric, boxed, regex."""
+r"""The ways a task of data files reads an answer out of a completion and compares it: exact, numeric, boxed, regex."""
 
-import re
-from collections.abc import Callable, Hashable
+import logging
+import operator
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 
-from qtilt_trainer.tasks.grading import canonical_expression, matches_expression
+import regex
 
-NUMBER = re.compile(
-    r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
-)
-"""A decimal number. A sign after a digit is an operator; larger exponents than 999 are no answer and no Decimal."""
-NUMERIC_TOLERANCE = Decimal("1e-6")
-"""Relative difference below which two numbers are equal: 0.333333 answers 1/3 written as 0.3333333."""
+from qtilt_trainer.tasks.answer_text import boxed_answer
+from qtilt_trainer.tasks.grading import answers_equal, matches_expression, unreadable_answers
+from qtilt_trainer.tasks.latex_text import LONGEST_ANSWER, tidy
+from qtilt_trainer.tasks.numeric_answer import answered_number
+from qtilt_trainer.tasks.plain_numbers import PlainNumber, same_number
+
+logger = logging.getLogger(__name__)
+
+PATTERN_TIMEOUT_S = 1.0
+"""Longest time one search for a user's regular expression may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,44 +27,85 @@ class Matcher:
     """(expected answer, completion, pattern) -> right or wrong."""
     extract: Callable[[str, str | None], Hashable | None]
     """(completion, pattern) -> what it answers, for votes."""
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last decimal number in a text; thousands separators are read, units and signs of currency skipped."""
-    found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    same: Callable[[Hashable, Hashable], bool] = operator.eq
+    """Whether two extracted answers are the same one."""
+    unreadable: Callable[[Sequence[str], str | None], dict[str, str]] = lambda _answers, _pattern: {}
+    """(expected answers, pattern) -> why, for each that nothing could ever match."""
 
 
 def last_group(pattern: str, text: str) -> str | None:
-    """What the pattern's first group (or the whole pattern) matched last; None without a match."""
-    found = list(re.finditer(pattern, text))
-    if not found:
+    """What the pattern's first group (or the whole pattern) matched last; None without a match.
+
+    Raises TimeoutError when the search takes longer than PATTERN_TIMEOUT_S.
+    """
+    matches = list(regex.finditer(pattern, text, timeout=PATTERN_TIMEOUT_S))
+    if not matches:
         return None
-    match = found[-1]
-    captured = match.group(1) if match.re.groups else match.group()
+    captured = matches[-1].group(1) if matches[-1].re.groups else matches[-1].group()
     return captured.strip() if captured is not None else None
 
 
+def bad_pattern(pattern: str) -> str | None:
+    """Why this is no regular expression; None if it is one."""
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        return f"not a regular expression: {error}"
+    return None
+
+
 def _match_numeric(expected: str, completion: str, _pattern: str | None) -> bool:
-    wanted, given = last_number(expected), last_number(completion)
-    if wanted is None or given is None:
-        return False
-    return abs(wanted - given) <= NUMERIC_TOLERANCE * max(abs(wanted), abs(given))
+    wanted, given = answered_number(expected), answered_number(completion)
+    return wanted is not None and given is not None and same_number(wanted, given)
 
 
-def _extract_numeric(completion: str, _pattern: str | None) -> Decimal | None:
-    number = last_number(completion)
-    return None if number is None else number.normalize()
+def _same_numbers(one: Hashable, other: Hashable) -> bool:
+    assert isinstance(one, PlainNumber)
+    assert isinstance(other, PlainNumber)
+    return same_number(one, other) or same_number(other, one)
+
+
+def _unreadable_numbers(answers: Sequence[str], _pattern: str | None) -> dict[str, str]:
+    return {answer: "there is no number in it" for answer in answers if answered_number(answer) is None}
+
+
+def _extract_boxed(completion: str, _pattern: str | None) -> str | None:
+    box = boxed_answer(completion)
+    return None if box is None else tidy(box[:LONGEST_ANSWER])
+
+
+def _same_boxed(one: Hashable, other: Hashable) -> bool:
+    return answers_equal(str(one), str(other)) or answers_equal(str(other), str(one))
 
 
 def _match_regex(expected: str, completion: str, pattern: str | None) -> bool:
-    if pattern is None:
-        return re.search(expected, completion) is not None
-    return last_group(pattern, completion) == expected.strip()
+    try:
+        if pattern is None:
+            return regex.search(expected, completion, timeout=PATTERN_TIMEOUT_S) is not None
+        return last_group(pattern, completion) == expected.strip()
+    except TimeoutError:
+        _log_timeout(expected if pattern is None else pattern)
+        return False
 
 
 def _extract_regex(completion: str, pattern: str | None) -> str | None:
-    return completion.strip() if pattern is None else last_group(pattern, completion)
+    if pattern is None:
+        return completion.strip()
+    try:
+        return last_group(pattern, completion)
+    except TimeoutError:
+        _log_timeout(pattern)
+        return None
+
+
+def _log_timeout(pattern: str) -> None:
+    logger.warning("searching for %.200r took more than %g s: counted as no match", pattern, PATTERN_TIMEOUT_S)
+
+
+def _unreadable_patterns(answers: Sequence[str], pattern: str | None) -> dict[str, str]:
+    if pattern is not None:
+        return {}
+    return {answer: reason for answer in answers if (reason := bad_pattern(answer)) is not None}
 
 
 MATCHERS = {
@@ -68,10 +113,17 @@ MATCHERS = {
         matches=lambda expected, completion, _pattern: completion.strip() == expected.strip(),
         extract=lambda completion, _pattern: completion.strip(),
     ),
-    "numeric": Matcher(matches=_match_numeric, extract=_extract_numeric),
+    "numeric": Matcher(
+        matches=_match_numeric,
+        extract=lambda completion, _pattern: answered_number(completion),
+        same=_same_numbers,
+        unreadable=_unreadable_numbers,
+    ),
     "boxed": Matcher(
         matches=lambda expected, completion, _pattern: matches_expression(expected, completion),
-        extract=lambda completion, _pattern: canonical_expression(completion),
+        extract=_extract_boxed,
+        same=_same_boxed,
+        unreadable=lambda answers, _pattern: unreadable_answers(answers),
     ),
-    "regex": Matcher(matches=_match_regex, extract=_extract_regex),
+    "regex": Matcher(matches=_match_regex, extract=_extract_regex, unreadable=_unreadable_patterns),
 }

@@ -18,7 +18,8 @@ Drawn = TypeVar("Drawn")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One prompt of a task. `id` is unique within its task and the same in every run."""
+    """One prompt of a task. `id` is unique within its task, the same in every run, and another one when prompt or
+    answer are changed."""
 
     id: str
     prompt: Prompt
@@ -27,7 +28,10 @@ class Problem:
 
 @runtime_checkable
 class Task(Protocol):
-    """Prompts and their reward. Rewards lie in [low, high]."""
+    """Prompts and their reward. Rewards lie in [low, high].
+
+    A task may also have `same_answer(problem, one, other) -> bool`: whether two results of `answer` vote together.
+    """
 
     @property
     def name(self) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qtilt_trainer.reference import (
+from tiny_reference import (
     SERVABLE_HEAD_DIM,
     ReferenceConfig,
     build_tokenizer,
@@ -23,6 +25,7 @@ from qtilt_trainer.reference import (
     train_reference,
     with_servable_heads,
 )
+from train_reference import main as train_reference_command
 
 ALPHABET = [*"0123456789+=\n", "\\boxed"]
 
@@ -125,3 +128,32 @@ def test_training_twice_gives_the_same_weights(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ReferenceConfig(**wrong)
+
+
+def test_the_script_trains_the_reference_of_the_task_that_a_configuration_names(tmp_path: Path) -> None:
+    toys = Path(__file__).parents[2] / "examples" / "toys"
+    config = tmp_path / "run.toml"
+    config.write_text(f'[task]\nname = "{toys}/star_graph.py:StarGraph"\ndegree = 3\n')
+    sizes = ["--hidden=16", "--heads=1", "--layers=1", "--intermediate=16", "--steps=2", "--batch-size=4"]
+    out = tmp_path / "reference"
+    command = [sys.executable, toys / "train_reference.py", config, "--out", out, *sizes]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    made = json.loads((out / "training.json").read_text())
+    assert (made["task"], made["config"]["steps"], made["config"]["hidden"]) == ("star_graph", 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ('[task]\nname = "star_graph:StarGraph"', ["--steps=0"], "steps must be at least 1, got 0"),
+        ("", [], "the table [task] is required"),
+        ('[task]\nname = "letters:Letters"', [], "task letters has no reference_texts"),
+    ],
+)
+def test_bad_input_of_the_script_is_one_line(
+    text: str, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    assert train_reference_command([str(tmp_path / "run.toml"), "--out", str(tmp_path / "x"), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

@@ -8,20 +8,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 START_SECONDS = 600
 """A busy machine takes minutes to import vLLM; an idle one is ready in half a minute."""
 STOP_SECONDS = 30
-SMALL_MODEL_FLAGS = (
-    "--dtype=float32",  # vLLM would turn a float32 checkpoint into bfloat16
-    "--enforce-eager",  # compiling takes longer than the demo
-    "--gpu-memory-utilization=0.1",  # on CPUs too: of their memory, all of it by default
-    "--kv-cache-memory-bytes=268435456",
-    "--max-num-seqs=128",
-)
 
 
 class ServerFailedError(RuntimeError):
@@ -29,12 +22,12 @@ class ServerFailedError(RuntimeError):
 
 
 @contextmanager
-def running_server(model: Path, served_as: str, run_dir: Path) -> Iterator[str]:
+def running_server(model: Path, served_as: str, run_dir: Path, flags: Sequence[str]) -> Iterator[str]:
     """The URL of a server of `model` that may load value models from `run_dir/value_models`."""
     root = run_dir / "value_models"
     root.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    command = [str(Path(sys.executable).parent / "qtilt-server"), str(model), *SMALL_MODEL_FLAGS]
+    command = [str(Path(sys.executable).parent / "qtilt-server"), str(model), *flags]
     command += [f"--served-model-name={served_as}", f"--value-model-root={root}", "--host=127.0.0.1", f"--port={port}"]
     log = run_dir / "server.log"
     # Its own session: the server has worker processes, and all of them must end with it.

@@ -1,4 +1,4 @@
-"""Tiny reference models for the demo tasks: an alphabet, a tokenizer and a small Llama trained on flawed texts.
+"""Tiny reference models for the toys: an alphabet, a tokenizer and a small Llama trained on flawed texts.
 
 The flaw is in the texts (`task.reference_texts`), not here: this file only does ordinary next-token training, so the
 reference that comes out is an honest language model of a wrong teacher, and a plain `vllm serve` can load it.
@@ -60,7 +60,7 @@ class ReferenceTask(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReferenceConfig:
-    """Size and training of a tiny reference. The defaults are the arithmetic demo's."""
+    """Size and training of a tiny reference. The defaults are arithmetic's, with 1,000 steps instead of 1,500."""
 
     steps: int = 1000
     batch_size: int = 64
@@ -88,7 +88,7 @@ class ReferenceConfig:
 def build_tokenizer(alphabet: Sequence[str]) -> PreTrainedTokenizerFast:
     """A tokenizer with one token for each entry of `alphabet` (longest match first), and a chat template.
 
-    Text outside the alphabet becomes `<unk>`, so that any prompt can be sent to a demo server.
+    Text outside the alphabet becomes `<unk>`, so that any prompt can be sent to a server of it.
     Raises ValueError for an empty alphabet, an empty entry, or an entry that is a special token.
     """
     symbols = list(dict.fromkeys(alphabet))
@@ -155,7 +155,7 @@ def with_servable_heads(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """The same function with attention heads of SERVABLE_HEAD_DIM: smaller ones are filled up with zeros.
 
     Training such wide heads from the start is no way out: the star graph's references made like that (three of three)
-    had features from which a value model learned nothing in the demo's time.
+    had features from which a value model learned nothing in the example's time.
     Exact when SERVABLE_HEAD_DIM / head_dim is a whole number r: rotary pair j of a small head has the frequency of pair
     r·j of a wide one. Queries and keys grow by the fourth root of r, as attention divides by the root of the width.
     """

@@ -1,0 +1,74 @@
+"""Rewards of finished completions from a task's own code, whatever that code does.
+
+A reward that raises, is no number, is not finite or lies outside the task's range is a `RewardFailure` of that one
+completion: nobody else's work is lost for it.
+"""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from qtilt_trainer.tasks.grading import GradingError
+from qtilt_trainer.tasks.problem import Problem, Task
+
+THREADS = 2
+MESSAGE_CHARACTERS = 500
+"""Of a failure; some exceptions quote whole completions."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardFailure:
+    """Why one completion has no reward."""
+
+    message: str
+
+
+def grade(task: Task, pairs: Sequence[tuple[Problem, str]]) -> list[float | RewardFailure]:
+    """The reward of each (problem, completion), in order.
+
+    A task with a member `rewards(pairs)` grades them at once, and answers an Exception where it couldn't; else
+    `task.reward` is called in threads. Raises GradingError: a grading process that doesn't start is no property of a
+    completion.
+    """
+    at_once = getattr(task, "rewards", None)
+    given = _graded_at_once(at_once, pairs) if at_once is not None else _graded_singly(task, pairs)
+    return [_checked(task, value) for value in given]
+
+
+def _graded_singly(task: Task, pairs: Sequence[tuple[Problem, str]]) -> list[Any]:
+    def reward(pair: tuple[Problem, str]) -> Any:
+        try:
+            return task.reward(*pair)
+        except Exception as error:  # noqa: BLE001  # The edge of a user's code: its failure is recorded.
+            return error
+
+    with ThreadPoolExecutor(THREADS, "grading") as threads:
+        return list(threads.map(reward, pairs))
+
+
+def _graded_at_once(rewards: Any, pairs: Sequence[tuple[Problem, str]]) -> list[Any]:
+    if not pairs:
+        return []
+    try:
+        given = list(rewards(pairs))
+    except Exception as error:  # noqa: BLE001  # The edge of a user's code: its failure is recorded.
+        return [error] * len(pairs)
+    if len(given) != len(pairs):
+        return [ValueError(f"rewards() gave {len(given)} rewards for {len(pairs)} completions")] * len(pairs)
+    return given
+
+
+def _checked(task: Task, value: Any) -> float | RewardFailure:
+    if isinstance(value, GradingError):
+        raise value
+    if isinstance(value, Exception):
+        return RewardFailure(f"{type(value).__name__}: {value}"[:MESSAGE_CHARACTERS])
+    try:
+        reward = float(value)
+    except (TypeError, ValueError):
+        return RewardFailure(f"the reward {value!r} is no number"[:MESSAGE_CHARACTERS])
+    if not math.isfinite(reward) or not task.low <= reward <= task.high:
+        return RewardFailure(f"the reward is {reward}, outside the task's range [{task.low:g}, {task.high:g}]")
+    return reward
