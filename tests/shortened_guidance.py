@@ -10,22 +10,22 @@ DIGITS = 60
 Weights = dict[int, Decimal]
 
 
-def guided(reference: Sequence[float], offsets: dict[int, float], lowest: float) -> list[float]:
-    """The probabilities of all tokens; those without an offset have ``lowest``."""
+def guided(reference: Sequence[float], offsets: dict[int, float], lowest: float, tail: str = "floor") -> list[float]:
+    """The probabilities of all tokens; those without an offset have what the tail gives them."""
     with localcontext(prec=DIGITS):
-        return [float(probability) for probability in _normalised(reference, offsets, lowest).values()]
+        return [float(probability) for probability in _normalised(reference, offsets, lowest, tail).values()]
 
 
 def total_variation(
-    reference: Sequence[float], offsets: dict[int, float], scored: Collection[int], lowest: float
+    reference: Sequence[float], offsets: dict[int, float], scored: Collection[int], lowest: float, tail: str = "floor"
 ) -> Decimal:
-    """½ Σ |g − g'| of guidance by all offsets and by those of the scored tokens; both give all others ``lowest``.
+    """½ Σ |g − g'| of guidance by all offsets and by those of the scored tokens.
 
     reference: unnormalised probabilities of all tokens.
     """
     with localcontext(prec=DIGITS):
-        full = _normalised(reference, offsets, lowest)
-        shortened = _normalised(reference, {token: offsets[token] for token in scored}, lowest)
+        full = _normalised(reference, offsets, lowest, tail)
+        shortened = _normalised(reference, {token: offsets[token] for token in scored}, lowest, tail)
         return sum((abs(full[token] - shortened[token]) for token in full), Decimal(0)) / 2
 
 
@@ -35,8 +35,12 @@ def bound(
     scored: Collection[int],
     lowest: float,
     highest: float,
+    tail: str = "floor",
 ) -> Decimal:
-    """u·(e^hi − e^lo) / (S + u·e^hi); ``offsets`` of candidates that aren't scored are not used."""
+    """u·(e^hi − e^lo) / (S + u·e^hi), with ``mean`` times the candidates' mass, S being of what is scored only.
+
+    ``offsets`` of candidates that aren't scored are not used.
+    """
     with localcontext(prec=DIGITS):
         low, high = Decimal(lowest).exp(), Decimal(highest).exp()
         unscored = sum((Decimal(reference[token]) for token in offsets if token not in scored), Decimal(0))
@@ -46,9 +50,11 @@ def bound(
         for token, mass in enumerate(reference):
             if token in scored:
                 known += Decimal(mass) * Decimal(offsets[token]).exp()
-            elif token not in offsets:
+            elif token not in offsets and tail == "floor":
                 known += Decimal(mass) * low
-        return unscored * (high - low) / (known + unscored * high)
+        whole = sum(map(Decimal, reference), Decimal(0))
+        factor = sum((Decimal(reference[token]) for token in offsets), Decimal(0)) / whole if tail == "mean" else 1
+        return factor * unscored * (high - low) / (known + unscored * high)
 
 
 def greedy_is_certain(
@@ -73,21 +79,33 @@ def scored_in_stages(
     tolerance: float,
     *,
     greedy: bool,
+    tail: str = "floor",
     stages: Sequence[int] = STAGES,
 ) -> list[int]:
     """Which of the ``ranked`` candidates are scored, the likeliest first."""
     for count in stages:
         scored = list(ranked[:count])
-        if greedy:
+        if greedy and tail == "mean":
+            is_enough = not any(reference[token] for token in ranked[count:])
+        elif greedy:
             is_enough = greedy_is_certain(reference, offsets, scored, highest)
         else:
-            is_enough = bound(reference, offsets, scored, lowest, highest) <= Decimal(tolerance)
+            is_enough = bound(reference, offsets, scored, lowest, highest, tail) <= Decimal(tolerance)
         if is_enough:
             return scored
     return list(ranked)
 
 
-def _normalised(reference: Sequence[float], offsets: dict[int, float], lowest: float) -> Weights:
-    weights = {token: Decimal(mass) * Decimal(offsets.get(token, lowest)).exp() for token, mass in enumerate(reference)}
+def _normalised(reference: Sequence[float], offsets: dict[int, float], lowest: float, tail: str) -> Weights:
+    others = Decimal(lowest).exp() if tail == "floor" else _mean(reference, offsets)
+    factors = {token: Decimal(offset).exp() for token, offset in offsets.items()}
+    weights = {token: Decimal(mass) * factors.get(token, others) for token, mass in enumerate(reference)}
     total = sum(weights.values(), Decimal(0))
     return {token: weight / total for token, weight in weights.items()}
+
+
+def _mean(reference: Sequence[float], offsets: dict[int, float]) -> Decimal:
+    """Σ p·e^o / Σ p over what has an offset."""
+    mass = sum((Decimal(reference[token]) for token in offsets), Decimal(0))
+    weight = sum((Decimal(reference[token]) * Decimal(offset).exp() for token, offset in offsets.items()), Decimal(0))
+    return weight / mass if mass else Decimal(1)

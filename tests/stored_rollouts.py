@@ -30,6 +30,7 @@ def make_rollout(prompt_id: str = "p", sample: int = 0, iteration: int = 1) -> R
         rollout_id=rollout_id(iteration, prompt_id, sample),
         iteration=iteration,
         prompt_id=prompt_id,
+        prompt_digest="d",
         split="train",
         prompt_token_ids=[1, 2],
         token_ids=[3, 4, 0],

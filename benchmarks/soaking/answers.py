@@ -132,7 +132,7 @@ def _about_guidance(answer: Answer, published: Published) -> list[str]:
     asked["top_k"] = min(asked["top_k"], TOKENS)
     found += [
         f"{key} is {applied.get(key)}, asked for {asked[key]}"
-        for key in ("eta", "top_k", "method", "tolerance")
+        for key in ("eta", "top_k", "method", "tail", "tolerance")
         if applied.get(key) != asked[key]
     ]
     found += _about_version(ask.wanted, str(applied.get("value_model")), answer, published)

@@ -6,12 +6,13 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from qtilt.params import DEFAULT_TAIL, TAILS
 from real_server.models import ALPHABET, VOCAB
 from soaking.versions import Published
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MAX_TOP_K = 64
-DEFAULTS = {"value_model": "value", "eta": 0.2, "top_k": 8, "method": "qsharp", "tolerance": 0.0}
+DEFAULTS = {"value_model": "value", "eta": 0.2, "top_k": 8, "method": "qsharp", "tail": DEFAULT_TAIL, "tolerance": 0.0}
 CHARACTERS = ALPHABET[:37]
 """Letters, digits and the space: no text of them spells a special token."""
 USER, ASSISTANT = len(ALPHABET) + 2, len(ALPHABET) + 3
@@ -163,6 +164,8 @@ class Asker:
             block["top_k"] = self.random.choice([1, 2, 5, 8, 20, MAX_TOP_K])
         if self.random.random() < 0.3:
             block["method"] = self.random.choice(["qsharp", "cd"])
+        if self.random.random() < 0.5:
+            block["tail"] = self.random.choice(TAILS)
         if self.random.random() < 0.3:
             block["guided_tokens"] = self.random.choice([0, 1, 5, 20, 1000])
         if self.random.random() < 0.5:
@@ -220,6 +223,7 @@ BAD_BLOCKS: list[Any] = [
     {"top_k": 0},
     {"top_k": MAX_TOP_K + 1},
     {"method": "vas"},
+    {"tail": "average"},
     {"guided_tokens": -1},
     {"tolerance": 1},
     {"value_model": "nobody"},

@@ -74,7 +74,7 @@ def compare(sample: Sample) -> Difference:
     if sample.directory is not None and sample.applied is not None:
         applied = sample.applied
         settings = (applied["eta"], applied["top_k"], applied["method"], sample.guided_tokens, applied["tolerance"])
-        guided = Guided(sample.directory, *settings)
+        guided = Guided(sample.directory, *settings, applied["tail"])
     steps = expected_steps(
         sample.reference,
         sample.prompt,

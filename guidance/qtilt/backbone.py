@@ -4,7 +4,9 @@ Only what is needed is read, nothing is unpickled, and no remote code is run.
 """
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +70,17 @@ def read_backbone(
     try:
         # transformers sets torch's process-wide default dtype to the one it loads in, and a server loads while its
         # other thread computes. So load in float32, the default already.
-        backbone, report = AutoModel.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=local_files_only,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # reported instead, and refused here with their names
-            output_loading_info=True,
-        )
+        with _without_load_report():
+            backbone, report = AutoModel.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                local_files_only=local_files_only,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # reported instead, and refused here with their names
+                output_loading_info=True,
+            )
     except UNUSABLE as error:
         raise BackboneError(f"the backbone can't be loaded ({one_line(error)})") from error
     _check_weights(report, is_part)
@@ -87,6 +90,21 @@ def read_backbone(
 def one_line(error: BaseException) -> str:
     """An error's message without its line breaks."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Drop the table of weights that are missing or unused: here they are an error in one line, or no surprise."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _check_weights(report: Mapping[str, Any], is_part: bool) -> None:

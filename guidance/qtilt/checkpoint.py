@@ -14,8 +14,8 @@ A low-rank value model is an update of another model's first layers, its base (l
     update.safetensors    for each projection NAME.A [R, inputs] and NAME.B [outputs, R], float32
     head.safetensors      as above
 
-Version 1 had no low-rank value models; such directories are read. A directory appears under its name in one rename, complete and flushed to disk: a reader never sees half a model.
-Nothing is unpickled and no remote code is run.
+Version 1 had no low-rank value models; its directories are read too. A directory appears under its name in one rename,
+complete and flushed to disk: a reader never sees half a model. Nothing is unpickled and no remote code is run.
 """
 
 import hashlib
@@ -228,6 +228,8 @@ def _read_base(entries: Mapping[str, Any], path: Path) -> tuple[Base | None, int
     try:
         if type(rank) is not int or rank < 1:
             raise ValueError(f"low_rank is {rank!r}, expected a whole number of at least 1")
+        if not isinstance(base, dict):
+            raise TypeError(f"base is a {type(base).__name__}, expected an object")
         return Base(**base), rank
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: base or low_rank is wrong ({error})") from error
@@ -257,8 +259,9 @@ def load_value_model(
         low_rank = _load_update(directory / UPDATE_FILE, manifest, base.backbone)
         model = _value_model(directory, manifest, base.merged(low_rank), dtype)
         model.base = base
+    shared = () if model.base is None else model.base.shared  # checked when the base was read
     for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if name.removeprefix("backbone.") not in shared and not bool(parameter.isfinite().all()):
             raise CheckpointError(f"{directory}: parameter {name} holds values that are not finite")
     return model.to(device).eval().requires_grad_(False)
 

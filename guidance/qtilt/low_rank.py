@@ -55,11 +55,17 @@ class BaseModelError(ValueError):
 
 @dataclass(eq=False)
 class BaseModel:
-    """A base in memory: its projections in float32 on the host, all else in the dtype and on the device it is used."""
+    """A base in memory: its projections in float32 on the host, all else in the dtype and on the device of its use."""
 
     backbone: PreTrainedModel
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of the parameters that all value models made of it have in common: all but the projections' weights."""
+        merged = {f"{name}.weight" for name in projections(self.backbone)}
+        return frozenset(name for name, _ in self.backbone.named_parameters() if name not in merged)
 
     def merged(self, low_rank: LowRank) -> PreTrainedModel:
         """A backbone of its own with the update in its projections; it shares all other weights with the base."""
@@ -87,7 +93,7 @@ class BaseModels:
         held = self._held.get(key)
         if held is None:
             held = BaseModel(self.read(base, config), *key[1:])
-            _move_all_but_projections(held)
+            _move_shared(held, base.name)
             self._held[key] = held
         return held
 
@@ -110,7 +116,7 @@ def weights_digest(backbone: PreTrainedModel) -> str:
     for name, parameter in sorted(backbone.named_parameters()):
         weight = parameter.detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name} {list(weight.shape)}\n".encode())
-        digest.update(memoryview(weight.numpy()).cast("B"))
+        digest.update(weight.numpy().data)
     return digest.hexdigest()
 
 
@@ -152,8 +158,10 @@ def _check_sizes(found: PreTrainedConfig, wanted: PreTrainedConfig) -> None:
             raise BackboneError(f"{name} is {getattr(first, name, None)!r}, not {getattr(wanted, name)!r}")
 
 
-def _move_all_but_projections(base: BaseModel) -> None:
-    kept = {id(layer.weight) for layer in projections(base.backbone).values()}
-    for parameter in base.backbone.parameters():
-        if id(parameter) not in kept:
+def _move_shared(base: BaseModel, name: str) -> None:
+    shared = base.shared
+    for parameter_name, parameter in base.backbone.named_parameters():
+        if parameter_name in shared:
             parameter.data = parameter.data.to(base.device, base.dtype)
+        if not bool(parameter.isfinite().all()):
+            raise BaseModelError(f"parameter {parameter_name} of its base {name} holds values that are not finite")

@@ -67,8 +67,8 @@ def cd_offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: 
     return distribution.mean(logits_BKA.double()) * inv_eta_B.double().unsqueeze(-1)
 
 
-# Mass that a float32 softmax can't tell from none. No offset is below the floor, so the guided mass of what isn't a
-# candidate is below it too.
+# Mass that a float32 softmax can't tell from none. The guided mass of what isn't a candidate is no larger than the
+# reference's, whatever the tail.
 _ROUNDING = 1e-6
 
 OFFSETS = {"qsharp": qsharp_offsets, "cd": cd_offsets}
@@ -191,26 +191,24 @@ class Divergence(NamedTuple):
 def divergence(mass: ReferenceMass, drops: Drops) -> Tensor:
     """The columns of :class:`Divergence`: ``[B, 3]``. mass: of the same candidates.
 
-    With offsets o = −drops and Z = E_reference[e^o], a KL is E_guided[o] − ln Z: the vocabulary is read once, for the
-    reference's normaliser, and all tokens that aren't candidates are one outcome with the mass that is left.
+    With offsets o = −drops and Z = E_reference[e^o], the KL is E_guided[o − ln Z]: the vocabulary is read once, for the
+    reference's normaliser, and all tokens that aren't candidates are one outcome M with the mass that is left. Given a
+    candidate, the guided probability and Z are divided by the guided mass g, and the reference's by its mass.
     """
     if library.is_loaded() and drops.others_B1.device.type == "cpu":
         divergence_B3: Tensor = torch.ops.qtilt.divergence(*mass, *drops)
         return divergence_B3
-    log_mass_B1 = mass.candidates_BK.logsumexp(-1, keepdim=True)
-    log_given_BK = mass.candidates_BK - log_mass_B1.masked_fill(log_mass_B1 == -torch.inf, 0.0)
-    kl_B = _kl(torch.cat(mass, dim=-1), torch.cat(drops, dim=-1))
-    kl_candidates_B = _kl(log_given_BK, drops.candidates_BK)
-    return torch.stack([kl_B, kl_candidates_B, log_mass_B1.squeeze(-1).exp().clamp(max=1.0)], dim=-1)
-
-
-def _kl(log_mass_BM: Tensor, drops_BM: Tensor) -> Tensor:
-    """KL of p·e^(−drop)/Z from p, given ln p: ``[B]``."""
-    log_weight_BM = log_mass_BM - drops_BM
+    drops_BM = torch.cat(drops, dim=-1)
+    log_weight_BM = torch.cat(mass, dim=-1) - drops_BM
     log_z_B1 = log_weight_BM.logsumexp(-1, keepdim=True)
-    guided_BM = (log_weight_BM - log_z_B1).exp()
     # What has no guided mass adds nothing; a row without any token has no normaliser either.
-    return (guided_BM * (-drops_BM - log_z_B1)).masked_fill(log_weight_BM == -torch.inf, 0.0).sum(-1).clamp(min=0.0)
+    has_none_BM = log_weight_BM == -torch.inf
+    guided_BM = (log_weight_BM - log_z_B1).exp().masked_fill(has_none_BM, 0.0)
+    terms_BM = (guided_BM * (-drops_BM - log_z_B1)).masked_fill(has_none_BM, 0.0)
+    mass_B, guided_mass_B = mass.candidates_BK.exp().sum(-1), guided_BM[:, :-1].sum(-1)
+    kl_candidates_B = terms_BM[:, :-1].sum(-1) / guided_mass_B - (guided_mass_B / mass_B).log()
+    kl_candidates_B = kl_candidates_B.masked_fill(guided_mass_B == 0, 0.0)
+    return torch.stack([terms_BM.sum(-1).clamp(min=0.0), kl_candidates_B.clamp(min=0.0), mass_B.clamp(max=1.0)], dim=-1)
 
 
 class OffsetRange(NamedTuple):

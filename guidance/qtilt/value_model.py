@@ -19,6 +19,7 @@ from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel
 
 from qtilt.distributions import ReturnDistribution
+from qtilt.low_rank import BaseModel
 
 ValueType = Literal["q", "v"]
 
@@ -42,8 +43,8 @@ class ValueModel(nn.Module):
         self.type: ValueType = type  # type: ignore[assignment]  # torch's Module has a method of that name
         self.distribution = distribution
         self.head = head
-        self.base: object | None = None
-        """What a low-rank model shares weights with; held as long as the model is."""
+        self.base: BaseModel | None = None
+        """What a low-rank model was merged from and shares weights with; held as long as the model is."""
         rows = head_rows(type, distribution, self.vocab_size)
         if tuple(head.weight.shape) != (rows, self.hidden_size):
             raise ValueError(f"head weight is {list(head.weight.shape)}, expected [{rows}, {self.hidden_size}]")

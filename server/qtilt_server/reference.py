@@ -51,7 +51,8 @@ def check_value_models(directories: dict[str, Path], reference: Reference) -> di
 def try_value_models(directories: dict[str, Path], max_length: int, served: str) -> None:
     """Load each and run it on a few tokens, as the worker will later: there a refusal would not be one line.
 
-    served: where the reference model is. Raises StartupError for weights that can't be used and backbones that the value engine isn't exact on.
+    served: where the reference model is. Raises StartupError for weights that can't be used and backbones that the
+    value engine isn't exact on.
     """
     bases = BaseModels([served])
     threads = torch.get_num_threads()

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from qtilt.params import DEFAULT_TAIL
 from real_server.checking import Oracle, Returned, encode
 from real_server.process import RunningServer
 from real_server.streams import collect
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 PROMPT = "<user>hello<assistant>"
-APPLIED = {"value_model": "value@1", "eta": 0.1, "top_k": 8, "method": "qsharp", "tolerance": 0.0}
+APPLIED = {"value_model": "value@1", "eta": 0.1, "top_k": 8, "method": "qsharp", "tail": DEFAULT_TAIL, "tolerance": 0.0}
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -5,26 +5,37 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from qtilt.params import DEFAULT_TAIL
 from real_server.checking import Oracle, Returned, completion_choices, encode
 from real_server.models import TOKENS as VOCABULARY
 from real_server.process import RunningServer
 from real_server.streams import Streamed, collect
 
 TOKENS = {"return_token_ids": True}
-DEFAULTS = {"value_model": "value@1", "eta": 0.2, "top_k": 8, "method": "qsharp", "tolerance": 0.0}
+DEFAULTS = {
+    "value_model": "value@1",
+    "eta": 0.2,
+    "top_k": 8,
+    "method": "qsharp",
+    "tail": DEFAULT_TAIL,
+    "tolerance": 0.0,
+}
+UNGUIDED = {"guided_tokens": 0, "kl": 0.0, "kl_candidates": 0.0, "mass": None, "candidates": 0.0}
 BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "defaults": ({}, DEFAULTS),
     "nulls": (
-        {"value_model": None, "eta": None, "top_k": None, "method": None, "guided_tokens": None, "tolerance": None},
+        dict.fromkeys(("value_model", "eta", "top_k", "method", "tail", "guided_tokens", "tolerance")),
         DEFAULTS,
     ),
     "all-given": (
-        {"value_model": "graded", "eta": 1, "top_k": 3, "method": "cd", "tolerance": 0.0},
-        {"value_model": "graded@1", "eta": 1.0, "top_k": 3, "method": "cd", "tolerance": 0.0},
+        {"value_model": "graded", "eta": 1, "top_k": 3, "method": "cd", "tail": "mean", "tolerance": 0.0},
+        {"value_model": "graded@1", "eta": 1.0, "top_k": 3, "method": "cd", "tail": "mean", "tolerance": 0.0},
     ),
+    "tail-floor": ({"tail": "floor"}, DEFAULTS | {"tail": "floor"}),
+    "tail-mean": ({"tail": "mean", "eta": 0.5}, DEFAULTS | {"tail": "mean", "eta": 0.5}),
     "clamped": (
         {"value_model": "graded@1", "top_k": 64},
-        {"value_model": "graded@1", "eta": 0.2, "top_k": VOCABULARY, "method": "qsharp", "tolerance": 0.0},
+        DEFAULTS | {"value_model": "graded@1", "top_k": VOCABULARY},
     ),
 }
 
@@ -68,6 +79,28 @@ def test_a_tolerance_saves_candidates_and_the_answer_says_how_many(
     assert 2 <= choice.guidance["candidates"] < 20
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_with_the_tail_mean_the_divergence_is_among_the_candidates_only(
+    client: OpenAI, idle: RunningServer, oracle: Oracle, stream: bool
+) -> None:
+    response: Any = client.completions.create(
+        model=idle.model,
+        prompt="abc",
+        max_tokens=12,
+        logprobs=0,
+        seed=9,
+        stream=stream,
+        temperature=0.8,
+        extra_body={"guidance": {"tail": "mean", "top_k": 4}, "ignore_eos": True, **TOKENS},
+    )
+    (choice,) = streamed(response, ["abc"]) if stream else completion_choices(response, ["abc"])
+    oracle.check(choice, DEFAULTS | {"tail": "mean", "top_k": 4}, temperature=0.8)
+    guidance = choice.guidance
+    assert guidance is not None
+    assert 0 < guidance["mass"] < 1
+    assert 0 < guidance["kl"] < guidance["kl_candidates"], "each step's kl is its mass times its kl_candidates"
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
 def test_temperature(client: OpenAI, idle: RunningServer, oracle: Oracle, temperature: float) -> None:
     response: Any = client.completions.create(
@@ -89,10 +122,10 @@ def test_no_guidance_is_the_plain_reference(client: OpenAI, idle: RunningServer,
         model=idle.model, prompt="abc", max_tokens=10, logprobs=0, seed=3, extra_body=body
     )
     (choice,) = completion_choices(response, ["abc"])
-    differences, _, _ = oracle.compare(choice, None)
+    differences, _ = oracle.compare(choice, None)
     assert max(differences) < 1e-4
     if isinstance(block, dict):
-        assert choice.guidance == {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0}
+        assert choice.guidance == UNGUIDED
     else:
         assert not hasattr(response, "guidance")
         assert choice.guidance is None
@@ -111,13 +144,7 @@ def test_roll_in_and_roll_out_in_one_request(client: OpenAI, idle: RunningServer
     )
     if stream:
         choice = streamed(response, ["hello"])[0]
-        applied = choice.guidance and {
-            "value_model": "value@1",
-            "eta": 0.2,
-            "top_k": 8,
-            "method": "qsharp",
-            "tolerance": 0.0,
-        }
+        applied = choice.guidance and DEFAULTS
     else:
         (choice,), applied = completion_choices(response, ["hello"]), response.guidance
     oracle.check(choice, applied, guided_tokens=5)
@@ -194,7 +221,7 @@ def test_echo_adds_the_prompt_and_counts_the_generated_tokens(
     assert text.startswith("abc"), "token ids were not asked for: echo returns the prompt as text"
     assert guidance["guided_tokens"] == 4
     response = client.completions.create(**ask, max_tokens=0, extra_body={"guidance": {}})
-    assert text_and_guidance(response, stream) == ("abc", {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0})
+    assert text_and_guidance(response, stream) == ("abc", UNGUIDED)
 
 
 def test_token_ids_are_returned_only_if_asked_for(client: OpenAI, idle: RunningServer) -> None:

@@ -29,6 +29,8 @@ BAD_BLOCKS: dict[str, Any] = {
     "top_k float": {"top_k": 2.0},
     "method unknown": {"method": "vas"},
     "method number": {"method": 1},
+    "tail unknown": {"tail": "average"},
+    "tail bool": {"tail": True},
     "guided_tokens negative": {"guided_tokens": -1},
     "guided_tokens bool": {"guided_tokens": False},
     "guided_tokens fraction": {"guided_tokens": 1.5},
@@ -90,6 +92,13 @@ def test_the_official_client_raises_bad_request(client: OpenAI, idle: RunningSer
             client.completions.create(
                 model=idle.model, prompt="a", stream=stream, extra_body={"guidance": {"value_model": "nobody"}}
             )
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_was_given_and_what_is_allowed_is_said(post: Callable[..., httpx.Response], route: str) -> None:
+    response = post(route, {**ROUTES[route], "guidance": {"tail": "average"}})
+    for mentioned in ("guidance", "tail", "average", "'floor' or 'mean'"):
+        assert_refused(response, mentions=mentioned)
 
 
 @covers("beam search", engines=["sync"], refused="it drops what guidance travels in: HTTP 400")

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from low_rank_models import write_low_rank, write_merged
+from qtilt.params import DEFAULT_TAIL
 from real_server.checking import Oracle, Returned, encode
-from real_server.models import ALPHABET, make_tokenizer, make_value_model
+from real_server.models import ALPHABET, make_reference, make_tokenizer, make_value_model
 from real_server.process import RunningServer
 from real_server.state import versions
 from real_server.streams import Streamed, StreamedChoice
@@ -78,6 +81,34 @@ def test_the_next_version_is_active_and_the_one_before_can_be_named(
     refused = idle.post("/v1/completions", {"model": idle.model, "prompt": "a", "guidance": {"value_model": "steps@1"}})
     assert refused.status_code == 400
     assert "has no version '1' loaded" in refused.json()["error"]["message"]
+
+
+def test_low_rank_versions_of_the_served_model_are_merged_with_it(
+    client: OpenAI, idle: RunningServer, oracle: Oracle, publish: Any, models: Path, tmp_path: Path
+) -> None:
+    for seed in (1, 2):
+        directory = models / "published" / f"low-rank-{seed}"
+        write_low_rank(directory, models / "reference", layers=1, seed=seed, name="/nowhere/else")
+        label = f"lean@{publish('lean', directory.name).json()['version']}"
+        oracle.directories[label] = write_merged(tmp_path / directory.name, directory, models / "reference")
+    for version in ("lean@1", "lean@2"):
+        answer = guided(client, idle, version)
+        assert answer.guidance["value_model"] == version
+        check(oracle, answer)
+
+
+def test_a_low_rank_version_of_another_model_is_refused(
+    idle: RunningServer, publish: Any, models: Path, tmp_path: Path
+) -> None:
+    other = make_reference(tmp_path / "other", seed=1)
+    write_low_rank(models / "published" / "of-another", other, layers=1)
+    shutil.rmtree(other)
+    before = versions(idle, "value")
+    response = publish("value", "of-another")
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert re.search(r"of-another/value_model.json: its base .*reference: .* digest .*…, not .*…", message), message
+    assert versions(idle, "value") == before
 
 
 def test_concurrent_publications_take_their_turn(idle: RunningServer, publish: Any, root: Path) -> None:
@@ -146,7 +177,7 @@ def assert_another_version_would_show(oracle: Oracle, choice: StreamedChoice) ->
     """The check has teeth: under a version of other weights the same tokens have other probabilities."""
     assert choice.applied is not None
     returned = Returned(encode("swap"), choice.token_ids, choice.logprobs, choice.guidance)
-    differences, _, _ = oracle.compare(returned, {**choice.applied, "value_model": "value@1"})
+    differences, _ = oracle.compare(returned, {**choice.applied, "value_model": "value@1"})
     assert max(differences) > 1e-2
 
 
@@ -317,7 +348,13 @@ def test_a_bad_publish_request_is_refused(idle: RunningServer, body: Any) -> Non
 
 def test_status_tells_what_is_loaded_and_the_defaults(idle: RunningServer) -> None:
     status = idle.get("/v1/guidance").json()
-    assert status["defaults"] == {"value_model": "value", "eta": 0.2, "top_k": 8, "method": "qsharp"}
+    assert status["defaults"] == {
+        "value_model": "value",
+        "eta": 0.2,
+        "top_k": 8,
+        "method": "qsharp",
+        "tail": DEFAULT_TAIL,
+    }
     assert status["max_top_k"] == 64
     assert status["value_model_root"] == str(idle.value_model_root)
     assert [entry["name"] for entry in status["value_models"]][:2] == ["value", "graded"]

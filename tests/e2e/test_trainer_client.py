@@ -8,8 +8,9 @@ from typing import TypeVar
 import pytest
 from transformers import AutoTokenizer
 
-from qtilt_trainer.client import Completion, Guidance, GuidedClient, Sampling, ServerError
+from qtilt_trainer.client import Completion, Guidance, GuidedClient, Sampling
 from qtilt_trainer.config import ServerConfig
+from qtilt_trainer.server_errors import ServerError
 from real_server.process import RunningServer
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=12)

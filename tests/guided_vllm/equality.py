@@ -40,15 +40,24 @@ def test_unguided_requests_beside_guided_ones_are_plain_vllm(served: Served) -> 
             served.rpc("qtilt_take_records", answer.ask.guidance.trace_id, [])
 
 
+CONSTANTS = {
+    "lowest": (True, "any token", 5, "floor"),
+    "any": (False, "the tokenizer's tokens", 128, "floor"),
+    "any, tail mean": (False, "any token", 5, "mean"),
+}
+
+
 @covers(CONSTANT)
 @pytest.mark.parametrize("value_model", VALUE_MODELS)
-@pytest.mark.parametrize("lowest", [True, False], ids=["lowest", "any"])
-def test_a_constant_value_is_plain_vllm(served: Served, tmp_path: Path, value_model: str, lowest: bool) -> None:
-    """The lowest return tilts nothing whatever is scored; any other, if all tokens are that may be drawn."""
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_a_constant_value_is_plain_vllm(served: Served, tmp_path: Path, value_model: str, constant: str) -> None:
+    """With the tail mean any constant. With the floor the lowest return tilts nothing whatever is scored; any other, if
+    all tokens are that may be drawn.
+    """
+    lowest, allowed, top_k, tail = CONSTANTS[constant]
     directory = make_constant(tmp_path / "constant", *VALUE_MODELS[value_model], lowest=lowest)
-    allowed, top_k = ("any token", 5) if lowest else ("the tokenizer's tokens", 128)
     with served.also("constant", 1, directory):
-        asks = plain_vllm.requests(allowed, lambda index: served.guide("constant", eta=0.1, top_k=top_k))
+        asks = plain_vllm.requests(allowed, lambda index: served.guide("constant", eta=0.1, top_k=top_k, tail=tail))
         answers = drive(served.engine, asks)
         for answer, before in zip(answers, served.plain[allowed], strict=True):
             plain_vllm.assert_same_bits(answer, before)
@@ -56,4 +65,5 @@ def test_a_constant_value_is_plain_vllm(served: Served, tmp_path: Path, value_mo
             returned = [choice.token_ids for choice in answer.choices]
             summaries = served.rpc("qtilt_take_records", answer.ask.guidance.trace_id, returned)
             assert [summary["guided_tokens"] for summary in summaries] == [len(tokens) for tokens in returned]
-            assert [summary["kl"] for summary in summaries] == pytest.approx([0.0] * len(returned), abs=1e-6)
+            for kl in ("kl", "kl_candidates"):
+                assert [summary[kl] for summary in summaries] == pytest.approx([0.0] * len(returned), abs=1e-6)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from guided_vllm.driving import Ask, drive
+from guided_vllm.driving import Answer, Ask, drive
 from guided_vllm.matrix import covers
 from guided_vllm.oracle import expected_steps
 from guided_vllm.served import Served
@@ -186,34 +186,65 @@ def test_a_tolerance_bounds_the_distance_to_full_guidance_and_saves_candidates(s
     scored = []
     for answer in drive(served.engine, asks):
         served.check(answer)
-        (choice,) = answer.choices
-        guided = served.for_oracle(answer.ask.guidance)
-        if guided is None:
-            continue
-        steps = expected_steps(
-            served.reference,
-            answer.ask.prompt,
-            choice.token_ids,
-            replace(guided, tolerance=0.0),
-            answer.ask.temperature,
-            served.scorable,
+        scored += _check_tolerance(served, answer)
+    assert set(scored) == ({20} if served.speculates else {2, 20})
+
+
+def _check_tolerance(served: Served, answer: Answer) -> list[int]:
+    """What is sampled from is within the tolerance of full guidance. Returns how many candidates each step scored."""
+    (choice,) = answer.choices
+    guided = served.for_oracle(answer.ask.guidance)
+    if guided is None:
+        return []
+    ask = answer.ask
+    arguments = served.reference, ask.prompt, choice.token_ids
+    full_steps = expected_steps(*arguments, replace(guided, tolerance=0.0), ask.temperature, served.scorable)
+    for token, reported, full in zip(choice.token_ids, choice.logprobs, full_steps, strict=True):
+        reported_V = torch.tensor([reported[index] for index in range(REFERENCE_VOCAB)]).exp()
+        if ask.temperature == 0:
+            assert token == int(full.log_probs_V.argmax())
+        else:
+            distance = float((reported_V - full.log_probs_V.exp()).abs().sum()) / 2
+            assert distance <= guided.tolerance + 5e-5
+    return [step.candidates for step in expected_steps(*arguments, guided, ask.temperature, served.scorable)]
+
+
+@covers("`tail`: mean")
+@pytest.mark.parametrize("value_model", VALUE_MODELS)
+def test_with_the_tail_mean_others_keep_the_reference_and_candidates_share_theirs(
+    served: Served, value_model: str
+) -> None:
+    """Both tails and methods share the batch; some tolerate a small distance."""
+    settings = [(1.0, 0.2, 0.0), (0.0, 0.1, 0.0), (0.5, 1.0, 0.05), (1.7, 0.05, 0.0), (0.0, 0.5, 0.1), (0.7, 0.3, 1e-3)]
+    asks = [
+        Ask(
+            prompt(5 + 2 * index, seed=630 + index),
+            served.guide(value_model, eta=eta, method=method, tail=tail, tolerance=tolerance, top_k=5 + index),
+            temperature,
+            arrives=index // 2,
         )
-        for token, reported, full in zip(choice.token_ids, choice.logprobs, steps, strict=True):
-            reported_V = torch.tensor([reported[index] for index in range(REFERENCE_VOCAB)]).exp()
-            if answer.ask.temperature == 0:
-                assert token == int(full.log_probs_V.argmax())
-            else:
-                distance = float((reported_V - full.log_probs_V.exp()).abs().sum()) / 2
-                assert distance <= guided.tolerance + 5e-5
-        shortened = expected_steps(
-            served.reference,
-            answer.ask.prompt,
-            choice.token_ids,
-            guided,
-            answer.ask.temperature,
-            served.scorable,
+        for index, (temperature, eta, tolerance) in enumerate(settings)
+        for method, tail in (("qsharp", "mean"), (("cd", "mean") if index % 2 else ("qsharp", "floor")))
+    ]
+    for answer in drive(served.engine, asks):
+        served.check(answer)
+
+
+@covers("`tail`: mean", "`tolerance`")
+def test_with_the_tail_mean_a_tolerance_bounds_the_distance_to_full_guidance(served: Served) -> None:
+    settings = [(1.0, 0.3), (0.5, 0.02), (0.5, 1e-3), (0.0, 1e-3), (1.7, 0.1), (0.7, 1e-12)]
+    asks = [
+        Ask(
+            prompt(5 + index, seed=650 + index),
+            served.guide("v-bernoulli", eta=0.5, top_k=20, tolerance=tolerance, tail="mean"),
+            temperature,
         )
-        scored += [step.candidates for step in shortened]
+        for index, (temperature, tolerance) in enumerate(settings)
+    ]
+    scored = []
+    for answer in drive(served.engine, asks):
+        served.check(answer)
+        scored += _check_tolerance(served, answer)
     assert set(scored) == ({20} if served.speculates else {2, 20})
 
 

@@ -29,6 +29,7 @@ FEATURES = [
     "n > 1",
     "`guided_tokens`",
     "`tolerance`",
+    "`tail`: mean",
     "guided beside unguided",
     "two value models at once",
     "two versions at once, during a swap",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ class Guided:
     method: str
     guided_tokens: int | None
     tolerance: float = 0.0
+    tail: str = "floor"
 
 
 OFFSET_ROUNDING = 1e-4
@@ -114,7 +116,8 @@ def log_softmax(logits_V: Tensor) -> Tensor:
 
 
 class Step(NamedTuple):
-    """log_probs_V: what the step samples from. kl: KL(guided ‖ reference) in nats.
+    """log_probs_V: what the step samples from. kl: KL(guided ‖ reference) in nats. kl_candidates: the same given that
+    the token is among the top-k. mass: the reference's in them.
 
     guided_logits_V: raw logits with T·Q/η, each token's Q/η less the largest of the row: as the HTTP API's page says,
     the most valuable candidate keeps its logit. candidates: how many are scored.
@@ -124,6 +127,27 @@ class Step(NamedTuple):
     kl: float
     guided_logits_V: Tensor
     candidates: int
+    kl_candidates: float = 0.0
+    mass: float = 0.0
+
+
+class Measured(NamedTuple):
+    """Over the guided steps of a choice: sums of KLs in nats, means of the others; 0 without any."""
+
+    kl: float
+    kl_candidates: float
+    mass: float
+    candidates: float
+
+    @classmethod
+    def of(cls, steps: Sequence[Step]) -> "Measured":
+        guided = [step for step in steps if step.candidates]
+        return cls(
+            sum(step.kl for step in guided),
+            sum(step.kl_candidates for step in guided),
+            fmean(step.mass for step in guided) if guided else 0.0,
+            fmean(step.candidates for step in guided) if guided else 0.0,
+        )
 
 
 def step_distributions(
@@ -157,24 +181,49 @@ def _guided_steps(
         # The bound, and what an unscored candidate could reach, grow with the highest offset.
         either = [
             scored_in_stages(
-                masses, candidates, offsets, floor, highest + rounding, guided.tolerance, greedy=temperature == 0
+                masses,
+                candidates,
+                offsets,
+                floor,
+                highest + rounding,
+                guided.tolerance,
+                greedy=temperature == 0,
+                tail=guided.tail,
             )
             for rounding in (0.0, -OFFSET_ROUNDING, OFFSET_ROUNDING)
         ]
         counts = list(dict.fromkeys(map(len, either)))
-    return [_step(reference_V, reference, candidates[:count], offsets_K[:count], floor, scale) for count in counts]
+    steps = []
+    for count in counts:
+        # e^o, weighted by the reference.
+        weights = reference[candidates[:count]].exp()
+        mean = float(torch.log((weights * offsets_K[:count].exp()).sum() / weights.sum()))
+        others = mean if guided.tail == "mean" else floor
+        steps.append(_step(reference_V, reference, candidates, offsets_K[:count], others, scale))
+    return steps
 
 
 def _step(
-    reference_V: Tensor, reference: Tensor, candidates: list[int], offsets_K: Tensor, floor: float, scale: float
+    reference_V: Tensor, reference: Tensor, candidates: list[int], offsets_K: Tensor, others: float, scale: float
 ) -> Step:
-    """``candidates`` are scored. reference: log-probabilities of ``reference_V`` at temperature ``scale``."""
-    offsets_V = torch.full_like(reference_V, floor)
-    offsets_V[candidates] = offsets_K
+    """The first of ``candidates`` have ``offsets_K``. reference: log-probabilities at temperature ``scale``."""
+    offsets_V = torch.full_like(reference_V, others)
+    offsets_V[candidates[: len(offsets_K)]] = offsets_K
     tilted = log_softmax(reference_V / scale + offsets_V)
-    present = torch.isfinite(tilted)
-    kl = (tilted[present].exp() * (tilted[present] - reference[present])).sum()
-    return Step(tilted, float(kl), reference_V + scale * (offsets_V - offsets_K.max()), len(candidates))
+    return Step(
+        tilted,
+        _kl(tilted, reference),
+        reference_V + scale * (offsets_V - offsets_K.max()),
+        len(offsets_K),
+        _kl(log_softmax(tilted[candidates]), log_softmax(reference[candidates])),
+        float(reference[candidates].exp().sum()),
+    )
+
+
+def _kl(of: Tensor, to: Tensor) -> float:
+    """Of two distributions' logarithms."""
+    present = torch.isfinite(of)
+    return float((of[present].exp() * (of[present] - to[present])).sum())
 
 
 def expected_steps(

@@ -13,7 +13,7 @@ import torch
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from guided_vllm.driving import Answer
-from guided_vllm.oracle import Adjust, Guided, expected_steps, log_softmax
+from guided_vllm.oracle import Adjust, Guided, Measured, expected_steps, log_softmax
 from guided_vllm.tiny_models import TOKENS
 from guided_vllm.truncation import truncate_as_reported
 from qtilt.params import GuidanceParams
@@ -77,12 +77,12 @@ class Served:
         adjust: Adjust | None = None,
         penalise: Adjust | None = None,
     ) -> None:
-        """Every reported probability, and the KL and the scored candidates on record, equal the oracle's.
+        """Every reported probability, and what is on record of guidance, equal the oracle's.
 
         adjust: what happens to raw logits before guidance on either model runner. penalise: what penalties do.
         """
         ask, guidance = answer.ask, answer.ask.guidance
-        measured = []
+        measured: list[Measured] = []
         for choice in answer.choices:
             reported = [_vector(logprobs) for logprobs in choice.logprobs]
             steps = expected_steps(
@@ -103,8 +103,7 @@ class Served:
                 if ask.temperature > 0:
                     expected_V = truncate_as_reported(expected_V, reported_V, ask.sampling)
                 self._check_step(token, reported_V, expected_V, greedy=ask.temperature == 0)
-            guided = [step.candidates for step in steps if step.candidates]
-            measured.append((sum(step.kl for step in steps), sum(guided) / len(guided) if guided else 0.0))
+            measured.append(Measured.of(steps))
         if guidance is not None:
             self._check_records(answer, guidance, measured)
 
@@ -118,7 +117,15 @@ class Served:
             return None
         directory = self.directories[guidance.value_model, guidance.version]
         tolerance = 0.0 if self.speculates else guidance.tolerance
-        return Guided(directory, guidance.eta, guidance.top_k, guidance.method, guidance.guided_tokens, tolerance)
+        return Guided(
+            directory,
+            guidance.eta,
+            guidance.top_k,
+            guidance.method,
+            guidance.guided_tokens,
+            tolerance,
+            guidance.tail,
+        )
 
     def _check_step(self, token: int, reported_V: torch.Tensor, expected_V: torch.Tensor, greedy: bool) -> None:
         assert torch.equal(reported_V.isfinite(), expected_V.isfinite()), "something else is masked"
@@ -131,15 +138,18 @@ class Served:
         if greedy:
             assert float(expected_V[token]) > float(expected_V.max()) - 1e-4
 
-    def _check_records(self, answer: Answer, guidance: GuidanceParams, measured: list[tuple[float, float]]) -> None:
-        """measured: summed KL and mean candidates of each choice."""
+    def _check_records(self, answer: Answer, guidance: GuidanceParams, measured: list[Measured]) -> None:
+        """measured: of each choice."""
         returned = [choice.token_ids for choice in answer.choices]
         summaries = self.rpc("qtilt_take_records", guidance.trace_id, returned)
         limit = guidance.guided_tokens
-        for tokens, (kl, candidates), summary in zip(returned, measured, summaries, strict=True):
+        for tokens, expected, summary in zip(returned, measured, summaries, strict=True):
             assert summary["guided_tokens"] == (len(tokens) if limit is None else min(limit, len(tokens)))
-            assert summary["kl"] == pytest.approx(kl, abs=1e-4, rel=1e-5)
-            assert summary["candidates"] == pytest.approx(candidates)
+            assert summary["kl"] == pytest.approx(expected.kl, abs=1e-4, rel=1e-5)
+            assert summary["kl_candidates"] == pytest.approx(expected.kl_candidates, abs=1e-4, rel=1e-5)
+            assert (summary["mass"] or 0.0) == pytest.approx(expected.mass, abs=1e-5)
+            assert (summary["mass"] is None) == (summary["guided_tokens"] == 0)
+            assert summary["candidates"] == pytest.approx(expected.candidates)
 
 
 def _vector(logprobs: dict[int, float]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from guided_vllm.oracle import Guided, expected_steps
+from guided_vllm.oracle import Guided, Measured, expected_steps
 from real_server.models import TOKENS, make_tokenizer
 
 LOGPROB_TOLERANCE = 1e-4
@@ -38,10 +38,8 @@ class Oracle:
         guided_tokens: int | None = None,
         temperature: float = 1.0,
     ) -> None:
-        """Every token's probability, and the KL, are those of the version, η, k and method that the answer names."""
-        differences, kl, candidates = self.compare(
-            choice, applied, guided_tokens=guided_tokens, temperature=temperature
-        )
+        """Every token's probability, and what is said of guidance, are those of what the answer says was applied."""
+        differences, expected = self.compare(choice, applied, guided_tokens=guided_tokens, temperature=temperature)
         assert max(differences, default=0.0) < LOGPROB_TOLERANCE
         if applied is None:
             assert choice.guidance is None
@@ -49,8 +47,11 @@ class Oracle:
         assert choice.guidance is not None
         returned = len(choice.token_ids)
         assert choice.guidance["guided_tokens"] == (returned if guided_tokens is None else min(guided_tokens, returned))
-        assert choice.guidance["kl"] == pytest.approx(kl, abs=1e-4, rel=1e-5)
-        assert choice.guidance["candidates"] == pytest.approx(candidates)
+        assert choice.guidance["kl"] == pytest.approx(expected.kl, abs=1e-4, rel=1e-5)
+        assert choice.guidance["kl_candidates"] == pytest.approx(expected.kl_candidates, abs=1e-4, rel=1e-5)
+        assert (choice.guidance["mass"] or 0.0) == pytest.approx(expected.mass, abs=1e-5)
+        assert (choice.guidance["mass"] is None) == (choice.guidance["guided_tokens"] == 0)
+        assert choice.guidance["candidates"] == pytest.approx(expected.candidates)
 
     def compare(
         self,
@@ -59,23 +60,26 @@ class Oracle:
         *,
         guided_tokens: int | None = None,
         temperature: float = 1.0,
-    ) -> tuple[list[float], float, float]:
-        """By how much each token's log-probability differs from the expected one, the expected KL, and the candidates
-        that a guided step scores in the mean.
-        """
+    ) -> tuple[list[float], Measured]:
+        """By how much each token's log-probability differs from the expected one, and what is to be on record."""
         guided = None if applied is None else self._guided(applied, guided_tokens)
         steps = expected_steps(self.reference, choice.prompt, choice.token_ids, guided, temperature, TOKENS)
         differences = [
             abs(reported - float(step.log_probs_V[token]))
             for token, reported, step in zip(choice.token_ids, choice.logprobs, steps, strict=True)
         ]
-        scored = [step.candidates for step in steps if step.candidates]
-        return differences, sum(step.kl for step in steps), sum(scored) / len(scored) if scored else 0.0
+        return differences, Measured.of(steps)
 
     def _guided(self, applied: Mapping[str, Any], guided_tokens: int | None) -> Guided:
         directory = self.directories[applied["value_model"]]
         return Guided(
-            directory, applied["eta"], applied["top_k"], applied["method"], guided_tokens, applied["tolerance"]
+            directory,
+            applied["eta"],
+            applied["top_k"],
+            applied["method"],
+            guided_tokens,
+            applied["tolerance"],
+            applied["tail"],
         )
 
 

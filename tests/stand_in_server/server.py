@@ -15,6 +15,7 @@ from star_graph import StarGraph
 from tiny_reference import build_tokenizer
 
 MODEL = "stand-in"
+CONTEXT = 64
 
 
 class StandInServer:
@@ -66,10 +67,16 @@ class StandInServer:
             "/v1/guidance": self._status,
             "/v1/guidance/value_models": self._publish,
             "/v1/completions": self._complete,
+            "/tokenize": self._tokenize,
+            "/health": lambda body: {},
         }[path](body)
 
     def _models(self, body: Any) -> Any:
-        return {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "test"}]}
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "test", "max_model_len": CONTEXT}
+        return {"object": "list", "data": [model]}
+
+    def _tokenize(self, body: Any) -> Any:
+        return {"count": len(self.tokenizer(body["prompt"])["input_ids"]), "max_model_len": CONTEXT}
 
     def _status(self, body: Any) -> Any:
         newest = self.versions[-1]["version"] if self.versions else 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import qtilt_trainer.writer
-from qtilt_trainer.client import Guidance, GuidedClient, PromptRefusedError, Sampling, ServerError
+from qtilt_trainer.client import Guidance, GuidedClient, Sampling
 from qtilt_trainer.collect import earlier_lengths, missing_samples, plan_requests, switch_point
 from qtilt_trainer.config import CollectConfig, SamplingConfig, ServerConfig
 from qtilt_trainer.generate import generate
@@ -18,6 +18,7 @@ from qtilt_trainer.plan import PlannedRequest, consecutive
 from qtilt_trainer.refused import RefusedPrompts
 from qtilt_trainer.rewards import Grader, Rules, TooManyFailuresError, write_failures
 from qtilt_trainer.rollouts import RolloutStore
+from qtilt_trainer.server_errors import PromptRefusedError, ServerError
 from qtilt_trainer.tasks import Problem, Task
 from stand_in_server import StandInServer
 from star_graph import StarGraph

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from qtilt_trainer.client import GuidedClient, ServerError
+from qtilt_trainer.client import GuidedClient
 from qtilt_trainer.config import EvaluateConfig, SamplingConfig, ServerConfig
 from qtilt_trainer.evaluate import Record, evaluate, grid
 from qtilt_trainer.result_table import result_table
 from qtilt_trainer.rollouts import RolloutStore
+from qtilt_trainer.server_errors import ServerError
 from stand_in_server import StandInServer
 from star_graph import StarGraph
 

@@ -59,9 +59,10 @@ def sample_rollouts(count: int, guided_roll_in: bool, seed: int = 0) -> list[Rol
 
 def rollout(index: int, token_ids: list[int], switch_point: int, reward: float, temperature: float = 1.0) -> Rollout:
     return Rollout(
-        rollout_id=f"1/p{index // 8}/{index % 8}",
+        rollout_id=f"1/p{index // 8:04d}/{index % 8}",
         iteration=1,
-        prompt_id=f"p{index // 8}",
+        prompt_id=f"p{index // 8:04d}",
+        prompt_digest="d",
         split="train",
         prompt_token_ids=[PROMPT_TOKEN],
         token_ids=token_ids,
@@ -190,7 +191,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
 
 def test_cutting_a_batch_into_several_forwards_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rollouts = sample_rollouts(160, guided_roll_in=True)
-    config = FitConfig(steps=3, batch_size=64, learning_rate=1e-3, drop_unanimous=False, held_out=0.0, threads=1)
+    config = CONFIG.model_copy(update={"steps": 3, "batch_size": 64, "learning_rate": 1e-3, "held_out": 0.0})
     whole = fitted(rollouts, config)[0]
     monkeypatch.setattr("qtilt_trainer.fit.FORWARD_TOKENS", 50)
     parts = fitted(rollouts, config)[0]

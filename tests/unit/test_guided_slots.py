@@ -233,10 +233,15 @@ def test_kl_is_summed_in_float64(tmp_path: Path) -> None:
     runner.add(0, prompt(8, seed=1))
     runner.step({0: [5]})
     runner.step({0: [6]})
-    runner.slots.table.write(
-        torch.tensor([0, 0]), torch.tensor([7, 8]), torch.tensor([1e10, 1e-3]).double(), torch.tensor([5, 4])
-    )
-    assert summary(runner, [5, 6]) == {"guided_tokens": 2, "kl": 1e10 + 1e-3, "candidates": 4.5}
+    divergence_R3 = torch.tensor([[1e10, 1e9, 0.5], [1e-3, 1e-4, 0.75]], dtype=torch.float64)
+    runner.slots.table.write(torch.tensor([0, 0]), torch.tensor([7, 8]), divergence_R3, torch.tensor([5, 4]))
+    assert summary(runner, [5, 6]) == {
+        "guided_tokens": 2,
+        "kl": 1e10 + 1e-3,
+        "kl_candidates": 1e9 + 1e-4,
+        "mass": 0.625,
+        "candidates": 4.5,
+    }
 
 
 class NothingWaits(TorchDispatchMode):

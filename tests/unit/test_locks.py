@@ -61,6 +61,25 @@ def test_lock_fulfils_the_project_file(lock: str, extras: list[str]) -> None:
         assert requirement.specifier.contains(locked[name]), f"{lock} pins {name} {locked[name]}, asked: {requirement}"
 
 
+def test_tasks_lock_fulfils_the_project_file_and_adds_nothing_that_the_cpu_lock_has() -> None:
+    locked, beside = locked_versions("tasks.txt"), locked_versions("cpu.txt")
+    assert not locked.keys() & beside.keys()
+    for requirement in map(Requirement, PROJECT["optional-dependencies"]["reasoning-gym"]):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)])
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_cpu_and_tasks_locks_are_closed_together(python: str) -> None:
+    locked = {**locked_versions("cpu.txt"), **locked_versions("tasks.txt")}
+    for package in locked_versions("tasks.txt"):
+        for requirement in map(Requirement, distribution(package).requires or []):
+            if requirement.marker and not requirement.marker.evaluate({**environment(python), "extra": ""}):
+                continue
+            version = locked.get(canonicalize_name(requirement.name))
+            assert version is not None, f"{package} needs {requirement}"
+            assert requirement.specifier.contains(version, prereleases=True), f"{package}: {requirement}"
+
+
 def test_server_and_trainer_images_agree_on_every_shared_version() -> None:
     cuda, trainer = locked_versions("cuda.txt"), locked_versions("trainer.txt")
     assert {name: cuda.get(name) for name in trainer} == trainer

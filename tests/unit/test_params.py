@@ -8,7 +8,7 @@ VALID = {"value_model": "maths", "version": 2, "eta": 0.1, "top_k": 20}
 
 
 def test_params_survive_the_trip_through_json():
-    params = GuidanceParams(**VALID, method="cd", guided_tokens=7, tolerance=1e-3, trace_id="abc")
+    params = GuidanceParams(**VALID, method="cd", tail="mean", guided_tokens=7, tolerance=1e-3, trace_id="abc")
     wire = json.loads(json.dumps({EXTRA_ARGS_KEY: params.to_extra_args()}))
     assert GuidanceParams.from_extra_args(wire) == params
 
@@ -35,6 +35,8 @@ def test_a_request_without_guidance_has_no_params(extra_args):
         ("top_k", 2.5),
         ("top_k", True),
         ("method", "qshard"),
+        ("tail", "average"),
+        ("tail", None),
         ("guided_tokens", -1),
         ("guided_tokens", 1.0),
         ("tolerance", -1e-9),

@@ -2,14 +2,17 @@
 
 import asyncio
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qtilt_trainer.client import GuidedClient, ServerError
+import qtilt_trainer.client
+from qtilt_trainer.client import GuidedClient
 from qtilt_trainer.config import ServerConfig
 from qtilt_trainer.publish import path_below_root, publish
+from qtilt_trainer.server_errors import ServerError
 from stand_in_server import StandInServer
 
 
@@ -21,9 +24,9 @@ def fitted(tmp_path: Path) -> Path:
     return directory
 
 
-def run(server: StandInServer, directory: Path, root: Path | None, record: Path) -> str:
+def run(server: StandInServer, directory: Path, root: Path | None, record: Path, wait: float = 30.0) -> str:
     async def once() -> str:
-        async with GuidedClient(ServerConfig(url=server.url, retries=3)) as client:
+        async with GuidedClient(ServerConfig(url=server.url, retries=3, wait=wait)) as client:
             return await publish(client, directory, "value", root, record)
 
     return asyncio.run(once())
@@ -79,13 +82,30 @@ def test_a_directory_outside_the_root_is_refused_and_says_what_to_do(fitted: Pat
 
 
 def test_a_refused_load_is_reported_and_not_repeated(fitted: Path, tmp_path: Path) -> None:
-    def refuse(path: str, body: Any) -> tuple[int, Any] | None:
-        return (409, {"error": {"message": "still running"}}) if path == "/v1/guidance/value_models" else None
-
     record = tmp_path / "published.json"
     with StandInServer() as server:
-        server.before = refuse
-        with pytest.raises(ServerError, match=r"answered 409: .*still running"):
+        server.before = answer_loads(400, lambda: True)
+        with pytest.raises(ServerError, match=r"answered 400: .*no such directory"):
             run(server, fitted, tmp_path / "root", record)
         assert len(server.bodies("/v1/guidance/value_models")) == 1
         assert not record.exists()
+
+
+def test_a_busy_server_is_asked_again_until_it_has_room(
+    fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qtilt_trainer.client, "BUSY_SECONDS", 0.05)
+    record = tmp_path / "published.json"
+    with StandInServer() as server:
+        server.before = answer_loads(409, lambda: len(server.bodies("/v1/guidance/value_models")) < 4)
+        assert run(server, fitted, tmp_path / "root", record) == "value@1"
+        assert len(server.bodies("/v1/guidance/value_models")) == 4
+        server.before = answer_loads(409, lambda: True)
+        record.unlink()
+        with pytest.raises(ServerError, match=r"answered 409: .*no such directory"):
+            run(server, fitted, tmp_path / "root", record, wait=0.3)
+
+
+def answer_loads(status: int, when: Callable[[], bool]) -> Callable[[str, Any], tuple[int, Any] | None]:
+    error = {"error": {"message": "no such directory"}}
+    return lambda path, body: (status, error) if path == "/v1/guidance/value_models" and when() else None

@@ -5,25 +5,38 @@ import torch
 
 from qtilt.vllm_plugin.failure import not_numbers
 from qtilt.vllm_plugin.history import TokenHistory
-from qtilt.vllm_plugin.records import Record, RecordStore
+from qtilt.vllm_plugin.records import GuidanceSummary, Record, RecordStore
 
 
 def write_steps(record: Record, first: int, *kls: float) -> None:
     for step, kl in enumerate(kls, start=first):
-        record.write(step, torch.tensor([99.0, kl]), torch.tensor([99, 10 + step]), 1)
+        divergence_B3 = torch.tensor([[99.0] * 3, [kl, kl / 4, 1 / (1 + step)]], dtype=torch.float64)
+        record.write(step, divergence_B3, torch.tensor([99, 10 + step]), 1)
+
+
+def summary(guided_tokens: int, kl: float, candidates: float) -> GuidanceSummary:
+    """Of steps written by :func:`write_steps`."""
+    masses = [1 / (1 + step) for step in range(guided_tokens)]
+    return {
+        "guided_tokens": guided_tokens,
+        "kl": kl,
+        "kl_candidates": kl / 4,
+        "mass": sum(masses) / guided_tokens if guided_tokens else None,
+        "candidates": candidates,
+    }
 
 
 def test_the_sum_covers_the_returned_tokens_and_no_step_after_them() -> None:
     store, tokens = RecordStore(), [5, 6, 7]
     write_steps(store.open("t", tokens, None), 0, 1.0, 2.0, 4.0, 8.0)
-    assert store.take("t", [[5, 6]]) == [{"guided_tokens": 2, "kl": 3.0, "candidates": 10.5}]
+    assert store.take("t", [[5, 6]]) == [summary(2, 3.0, 10.5)]
     assert store.held == 0
 
 
 def test_steps_after_the_guided_tokens_are_not_summed() -> None:
     store, tokens = RecordStore(), [5, 6, 7]
     write_steps(store.open("t", tokens, 2), 0, 1.0, 2.0)
-    assert store.take("t", [tokens]) == [{"guided_tokens": 2, "kl": 3.0, "candidates": 10.5}]
+    assert store.take("t", [tokens]) == [summary(2, 3.0, 10.5)]
 
 
 def test_a_discarded_step_is_overwritten() -> None:
@@ -32,7 +45,7 @@ def test_a_discarded_step_is_overwritten() -> None:
     write_steps(record, 0, 50.0)
     write_steps(record, 0, 1.0)
     tokens.append(5)
-    assert store.take("t", [[5]]) == [{"guided_tokens": 1, "kl": 1.0, "candidates": 10.0}]
+    assert store.take("t", [[5]]) == [summary(1, 1.0, 10.0)]
 
 
 def test_a_discarded_step_that_a_preemption_left_behind_does_not_count() -> None:
@@ -44,14 +57,14 @@ def test_a_discarded_step_that_a_preemption_left_behind_does_not_count() -> None
         record.close()
     write_steps(store.open("t", tokens, 3), 2, 4.0)
     tokens += [7, 8]
-    assert store.take("t", [[5, 6, 7, 8]]) == [{"guided_tokens": 3, "kl": 7.0, "candidates": 11.0}]
+    assert store.take("t", [[5, 6, 7, 8]]) == [summary(3, 7.0, 11.0)]
 
 
 def test_a_choice_that_resumes_does_not_lend_its_discarded_step_to_an_equal_one() -> None:
     store = RecordStore()
     write_steps(store.open("t", [5, 6], None), 0, 1.0, 2.0, 64.0)  # amid its prefill
     write_steps(store.open("t", [5, 6, 7], None), 0, 1.0, 2.0, 4.0)
-    assert store.take("t", [[5, 6, 7]], more_to_come=True) == [{"guided_tokens": 3, "kl": 7.0, "candidates": 11.0}]
+    assert store.take("t", [[5, 6, 7]], more_to_come=True) == [summary(3, 7.0, 11.0)]
 
 
 def test_a_failure_concerns_what_was_returned_from_its_step_on() -> None:
@@ -63,10 +76,10 @@ def test_a_failure_concerns_what_was_returned_from_its_step_on() -> None:
     write_steps(store.open("t", [5, 9, 7], None), 0, 1.0, 8.0, 16.0)
     assert store.failures() == {"t": failure}
     assert store.take("t", [[5, 6], [5, 6, 7], [5, 9, 7], []]) == [
-        {"guided_tokens": 2, "kl": 3.0, "candidates": 10.5},
+        summary(2, 3.0, 10.5),
         failure,
-        {"guided_tokens": 3, "kl": 25.0, "candidates": 11.0},
-        {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0},
+        summary(3, 25.0, 11.0),
+        summary(0, 0.0, 0.0),
     ]
     assert store.failures() == {}
     assert store.held == 0
@@ -100,9 +113,9 @@ def test_choices_of_one_trace_are_told_apart_by_their_tokens() -> None:
     write_steps(store.open("t", [5, 9], None), 0, 1.0, 2.0)
     write_steps(store.open("t", [7, 6], None), 0, 1.0, 8.0)
     assert store.take("t", [[7, 6], [5, 6], [5, 9]], more_to_come=True) == [
-        {"guided_tokens": 2, "kl": 9.0, "candidates": 10.5},
-        {"guided_tokens": 2, "kl": 3.0, "candidates": 10.5},
-        {"guided_tokens": 2, "kl": 3.0, "candidates": 10.5},
+        summary(2, 9.0, 10.5),
+        summary(2, 3.0, 10.5),
+        summary(2, 3.0, 10.5),
     ]
     assert store.held == 1
     assert store.take("t", []) == []
@@ -121,7 +134,7 @@ def test_a_request_that_comes_back_goes_on_with_its_own_steps(same_list: bool) -
     record = store.open("t", resumed, None)
     write_steps(record, 3, 8.0)
     resumed.append(3)
-    assert store.take("t", [[5, 6, 7, 3]]) == [{"guided_tokens": 4, "kl": 15.0, "candidates": 11.5}]
+    assert store.take("t", [[5, 6, 7, 3]]) == [summary(4, 15.0, 11.5)]
 
 
 def test_a_request_that_outlives_its_trace_does_not_bring_it_back() -> None:

@@ -47,6 +47,7 @@ def completion(prompt: int, right: bool, guided: bool) -> Rollout:
         rollout_id=f"{int(guided)}/test-{prompt}/0",
         iteration=int(guided),
         prompt_id=f"test-{prompt}",
+        prompt_digest="d",
         split="test",
         prompt_token_ids=PROMPT,
         token_ids=RIGHT if right else WRONG,

@@ -51,6 +51,7 @@ def test_the_file_format_is_frozen(tmp_path: Path) -> None:
         "rollout_id: string",
         "iteration: int32",
         "prompt_id: string",
+        "prompt_digest: string",
         "split: string",
         "prompt_token_ids: list<element: int32>",
         "token_ids: list<element: int32>",

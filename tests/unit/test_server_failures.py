@@ -19,6 +19,7 @@ from qtilt_server.worker import GuidanceWorker
 from vllm import SamplingParams
 
 POLL_S = 0.001
+DONE = ChoiceGuidance(guided_tokens=2, kl=0.5, kl_candidates=0.4, mass=0.75, candidates=3.5)
 
 
 class Engine:
@@ -106,11 +107,11 @@ def test_a_question_that_fails_is_asked_again() -> None:
 
 def test_a_failure_on_any_rank_is_a_failure() -> None:
     """A rank that ran out of memory alone has sampled otherwise than the first."""
-    done, failure = {"guided_tokens": 2, "kl": 0.5, "candidates": 3.5}, of_exception(MemoryError("one\ntwo"))
+    done, failure = DONE.model_dump(), of_exception(MemoryError("one\ntwo"))
     assert failure == {"kind": "exception", "reason": "MemoryError: one"}
     engine = Engine([[done, done], [done, failure]])
     records = asyncio.run(GuidanceWorker(engine).read_records("a", [[1, 2], [3, 4]], more_to_come=False))
-    assert records == [ChoiceGuidance(guided_tokens=2, kl=0.5, candidates=3.5), failure]
+    assert records == [DONE, failure]
 
 
 def test_the_error_names_the_value_model_and_the_reason_in_one_line() -> None:
@@ -171,8 +172,7 @@ def test_a_failure_is_raised_when_the_engine_ends_an_aborted_request_without_ano
 
 def test_a_failure_behind_the_last_returned_token_leaves_a_finished_answer_as_it_is(metrics: GuidanceMetrics) -> None:
     """The engine may have gone on to tokens that aren't returned."""
-    done = {"guided_tokens": 2, "kl": 0.5, "candidates": 3.5}
-    engine = Engine([[done], [done]])
+    engine = Engine([[DONE.model_dump()], [DONE.model_dump()]])
 
     async def scenario() -> None:
         session = session_on(engine, metrics, poll_s=60)
@@ -187,7 +187,7 @@ def test_a_failure_behind_the_last_returned_token_leaves_a_finished_answer_as_it
 
         came = [each async for each in trace.follow(outputs(), SamplingParams(), abort)]
         assert len(came) == 1
-        assert session.choice(0) == ChoiceGuidance(guided_tokens=2, kl=0.5, candidates=3.5)
+        assert session.choice(0) == DONE
         assert not session.failed
 
     asyncio.run(scenario())

@@ -11,6 +11,7 @@ from transformers import MistralConfig, MistralModel
 
 from qtilt.checkpoint import save_value_model
 from qtilt.distributions import Bernoulli
+from qtilt.params import DEFAULT_TAIL, TAILS
 from qtilt.value_model import ValueModel
 from qtilt.vllm_plugin.config import PROCESSOR, WORKER_EXTENSION
 from qtilt_server.errors import StartupError
@@ -40,6 +41,14 @@ def test_value_models_keep_their_order(directory: Path) -> None:
     assert list(flags.value_models) == ["b", "a"]
     assert flags.value_models["a"] == directory
     assert (flags.eta, flags.top_k, flags.max_top_k, flags.swap_timeout) == (0.1, 20, 64, 0.0)
+    assert flags.tail == DEFAULT_TAIL
+
+
+def test_the_tail_is_floor_or_mean() -> None:
+    for tail in TAILS:
+        assert parse_own_flags([f"--guidance-tail={tail}"]).tail == tail
+    with pytest.raises(StartupError, match=r"argument --guidance-tail: invalid choice: 'average'.*floor.*mean"):
+        parse_own_flags(["--guidance-tail=average"])
 
 
 BAD_FLAGS = {

@@ -80,7 +80,14 @@ def test_a_version_may_be_gone_once_two_later_ones_were_asked_for(published: Pub
 def answer() -> Answer:
     body = {"stream": True, "n": 2, "max_tokens": 3, "logprobs": 0, "guidance": {"eta": 0.5, "top_k": 64}}
     choices = {index: Choice([1, 2, END], [-1.0, -2.0, -3.0], [], "stop", GUIDANCE) for index in range(2)}
-    applied = {"value_model": "value@2", "eta": 0.5, "top_k": TOKENS, "method": "qsharp", "tolerance": 0.0}
+    applied = {
+        "value_model": "value@2",
+        "eta": 0.5,
+        "top_k": TOKENS,
+        "method": "qsharp",
+        "tail": "floor",
+        "tolerance": 0.0,
+    }
     return Answer(Ask(COMPLETIONS, body, [[1]]), 15.0, 16.0, 200, None, choices, applied, is_complete=True)
 
 
@@ -280,7 +287,14 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     return Sample(
         reference=reference,
         directory=value,
-        applied={"value_model": "value@1", "eta": 0.5, "top_k": 8, "method": "qsharp", "tolerance": 0.0},
+        applied={
+            "value_model": "value@1",
+            "eta": 0.5,
+            "top_k": 8,
+            "method": "qsharp",
+            "tail": "floor",
+            "tolerance": 0.0,
+        },
         guided_tokens=3,
         temperature=0.7,
         prompt=prompt,

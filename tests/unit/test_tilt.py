@@ -1,13 +1,17 @@
 """The tilt against its formula written out token by token with Python floats."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qtilt.distributions import Bernoulli, Categorical
 from qtilt.params import GuidanceParams
 from qtilt.tilt import (
+    TAILS,
     Candidates,
     Divergence,
     Drops,
@@ -49,10 +53,42 @@ def softmax(logits: list[float]) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-def guided_distribution(logits: list[float], q_over_eta: dict[int, float], floor: float, temperature: float):
-    """softmax(logits/T + Q/η), candidates with their own Q/η, all others with v_min/η; T = 0 as T = 1."""
-    scale = temperature or 1.0
-    return softmax([x / scale + q_over_eta.get(token, floor) for token, x in enumerate(logits)])
+class Expected(NamedTuple):
+    """A row of guidance written out; the lists are over the vocabulary."""
+
+    guided: list[float]
+    reference: list[float]
+    kl: float
+    kl_candidates: float
+    mass: float
+
+
+def expected_row(logits: list[float], q_over_eta: dict[int, float], floor: float, temperature: float, tail: str):
+    """softmax(logits/T + Q/η), candidates with their own Q/η, all others with what the tail says; T = 0 as T = 1."""
+    scaled = [x / (temperature or 1.0) if math.isfinite(x) else -INF for x in logits]
+    reference = softmax(scaled) if max(scaled) > -INF else [0.0] * len(scaled)
+    mass = sum(reference[token] for token in q_over_eta)
+    largest = max(q_over_eta.values(), default=0.0)
+    weight = sum(reference[token] * math.exp(offset - largest) for token, offset in q_over_eta.items())
+    if tail == "mean" and mass > 0:
+        floor = largest + math.log(weight / mass)
+    elif tail == "mean":
+        floor = largest
+    tilted = [x + q_over_eta.get(token, floor) for token, x in enumerate(scaled)]
+    guided = softmax(tilted) if max(tilted) > -INF else reference
+    among = list(q_over_eta)
+    return Expected(guided, reference, kl_of(guided, reference), kl_given(among, guided, reference), mass)
+
+
+def kl_of(of: list[float], to: list[float]) -> float:
+    return sum(p * math.log(p / q) for p, q in zip(of, to, strict=True) if p > 0)
+
+
+def kl_given(among: list[int], of: list[float], to: list[float]) -> float:
+    of_mass, to_mass = sum(of[token] for token in among), sum(to[token] for token in among)
+    if of_mass == 0 or to_mass == 0:
+        return 0.0
+    return kl_of([of[token] / of_mass for token in among], [to[token] / to_mass for token in among])
 
 
 def candidates_of(token_ids: list[list[int]]) -> Candidates:
@@ -64,7 +100,7 @@ def candidates_of(token_ids: list[list[int]]) -> Candidates:
 @pytest.mark.parametrize("inv_eta", [0.5, 10.0, 1000.0])
 @pytest.mark.parametrize("method", ["qsharp", "cd"])
 @pytest.mark.parametrize("distribution", [Bernoulli(), Categorical(-1.0, 2.0, 7)], ids=["bernoulli", "categorical"])
-def test_tilted_probabilities_and_kl_equal_the_formula(distribution, method, inv_eta, temperature):
+def test_tilted_probabilities_and_divergences_equal_the_formula(distribution, method, inv_eta, temperature):
     torch.manual_seed(1)
     logits_BV = torch.randn(3, 12) * 3
     value_logits_BKA = torch.randn(3, 5, distribution.num_logits) * 4
@@ -72,22 +108,21 @@ def test_tilted_probabilities_and_kl_equal_the_formula(distribution, method, inv
     inv_eta_B = torch.full((3,), inv_eta, dtype=torch.float64)
     temperature_B = torch.full((3,), temperature)
     offsets_BK = offsets(distribution, value_logits_BKA, inv_eta_B, method)
-    floor_B = distribution.v_min * inv_eta_B
-    tilted_BV = tilt(logits_BV, candidates, offsets_BK, floor_B, temperature_B)
-    kl_B = kl_divergence(logits_BV, candidates, offsets_BK, floor_B, temperature_B)
-    scale = temperature_B.clone().masked_fill(temperature_B == 0, 1.0)
-    got_BV = (tilted_BV / scale.unsqueeze(-1)).softmax(-1)
-
-    for row in range(3):
-        q_over_eta = {}
-        for token, value_logits in zip(candidates.token_ids_BK[row].tolist(), value_logits_BKA[row], strict=True):
-            q_over_eta[token] = brute_force_offset(distribution, value_logits.tolist(), inv_eta, method)
-        logits = logits_BV[row].tolist()
-        expected = guided_distribution(logits, q_over_eta, distribution.v_min * inv_eta, temperature)
-        reference = softmax([x / (temperature or 1.0) for x in logits])
-        kl = sum(p * math.log(p / q) for p, q in zip(expected, reference, strict=True) if p > 0)
-        assert got_BV[row].tolist() == pytest.approx(expected, abs=1e-6)
-        assert kl_B[row].item() == pytest.approx(kl, abs=1e-5)
+    arguments = logits_BV, candidates, offsets_BK, distribution.v_min * inv_eta_B, temperature_B
+    scale = temperature or 1.0
+    for tail in TAILS:
+        got_BV = (tilt(*arguments, tail) / scale).softmax(-1)
+        divergences = measured(*arguments, tail)
+        for row in range(3):
+            q_over_eta = {}
+            for token, value_logits in zip(candidates.token_ids_BK[row].tolist(), value_logits_BKA[row], strict=True):
+                q_over_eta[token] = brute_force_offset(distribution, value_logits.tolist(), inv_eta, method)
+            logits, floor = logits_BV[row].tolist(), distribution.v_min * inv_eta
+            expected = expected_row(logits, q_over_eta, floor, temperature, tail)
+            assert got_BV[row].tolist() == pytest.approx(expected.guided, abs=1e-6)
+            assert divergences.kl_B[row].item() == pytest.approx(expected.kl, abs=1e-5)
+            assert divergences.kl_candidates_B[row].item() == pytest.approx(expected.kl_candidates, abs=1e-5)
+            assert divergences.mass_B[row].item() == pytest.approx(expected.mass, abs=1e-6)
 
 
 def brute_force_offset(distribution, value_logits: list[float], inv_eta: float, method: str) -> float:
@@ -208,3 +243,119 @@ def test_an_unscored_token_gets_the_offset_of_the_lowest_return():
     tilted_BV = tilt(logits_BV, candidates_of([[0]]), torch.tensor([[3.0]]), floor_B, torch.ones(1))
     difference = tilted_BV[0, 0] - tilted_BV[0, 1]
     assert difference.item() == pytest.approx(3.0 + 2.0)
+
+
+CONSTANTS = [0.0, -3.7, 0.1, 12.5, 1e-9, 1e4, 7e29, -1e30]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 7, 30, 40])
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_a_constant_value_tilts_nothing_with_the_tail_mean_bit_for_bit(constant, top_k):
+    """Masked, NaN and −0 logits, rows without a token or a candidate, a vocabulary of which only a part is scorable."""
+    torch.manual_seed(3)
+    logits_BV = torch.randn(40, 40) * torch.logspace(-6, 2, 40).unsqueeze(-1)
+    logits_BV[torch.rand(40, 40) < 0.2] = -INF
+    logits_BV[torch.rand(40, 40) < 0.1] = float("nan")
+    logits_BV[torch.rand(40, 40) < 0.1] = -0.0
+    logits_BV[0] = -INF
+    logits_BV[1] = float("nan")
+    logits_BV[2, :30] = -INF
+    candidates = top_candidates(logits_BV, top_k, scorable=30)
+    offsets_BK = torch.full(candidates.valid_BK.shape, constant, dtype=torch.float64)
+    temperature_B = torch.linspace(0, 3, 40)
+    arguments = (logits_BV, candidates, offsets_BK, torch.full((40,), constant - 1.0), temperature_B, "mean")
+    assert torch.equal(tilt(*arguments).view(torch.int32), logits_BV.view(torch.int32))
+    divergences = measured(*arguments)
+    assert divergences.kl_B.tolist() == pytest.approx([0.0] * 40, abs=1e-6)
+    assert divergences.kl_candidates_B.tolist() == pytest.approx([0.0] * 40, abs=1e-12)
+
+
+def test_candidates_without_a_score_get_what_the_other_tokens_get():
+    logits_BV, offsets_BK = torch.zeros(1, 6), torch.tensor([[2.0, 1.0, float("nan"), float("nan")]])
+    candidates = candidates_of([[0, 1, 2, 3]])
+    scored_BK = torch.tensor([[True, True, False, False]])
+    mass = reference_mass(logits_BV, candidates, torch.ones(1))
+    for tail, others in (("floor", -3.0), ("mean", math.log((math.exp(2) + math.exp(1)) / 2))):
+        dropped = drops(mass, scored_BK, offsets_BK, torch.tensor([-3.0]), tail)
+        assert dropped.others_B1.item() == pytest.approx(2 - others)
+        assert dropped.candidates_BK[0].tolist() == pytest.approx([0, 1, 2 - others, 2 - others])
+        tilted_V = tilt_by_drops(logits_BV, candidates, dropped, torch.ones(1))[0]
+        assert tilted_V.tolist() == pytest.approx([0, -1] + [others - 2] * 4)
+        divergences = Divergence(*divergence(mass, dropped).unbind(-1))
+        guided, reference = tilted_V.softmax(-1).tolist(), [1 / 6] * 6
+        assert divergences.mass_B.item() == pytest.approx(4 / 6), "scored or not"
+        assert divergences.kl_candidates_B.item() == pytest.approx(kl_given([0, 1, 2, 3], guided, reference))
+
+
+def test_the_mean_survives_a_huge_inverse_eta():
+    """Nothing but the best candidate matters: it takes the mass of all, and the others keep theirs."""
+    logits_BV = torch.tensor([[3.0, 2.0, 1.0, 0.0, 4.0]])
+    candidates, offsets_BK = candidates_of([[0, 1, 2]]), torch.tensor([[-3e29, 0.3e30, 0.2e30]], dtype=torch.float64)
+    arguments = (logits_BV, candidates, offsets_BK, torch.full((1,), -1e30), torch.ones(1), "mean")
+    reference = softmax(logits_BV[0].tolist())
+    expected = [0.0, sum(reference[:3]), 0.0, *reference[3:]]
+    assert tilt(*arguments).softmax(-1)[0].tolist() == pytest.approx(expected, abs=1e-7)
+    kl = math.log(sum(reference[:3]) / reference[1])
+    divergences = measured(*arguments)
+    assert divergences.kl_candidates_B.item() == pytest.approx(kl, rel=1e-6)
+    assert divergences.kl_B.item() == pytest.approx(sum(reference[:3]) * kl, rel=1e-6)
+
+
+def test_the_smallest_mean_survives_where_the_best_candidate_has_hardly_any_mass():
+    """e^o of the best counts in the mean however little mass it has; a difference of sums would lose it."""
+    logits_BV = torch.tensor([[0.0, -60.0, 1.0]])
+    offsets_BK = torch.tensor([[-500.0, 0.0]], dtype=torch.float64)
+    dropped = drops_of(logits_BV, candidates_of([[0, 1]]), offsets_BK, torch.full((1,), -1e3), torch.ones(1), "mean")
+    assert dropped.others_B1.item() == pytest.approx(60.0, abs=1e-4)
+
+
+def in_two(counted: list[int], others: list[int], distribution: list[float]) -> list[float]:
+    return [sum(distribution[token] for token in some) for some in (counted, others)]
+
+
+@st.composite
+def rows(draw):
+    """Logits with masks, candidates of which some don't count, their offsets, and a temperature."""
+    vocabulary = draw(st.integers(2, 9))
+    scorable = draw(st.integers(1, vocabulary))
+    number = st.floats(-30, 30, width=32)
+    masked = st.sampled_from([-INF, float("nan")])
+    logits = draw(st.lists(st.one_of(number, number, number, masked), min_size=vocabulary, max_size=vocabulary))
+    top_k = draw(st.integers(1, vocabulary))
+    inv_eta = draw(st.sampled_from([1e-3, 1.0, 20.0, 1e3]))
+    values = draw(st.lists(st.floats(-1, 1), min_size=top_k, max_size=top_k))
+    temperature = draw(st.sampled_from([0.0, 0.2, 0.8, 1.0, 3.0]))
+    return logits, scorable, top_k, [value * inv_eta for value in values], -inv_eta, temperature
+
+
+@pytest.mark.parametrize("tail", ["floor", "mean"])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=rows())
+def test_any_row_equals_the_formula_and_the_parts_of_its_divergence_add_up(tail, row):
+    logits, scorable, top_k, q, floor, temperature = row
+    logits_BV = torch.tensor([logits])
+    candidates = top_candidates(logits_BV, top_k, scorable)
+    offsets_BK = torch.tensor([q[: candidates.valid_BK.shape[1]]], dtype=torch.float64)
+    floor_B, temperature_B = torch.tensor([floor], dtype=torch.float64), torch.tensor([temperature])
+    arguments = logits_BV, candidates, offsets_BK, floor_B, temperature_B, tail
+    tilted_V = tilt(*arguments)[0]
+    counted = candidates.token_ids_BK[0][candidates.valid_BK[0]].tolist()
+    q_over_eta = dict(zip(counted, q, strict=False))
+    expected = expected_row(logits, q_over_eta, floor, temperature, tail)
+    assert [math.isfinite(x) for x in tilted_V.tolist()] == [math.isfinite(x) for x in logits]
+    if any(map(math.isfinite, logits)):
+        scaled_V = tilted_V.double().nan_to_num(nan=-INF, neginf=-INF) / (temperature or 1.0)
+        # A drop of 1000 nats is rounded to 1e-4 in float32, and decides nothing.
+        assert scaled_V.softmax(-1).tolist() == pytest.approx(expected.guided, abs=2e-5)
+    kl, kl_candidates, mass = (column.item() for column in measured(*arguments))
+    assert kl == pytest.approx(expected.kl, abs=1e-4, rel=1e-5)
+    assert kl_candidates == pytest.approx(expected.kl_candidates, abs=1e-4, rel=1e-5)
+    assert mass == pytest.approx(expected.mass, abs=1e-5)
+    guided_mass = sum(expected.guided[token] for token in counted)
+    others = [token for token in range(len(logits)) if token not in counted]
+    of_the_tail = kl_of(*(in_two(counted, others, each) for each in (expected.guided, expected.reference)))
+    assert kl == pytest.approx(of_the_tail + guided_mass * kl_candidates, abs=2e-4, rel=1e-4)
+    if tail == "mean":
+        assert guided_mass == pytest.approx(expected.mass)
+        for token in others:
+            assert expected.guided[token] == pytest.approx(expected.reference[token])

@@ -111,7 +111,7 @@ def test_a_choice_cut_short_counts_only_its_own_steps(served: Served) -> None:
     served.check(shorter)
     assert (cut["guided_tokens"], cut["candidates"]) == (4, guidances[0].top_k)
     (nothing,) = served.rpc("qtilt_take_records", "no such trace", [[]])
-    assert nothing == {"guided_tokens": 0, "kl": 0.0, "candidates": 0.0}
+    assert nothing == {"guided_tokens": 0, "kl": 0.0, "kl_candidates": 0.0, "mass": None, "candidates": 0.0}
 
 
 def _worker(served: Served) -> GuidanceWorkerExtension:

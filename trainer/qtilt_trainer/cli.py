@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("qtilt_trainer").setLevel(logging.INFO)
-    from qtilt_trainer.client import ServerError
+    from qtilt_trainer.server_errors import ServerError
     from qtilt_trainer.tasks.grading import GradingError
 
     command: Callable[[argparse.Namespace], None] = options.command
@@ -75,9 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--iteration", type=int, metavar="N", help="from 1; default: the last of the configuration"
         )
-    _config_options(
-        add("loop", _loop, "collect, fit and publish for all iterations, then evaluate and report; resumes")
-    )
+        if name == "collect":
+            _retry_option(command)
+    regrade = add("regrade", _regrade, "grade the stored completions anew, after a change of the data or the rewards")
+    _config_options(regrade)
+    regrade.add_argument("--iteration", type=int, metavar="N", help="from 1; default: all, and the evaluated reference")
+    loop = add("loop", _loop, "collect, fit and publish for all iterations, then evaluate and report; resumes")
+    _config_options(loop)
+    _retry_option(loop)
     _report_options(add("report", _report, "write the HTML page and the plots of finished runs"))
     return parser
 
@@ -111,6 +116,10 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", metavar="URL", help="in place of the configuration's server.url")
 
 
+def _retry_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--retry-refused", action="store_true", help="ask prompts again that the server has refused")
+
+
 def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="run directories of finished loops")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the first RUN_DIR)")
@@ -135,7 +144,19 @@ def _init(options: argparse.Namespace) -> None:
 
 
 def _collect(options: argparse.Namespace) -> None:
-    _with_run(options, lambda run: run.collect(_iteration(options, run)))
+    def collect(run: "Run") -> None:
+        if options.retry_refused:
+            run.retry_refused()
+        run.collect(_iteration(options, run))
+
+    _with_run(options, collect)
+
+
+def _regrade(options: argparse.Namespace) -> None:
+    def regrade(run: "Run") -> None:
+        run.regrade(None if options.iteration is None else _iteration(options, run))
+
+    _with_run(options, regrade)
 
 
 def _fit(options: argparse.Namespace) -> None:
@@ -156,6 +177,8 @@ def _loop(options: argparse.Namespace) -> None:
     from qtilt_trainer.result_table import result_table
 
     def run_all(run: "Run") -> None:
+        if options.retry_refused:
+            run.retry_refused()
         records = run.loop()
         if records:
             _say(result_table(records))
@@ -193,7 +216,9 @@ def _say(what: object) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    from qtilt_trainer.redaction import without_url_secrets
+
+    return without_url_secrets(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ Built on the official `openai` client, whose own mechanism repeats requests afte
 429 and 5xx.
 """
 
+import asyncio
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,22 +17,21 @@ import openai
 from openai import AsyncOpenAI
 
 from qtilt_trainer.config import Method, ServerConfig, Tail
+from qtilt_trainer.prompts import Framing
+from qtilt_trainer.redaction import without_url_secrets
+from qtilt_trainer.server_errors import GOES_ON, ServerAwayError, ServerBusyError, ServerError, server_error
 from qtilt_trainer.tasks.problem import Prompt
 
-NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0}
-"""Sent with every request: vLLM otherwise takes these from the model's generation_config.json, and roll-outs would come
-from a policy that no store records."""
+NEUTRAL = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+NEUTRAL_EXTRA = {"min_p": 0.0, "repetition_penalty": 1.0}
+"""Sent with every request, beside temperature, top_p, top_k and max_tokens: all that vLLM otherwise takes from the
+model's generation_config.json, so that roll-outs come from the policy that the store records. EXTRA: not OpenAI's."""
+
+HEALTH_SECONDS = 5.0
+BUSY_SECONDS = 2.0
 
 FINISHED = ("stop", "length")
 """Why a completion ended. Any other reason (abort, error) leaves a torso whose reward says nothing."""
-
-
-class ServerError(RuntimeError):
-    """The server can't be reached, refuses, or isn't a guided server. The message says what to do."""
-
-
-class PromptRefusedError(ServerError):
-    """HTTP 400: this prompt is too long, or can't be asked for another reason of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,19 @@ class Sampling:
     top_p: float
     top_k: int
     max_tokens: int
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    framing: Framing = field(default_factory=Framing)
+    """What stands around the prompt."""
+
+    def to_request(self) -> dict[str, Any]:
+        """Fields of a request, all of them explicit; those that OpenAI doesn't know as `extra_body`."""
+        extra: dict[str, Any] = {"top_k": self.top_k, "min_tokens": self.min_tokens, **NEUTRAL_EXTRA}
+        if self.stop_token_ids:
+            extra["stop_token_ids"] = list(self.stop_token_ids)
+        stop = {"stop": list(self.stop)} if self.stop else {}
+        return {"temperature": self.temperature, "top_p": self.top_p, **NEUTRAL, **stop, "extra_body": extra}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +85,7 @@ class Completion:
     token_ids: list[int]
     """End token included if it was generated."""
     text: str
+    """The whole answer: prefill and what was generated."""
     finish_reason: str
     ended: bool
     """Whether the last token is the end token."""
@@ -128,36 +143,57 @@ class GuidedClient:
     async def model(self) -> str:
         """The id of the model that is asked: the configured one, or the only one the server has."""
         if self._model is None:
-            answer: Any = await self._call(self._openai.get("/models", cast_to=object))
-            with self._expected_shape():
-                served = [model["id"] for model in answer["data"]]
+            served = [model["id"] for model in await self._served()]
             if len(served) != 1:
                 raise ServerError(f"the server has the models {served}: choose one as server.model")
             self._model = served[0]
         return self._model
 
+    async def context_length(self) -> int:
+        """Most tokens of prompt and completion together."""
+        name = await self.model()
+        lengths = {model["id"]: model.get("max_model_len") for model in await self._served()}
+        length = lengths.get(name)
+        if not isinstance(length, int):
+            raise ServerError(f"the server has no model {name!r} with a max_model_len, only {sorted(lengths)}")
+        return length
+
+    async def prompt_length(self, prompt: Prompt, framing: Framing) -> int:
+        """Tokens of a prompt as it is sent. Raises PromptRefusedError when it can't be tokenised."""
+        framed = framing.framed(prompt)
+        body: dict[str, Any] = {"model": await self.model()}
+        body |= {"prompt": framed} if isinstance(framed, str) else {"messages": framed, **framing.chat_options()}
+        answer: Any = await self._call(self._openai.post(f"{self._config.url}/tokenize", cast_to=object, body=body))
+        with self._expected_shape():
+            return int(answer["count"])
+
+    async def is_healthy(self) -> bool:
+        """Whether the server answers and its engine lives."""
+        options: Any = {"max_retries": 0, "timeout": HEALTH_SECONDS}
+        try:
+            await self._openai.get(f"{self._config.url}/health", cast_to=object, options=options)
+        except openai.APIError:
+            return False
+        return True
+
     async def complete(
         self, prompt: Prompt, samples: int, seed: int, sampling: Sampling, guidance: Guidance | None
     ) -> list[Completion]:
         """`samples` completions of one prompt in one request; completion i is drawn with seed + i."""
-        options: dict[str, Any] = {
-            "model": await self.model(),
-            "n": samples,
-            "seed": seed,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "extra_body": {"return_token_ids": True, "top_k": sampling.top_k, **NEUTRAL},
-        }
+        options: dict[str, Any] = {"model": await self.model(), "n": samples, "seed": seed, **sampling.to_request()}
+        options["extra_body"]["return_token_ids"] = True
         if guidance is not None:
             options["extra_body"]["guidance"] = guidance.to_request()
-        if isinstance(prompt, str):
-            request = self._openai.completions.create(prompt=prompt, max_tokens=sampling.max_tokens, **options)
+        framed: Any = sampling.framing.framed(prompt)
+        if isinstance(framed, str):
+            request = self._openai.completions.create(prompt=framed, max_tokens=sampling.max_tokens, **options)
         else:
-            messages: Any = prompt
+            options["extra_body"] |= sampling.framing.chat_options()
             request = self._openai.chat.completions.create(
-                messages=messages, max_completion_tokens=sampling.max_tokens, **options
+                messages=framed, max_completion_tokens=sampling.max_tokens, **options
             )
-        return _read_completions((await self._call(request)).to_dict(), samples, guidance)
+        response = (await self._call(request)).to_dict()
+        return _read_completions(response, samples, guidance, sampling.framing.prefill)
 
     async def status(self) -> ServerStatus:
         """What is loaded."""
@@ -171,13 +207,31 @@ class GuidedClient:
             return ServerStatus(versions, answer["value_model_root"])
 
     async def publish(self, name: str, path: str) -> LoadedVersion:
-        """Loads the directory `path` (relative to the server's root) as the next version of `name`."""
-        # Not repeated: a request whose answer was lost may have loaded a version already.
-        request = self._openai.post(
-            "/guidance/value_models", cast_to=object, body={"name": name, "path": path}, options={"max_retries": 0}
-        )
-        answer: Any = await self._call(request)
-        return LoadedVersion(answer["name"], answer["version"], answer["path"], active=True)
+        """Loads the directory `path` (relative to the server's root) as the next version of `name`.
+
+        While the server is busy with an older version (HTTP 409) it is asked again, for `server.wait` seconds.
+        """
+        give_up = time.monotonic() + self._config.wait
+        while True:
+            try:
+                # Not repeated otherwise: a request whose answer was lost may have loaded a version already.
+                request = self._openai.post(
+                    "/guidance/value_models",
+                    cast_to=object,
+                    body={"name": name, "path": path},
+                    options={"max_retries": 0},
+                )
+                answer: Any = await self._call(request)
+                return LoadedVersion(answer["name"], answer["version"], answer["path"], active=True)
+            except ServerBusyError:
+                if time.monotonic() >= give_up:
+                    raise
+                await asyncio.sleep(BUSY_SECONDS)
+
+    async def _served(self) -> list[dict[str, Any]]:
+        answer: Any = await self._call(self._openai.get("/models", cast_to=object))
+        with self._expected_shape():
+            return [{"id": model["id"], **model} for model in answer["data"]]
 
     @contextmanager
     def _expected_shape(self) -> Iterator[None]:
@@ -185,34 +239,15 @@ class GuidedClient:
         try:
             yield
         except (KeyError, TypeError) as error:
-            raise ServerError(f"what answers at {self._config.url} is no qtilt-server: start one there") from error
+            raise ServerError(
+                f"what answers at {without_url_secrets(self._config.url)} is no qtilt-server: start one there"
+            ) from error
 
     async def _call(self, request: Any) -> Any:
-        url, tries = self._config.url, self._config.retries + 1
         try:
             return await request
-        except openai.APITimeoutError as error:
-            raise ServerError(
-                f"{url} did not answer within {self._config.timeout:g} s, {tries} times: raise server.timeout or lower "
-                "server.concurrency; what is stored is kept, the same command goes on from there"
-            ) from error
-        except openai.APIConnectionError as error:
-            raise ServerError(
-                f"no server answers at {url} ({tries} tries, {error.__cause__ or error}): start qtilt-server there; "
-                "what is stored is kept, the same command goes on from there"
-            ) from error
-        except openai.NotFoundError as error:
-            raise ServerError(
-                f"{url} answered 404: is it a qtilt-server, and is server.model right? {error}"
-            ) from error
-        except openai.BadRequestError as error:
-            # Our own fields are the same in every request: nothing a prompt can help.
-            kind = ServerError if str(error.param or "").startswith("guidance") else PromptRefusedError
-            raise kind(f"{url} answered 400: {_said(error)}") from error
-        except openai.APIStatusError as error:
-            raise ServerError(f"{url} answered {error.status_code}: {_said(error)}") from error
         except openai.APIError as error:
-            raise ServerError(f"what answers at {url} is no qtilt-server ({error}): start one there") from error
+            raise server_error(error, self._config) from error
 
 
 def _api_key(config: ServerConfig) -> str:
@@ -221,20 +256,18 @@ def _api_key(config: ServerConfig) -> str:
     return os.environ.get("QTILT_API_KEY") or "none"
 
 
-def _said(error: openai.APIStatusError) -> str:
-    """What the server says is wrong, without the client's own words around it."""
-    said = error.body.get("message") if isinstance(error.body, dict) else None
-    return str(said or error.message)
-
-
-def _read_completions(response: dict[str, Any], samples: int, guidance: Guidance | None) -> list[Completion]:
+def _read_completions(
+    response: dict[str, Any], samples: int, guidance: Guidance | None, prefill: str
+) -> list[Completion]:
     choices = sorted(response["choices"], key=lambda choice: choice["index"])
     if len(choices) != samples:
         raise ServerError(f"the server answered {len(choices)} completions instead of {samples}")
-    return [_read_choice(response, choice, guidance) for choice in choices]
+    return [_read_choice(response, choice, guidance, prefill) for choice in choices]
 
 
-def _read_choice(response: dict[str, Any], choice: dict[str, Any], guidance: Guidance | None) -> Completion:
+def _read_choice(
+    response: dict[str, Any], choice: dict[str, Any], guidance: Guidance | None, prefill: str
+) -> Completion:
     applied, done = response.get("guidance") or {}, choice.get("guidance") or {}
     if guidance is not None and not (applied and done):
         raise ServerError("the server ignored `guidance`: it is no qtilt-server")
@@ -245,15 +278,12 @@ def _read_choice(response: dict[str, Any], choice: dict[str, Any], guidance: Gui
     if token_ids is None or not prompt_token_ids:
         raise ServerError("the server sent no token ids: it is no qtilt-server, or too old a vLLM")
     if choice["finish_reason"] not in FINISHED:
-        raise ServerError(
-            f"the server broke a completion off ({choice['finish_reason']!r}); what is stored is kept, the same "
-            "command goes on from there"
-        )
+        raise ServerAwayError(f"the server broke a completion off ({choice['finish_reason']!r}); {GOES_ON}")
     message = choice.get("message")
     return Completion(
         prompt_token_ids=prompt_token_ids,
         token_ids=token_ids,
-        text=(message.get("content") or "") if message is not None else choice["text"],
+        text=prefill + ((message.get("content") or "") if message is not None else choice["text"]),
         finish_reason=choice["finish_reason"],
         # vLLM: stopped, and not by a stop string, means by an end token (a number when it is not the first of several).
         ended=choice["finish_reason"] == "stop" and not isinstance(choice.get("stop_reason"), str),

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from qtilt_trainer.client import Guidance, Sampling
 from qtilt_trainer.config import CollectConfig, SamplingConfig
 from qtilt_trainer.plan import PlannedRequest, consecutive, seed_of
+from qtilt_trainer.prompts import Framing
 from qtilt_trainer.refused import RefusedPrompts
 from qtilt_trainer.rollouts import RolloutStore, rollout_id
 from qtilt_trainer.tasks.problem import Problem, Task
@@ -121,7 +122,24 @@ def _rolled_in(
 
 def sampling_of(config: SamplingConfig) -> Sampling:
     """The configured sampling, for one request."""
-    return Sampling(config.temperature, config.top_p, config.top_k, config.max_tokens)
+    return Sampling(
+        config.temperature,
+        config.top_p,
+        config.top_k,
+        config.max_tokens,
+        config.min_tokens,
+        config.stop,
+        config.stop_token_ids,
+        Framing(config.system, _messages(config.few_shot), config.prefill, config.chat_template_kwargs),
+    )
+
+
+def _messages(examples: Sequence[dict[str, str]]) -> tuple[dict[str, str], ...]:
+    messages: list[dict[str, str]] = []
+    for example in examples:
+        pair = [{"role": role, "content": example[role]} for role in ("user", "assistant") if role in example]
+        messages += pair or [example]
+    return tuple(messages)
 
 
 def _log_unknown(problems: Sequence[Problem], lengths: Mapping[str, Sequence[int]]) -> None:

@@ -51,6 +51,8 @@ class ServerConfig(Table):
     """Seconds one request may take."""
     retries: int = Field(default=6, ge=0)
     """Repetitions after a lost connection, a timeout, a 429 or a 5xx; the waits double up to 8 s."""
+    wait: float = Field(default=600.0, ge=0.0)
+    """Seconds a loop waits for a server that is restarted or busy."""
     value_model_root: Path | None = None
     """The server's --value-model-root as this machine sees it; None: as the server does."""
 
@@ -95,13 +97,48 @@ class ValueModelConfig(Table):
 
 
 class SamplingConfig(Table):
-    """`[sampling]`: how completions are sampled, for roll-outs and for sampled evaluation alike."""
+    """`[sampling]`: the reference policy, for roll-outs and for sampled evaluation alike.
+
+    system, few_shot, prefill and chat_template_kwargs are for tasks whose prompts are chat messages.
+    """
 
     temperature: float = Field(default=1.0, gt=0.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)
     """0: no truncation."""
     max_tokens: int = Field(ge=1)
+    min_tokens: int = Field(default=0, ge=0)
+    """No end before so many tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    system: str | None = None
+    """System prompt before the prompt's own messages."""
+    few_shot: tuple[dict[str, str], ...] = ()
+    """Examples before the prompt: {user, assistant} pairs, or {role, content} messages."""
+    prefill: str = ""
+    """How every answer begins. What is graded is this and what was generated."""
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @field_validator("few_shot")
+    @classmethod
+    def _are_examples(cls, examples: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+        if not all(example.keys() in ({"user", "assistant"}, {"role", "content"}) for example in examples):
+            raise ValueError("every entry must be {user, assistant} or {role, content}")
+        return examples
+
+    @field_validator("stop")
+    @classmethod
+    def _are_texts(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(texts):
+            raise ValueError("an empty text stops everything")
+        return texts
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> "SamplingConfig":
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens = {self.max_tokens}, got {self.min_tokens}")
+        return self
 
 
 class CollectConfig(Table):

@@ -2,6 +2,8 @@
 
 from pydantic import ValidationError
 
+from qtilt_trainer.redaction import HIDDEN, redacted
+
 
 def describe_errors(error: ValidationError, prefix: str = "") -> str:
     """`section.field: what is wrong, got VALUE` for each error, joined by `; `."""
@@ -16,6 +18,7 @@ def _describe(item: object, prefix: str) -> str:
     if item["type"] == "extra_forbidden":
         return f"{where}: there is no such field"
     message = str(item["msg"]).removeprefix("Value error, ")
-    # A table is too long to show, a key is secret.
-    given = "" if isinstance(item["input"], dict) or "api_key" in item["loc"] else f", got {item['input']!r}"
-    return f"{where}: {message}{given}"
+    given = redacted(item["input"], str(item["loc"][-1]) if item["loc"] else "")
+    # A table is too long to show, a secret isn't shown.
+    shown = "" if isinstance(given, dict) or given == HIDDEN else f", got {given!r}"
+    return f"{where}: {message}{shown}"

@@ -8,14 +8,14 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qtilt_trainer.atomic_file import write_json
-from qtilt_trainer.client import Guidance, GuidedClient, Sampling
+from qtilt_trainer.client import Guidance, GuidedClient
 from qtilt_trainer.collect import sampling_of
 from qtilt_trainer.config import Decoding, EvaluateConfig, Method, SamplingConfig
 from qtilt_trainer.estimators import best_of_k, bootstrap_interval, majority_of_k
@@ -179,7 +179,8 @@ def _missing_requests(
     config: EvaluateConfig,
     sampling: SamplingConfig,
 ) -> list[PlannedRequest]:
-    drawn = sampling_of(sampling) if cell.decoding == "sample" else Sampling(0.0, 1.0, 0, sampling.max_tokens)
+    sampled = sampling_of(sampling)
+    drawn = sampled if cell.decoding == "sample" else replace(sampled, temperature=0.0, top_p=1.0, top_k=0)
     guidance = (
         Guidance(value_model, 1 / cell.inv_eta, config.guidance_top_k, cell.method)
         if cell.method is not None and cell.inv_eta is not None

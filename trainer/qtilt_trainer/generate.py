@@ -8,12 +8,13 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 
-from qtilt_trainer.client import GuidedClient, PromptRefusedError
+from qtilt_trainer.client import GuidedClient
 from qtilt_trainer.plan import PlannedRequest
 from qtilt_trainer.progress import progress_bar
 from qtilt_trainer.refused import RefusedPrompts
 from qtilt_trainer.rewards import Rules, TooManyFailuresError, is_above
 from qtilt_trainer.rollouts import RolloutStore
+from qtilt_trainer.server_errors import PromptRefusedError
 from qtilt_trainer.tasks.problem import Task
 from qtilt_trainer.writer import Writer
 

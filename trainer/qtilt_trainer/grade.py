@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from qtilt_trainer.redaction import without_url_secrets
 from qtilt_trainer.tasks.grading import GradingError
 from qtilt_trainer.tasks.problem import Problem, Task
 
@@ -64,7 +65,7 @@ def _checked(task: Task, value: Any) -> float | RewardFailure:
     if isinstance(value, GradingError):
         raise value
     if isinstance(value, Exception):
-        return RewardFailure(f"{type(value).__name__}: {value}"[:MESSAGE_CHARACTERS])
+        return RewardFailure(without_url_secrets(f"{type(value).__name__}: {value}")[:MESSAGE_CHARACTERS])
     try:
         reward = float(value)
     except (TypeError, ValueError):

@@ -13,6 +13,7 @@ result atomically. Killed anywhere and started again, the loop goes on where it 
 """
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,20 +24,28 @@ from typing import Any
 import pyarrow as pa
 
 from qtilt_trainer.atomic_file import write_json
-from qtilt_trainer.client import GuidedClient
-from qtilt_trainer.collect import Missing, missing_samples, plan_requests
-from qtilt_trainer.config import EvaluateConfig, LoopConfig, ValueModelConfig
-from qtilt_trainer.evaluate import Cell, Record, evaluate
+from qtilt_trainer.client import Guidance
+from qtilt_trainer.collect import Missing, missing_samples, plan_requests, sampling_of
+from qtilt_trainer.config import LoopConfig, ValueModelConfig
+from qtilt_trainer.evaluate import RECORD, Record, cell_directory, evaluate, grid
 from qtilt_trainer.generate import generate
+from qtilt_trainer.preflight import check_framing, check_lengths, check_request, check_rewards
 from qtilt_trainer.publish import path_on_server, publish
+from qtilt_trainer.redaction import redacted
+from qtilt_trainer.refused import RefusedPrompts
+from qtilt_trainer.regrade import Stored, check_regradable, regrade
 from qtilt_trainer.rewards import Grader, Rules, report_rewards
 from qtilt_trainer.rollouts import RolloutStore
-from qtilt_trainer.settings_file import claim
+from qtilt_trainer.settings_file import claim, differences
+from qtilt_trainer.stage_settings import StageSettings
+from qtilt_trainer.steady_client import SteadyClient
+from qtilt_trainer.superseded import set_aside
 from qtilt_trainer.tasks import Task, make_task
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+SETTINGS = "settings.json"
 
 
 class Run:
@@ -47,6 +56,9 @@ class Run:
         self.config = config
         self.task: Task = make_task(config.task.model_dump())
         self.store = RolloutStore(config.run_dir / "rollouts")
+        self.settings = StageSettings(config, self.task)
+        self._rehearsed = False
+        """What can't work has been looked for: from now on a server that is away is waited for."""
         _check_range(config.value_model, self.task)
 
     def value_model_directory(self, iteration: int) -> Path:
@@ -57,12 +69,18 @@ class Run:
     def loop(self) -> list[Record]:
         """All stages of all iterations, evaluation and report; those already done are skipped. Returns the records.
 
-        Collecting publishes the value model it rolls in with, so only the last one is left to publish. A server or a
-        backbone that won't do is found before hours of collecting.
+        Collecting publishes the value model it rolls in with, so only the last one is left to publish. What won't do is
+        found before hours of collecting; after that, the loop waits for a server that is restarted.
         """
+        last = len(self.config.iterations)
+        for iteration in range(1, last + 1):
+            if self.store.has(iteration):
+                self._claim_rollouts(iteration)
         asyncio.run(self._check_server())
         self.initialise()
-        last = len(self.config.iterations)
+        if not self.value_model_directory(1).exists():
+            asyncio.run(self._rehearse_all())
+        self._rehearsed = True
         for iteration in range(1, last + 1):
             self.collect(iteration)
             self.fit(iteration)
@@ -74,16 +92,81 @@ class Run:
         return records
 
     def collect(self, iteration: int) -> None:
-        """Makes the roll-outs of `iteration` that are missing."""
-        config = self.config.collect_of(iteration)
-        settings = self.store.directory / f"iteration-{iteration:03d}" / "settings.json"
-        claim(settings, self._collect_settings(iteration), begun=self.store.has(iteration))
+        """Makes the roll-outs of `iteration` that are missing, and grades what has no reward yet."""
+        self._claim_rollouts(iteration)
         self.store.remove_unfinished()
         self._grade_stored(iteration)
-        missing = missing_samples(self.task, iteration, self.store, config)
+        missing = missing_samples(self.task, iteration, self.store, self.config.collect_of(iteration))
         if missing:
             asyncio.run(self._collect(iteration, missing))
         report_rewards(self.store, iteration)
+
+    def retry_refused(self) -> None:
+        """Prompts that the server refused are asked again."""
+        for directory in (self.store.directory, *(self.config.run_dir / "evaluation").glob("*/*")):
+            RefusedPrompts(directory).forget()
+
+    def regrade(self, iteration: int | None) -> None:
+        """Grades the stored completions of an iteration (None: of all, and of the evaluated reference) anew.
+
+        Fits made from the old rewards, and what came of them, are moved aside.
+        """
+        numbers = [n for n in range(1, len(self.config.iterations) + 1) if iteration in (None, n) and self.store.has(n)]
+        if not numbers:
+            raise ValueError(f"there are no completions to grade in {self.store.directory}: collect first")
+        stored = [self._train_completions(number) for number in numbers]
+        stored += self._reference_completions() if iteration is None else []
+        for each in stored:
+            check_regradable(each)
+        set_aside(self.config.run_dir, numbers[0], "the roll-outs are graded anew")
+        for each in stored:
+            (each.settings_file.parent / RECORD).unlink(missing_ok=True)
+            regrade(self.task, each)
+
+    def _train_completions(self, iteration: int) -> Stored:
+        problems = self.task.problems("train", self.config.collect_of(iteration).prompts)
+        file, settings = self._settings_file(iteration), self.settings.collect(iteration)
+        return Stored(self.store, iteration, file, settings, problems, self._rules())
+
+    def _reference_completions(self) -> list[Stored]:
+        config = self.config.evaluate
+        if config is None:
+            return []
+        problems, rules = self.task.problems("test", config.prompts), self._rules().for_evaluation()
+        cells = {cell: cell_directory(self.config.run_dir / "evaluation", cell, 0) for cell in grid(config)}
+        return [
+            Stored(store, 0, place / SETTINGS, self.settings.evaluate(config, cell, 0), problems, rules)
+            for cell, place in cells.items()
+            if cell.method is None and (store := RolloutStore(place)).has(0)
+        ]
+
+    def _settings_file(self, iteration: int) -> Path:
+        return self.store.iteration_directory(iteration) / SETTINGS
+
+    def _claim_rollouts(self, iteration: int) -> None:
+        """Checks that what is stored was made with the same settings. A run may grow; fits of fewer are set aside."""
+        file, settings = self._settings_file(iteration), self.settings.collect(iteration)
+        begun = self.store.has(iteration)
+        if begun and _has_grown(file, settings):
+            set_aside(self.config.run_dir, iteration, f"more roll-outs are collected in iteration {iteration}")
+            write_json(file, settings)
+        claim(file, settings, begun)
+
+    async def _rehearse_all(self) -> None:
+        """With the initial value model: a server that can't load it says so now."""
+        async with self._server() as client:
+            await self._rehearse(client, 1, await self._publish(client, self.value_model_directory(0)))
+
+    async def _rehearse(self, client: SteadyClient, iteration: int, value_model: str | None) -> None:
+        """Finds out what would end the collecting of `iteration` later. value_model: guides the trial; None: none."""
+        config, sampling = self.config.collect_of(iteration), sampling_of(self.config.sampling)
+        problems = self.task.problems("train", config.prompts)
+        check_framing(problems, sampling)
+        await asyncio.to_thread(check_rewards, self.task, problems[0])
+        await check_lengths(client, problems, sampling, config.max_refused_share)
+        strength = config.eta, config.guidance_top_k, config.method
+        guidance = Guidance(value_model, *strength, tail=config.tail) if value_model is not None else None
+        await check_request(client, problems, sampling, guidance)
 
     def _grade_stored(self, iteration: int) -> None:
         """Grades what a killed process had stored, and what couldn't be graded before."""
@@ -97,27 +180,32 @@ class Run:
         rolls_in = self._fitted(iteration - 1) if iteration > 1 else None
         async with self._server() as client:
             value_model = await self._publish(client, rolls_in) if rolls_in is not None else None
+            if not self._rehearsed:
+                await self._rehearse(client, iteration, value_model)
             plan = plan_requests(missing, iteration, self.store, config, sampling, value_model)
             label = f"collect {iteration}"
             await generate(client, self.task, plan, self.store, self.config.server.concurrency, label, self._rules())
 
     def fit(self, iteration: int) -> None:
         """Fits the value model of `iteration` on the roll-outs of all iterations up to it, unless that is done."""
+        for number in range(1, iteration + 1):
+            self._claim_rollouts(number)
         directory = self.value_model_directory(iteration)
-        if _made(directory, self._fit_settings(iteration)):
+        if _made(directory, self.settings.fit(iteration)):
             return
         self._check_collected(iteration)
         from qtilt_trainer.fit import COLUMNS, fit_value_model
 
         self.initialise()
         rollouts = pa.concat_tables(self.store.table(number, COLUMNS) for number in range(1, iteration + 1))
-        provenance = {"iteration": iteration, "task": self.task.name}
+        sampling = self.config.sampling.model_dump(mode="json")
+        provenance = {"iteration": iteration, "task": self.task.name, "sampling": sampling}
         fit_value_model(self.value_model_directory(0), rollouts, directory, self.config.fit_of(iteration), provenance)
 
     def initialise(self) -> None:
         """Makes the value model that every fit starts from, unless it is there."""
         directory = self.value_model_directory(0)
-        if _made(directory, self._value_model_settings()):
+        if _made(directory, self.settings.value_model()):
             return
         from qtilt_trainer.initialise import initialise_value_model
 
@@ -140,7 +228,7 @@ class Run:
         """Measures the value model of `iteration` over the grid; writes `results.json`, then `config.json`."""
         records = asyncio.run(self._evaluate(iteration))
         write_json(self.config.run_dir / RESULTS, [asdict(record) for record in records])
-        write_json(self.config.run_dir / "config.json", self.config.model_dump(mode="json"))
+        write_json(self.config.run_dir / "config.json", redacted(self.config.model_dump(mode="json")))
         return records
 
     def report(self) -> None:
@@ -150,9 +238,11 @@ class Run:
         write_report([self.config.run_dir], self.config.run_dir)
 
     @asynccontextmanager
-    async def _server(self) -> AsyncIterator[GuidedClient]:
+    async def _server(self) -> AsyncIterator[SteadyClient]:
         """A client of the server, which must serve the model that the stored roll-outs come from."""
-        async with GuidedClient(self.config.server) as client:
+        async with SteadyClient(self.config.server) as client:
+            if self._rehearsed:
+                await client.wait_until_healthy()
             serves, stored = await client.model(), self.store.models()
             if stored - {serves}:
                 raise ValueError(
@@ -183,10 +273,10 @@ class Run:
             raise ValueError(f"there is no {directory}: fit iteration {iteration} first")
         return directory
 
-    async def _publish(self, client: GuidedClient, directory: Path) -> str:
+    async def _publish(self, client: SteadyClient, directory: Path) -> str:
         record_file = self.config.run_dir / "published" / f"{directory.name}.json"
-        root = self.config.server.value_model_root
-        return await publish(client, directory, self.config.value_model.name, root, record_file)
+        name, root = self.config.value_model.name, self.config.server.value_model_root
+        return await client.keep_published(lambda: publish(client, directory, name, root, record_file))
 
     async def _evaluate(self, iteration: int) -> list[Record]:
         config = self.config.evaluate
@@ -203,7 +293,7 @@ class Run:
                 config,
                 self.config.sampling,
                 self.config.server.concurrency,
-                lambda cell: self._evaluate_settings(config, cell, iteration),
+                lambda cell: self.settings.evaluate(config, cell, iteration),
                 self._rules(),
             )
 
@@ -211,38 +301,27 @@ class Run:
         reward, refused = self.config.reward, self.config.collect.max_refused_share
         return Rules(reward.truncated, reward.max_failed_share, refused)
 
-    def _collect_settings(self, iteration: int) -> dict[str, Any]:
-        return {
-            "task": self.config.task.model_dump(mode="json"),
-            "sampling": self.config.sampling.model_dump(mode="json"),
-            "collect": self.config.collect_of(iteration).model_dump(mode="json", exclude={"max_refused_share"}),
-            "reward": self.config.reward.model_dump(mode="json", include={"truncated"}),
-        }
-
-    def _fit_settings(self, iteration: int) -> dict[str, Any]:
-        return {
-            "value_model": self._value_model_settings(),
-            "fit": self.config.fit_of(iteration).model_dump(mode="json", exclude={"threads"}),
-            "rollouts": [self._collect_settings(number) for number in range(1, iteration + 1)],
-        }
-
-    def _evaluate_settings(self, config: EvaluateConfig, cell: Cell, iteration: int) -> dict[str, Any]:
-        settings = {
-            "task": self.config.task.model_dump(mode="json"),
-            "sampling": self.config.sampling.model_dump(mode="json"),
-            "evaluate": config.model_dump(mode="json", include={"prompts", "samples", "k", "guidance_top_k", "seed"}),
-        }
-        return settings if cell.method is None else {**settings, "fitted": self._fit_settings(iteration)}
-
-    def _value_model_settings(self) -> dict[str, Any]:
-        return self.config.value_model.model_dump(mode="json", exclude={"name"})
-
 
 def _made(directory: Path, settings: dict[str, Any]) -> bool:
     """Whether the value model `directory` is there; if so it must have been made with `settings`."""
     made = directory.exists()
     claim(directory.with_name(f"{directory.name}.settings.json"), settings, begun=made)
     return made
+
+
+def _has_grown(file: Path, settings: dict[str, Any]) -> bool:
+    """Whether more prompts or samples are wanted than before, all else being equal. Raises ValueError for fewer."""
+    differing = differences(file, settings)
+    if not differing or not all(line.startswith("size") for line in differing):
+        return False
+    before, now = json.loads(file.read_text(encoding="utf-8"))["size"], settings["size"]
+    for name, count in before.items():
+        if now[name] < count:
+            raise ValueError(
+                f"{file}: collect.{name} was {count} and is {now[name]}: a run only grows; put it back, or use another "
+                "run_dir"
+            )
+    return True
 
 
 def distribution_of(config: ValueModelConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qtilt.checkpoint import load_unmerged, load_value_model, read_manifest
 from qtilt.low_rank import Base, LowRank, projections
@@ -33,9 +34,14 @@ def load_for_fit(directory: Path, device: torch.device) -> tuple[ValueModel, Low
 
 def attach(model: ValueModel, rank: int) -> None:
     """Gives each projection a new update that changes nothing yet; it and the head require gradients, all else not."""
-    names = list(projections(model.backbone))
+    layers = projections(model.backbone)
     # alpha is the rank: peft scales B·A by alpha/rank, and value models have no such factor (qtilt.low_rank).
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(layers),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+    )
     inject_adapter_in_model(config, model.backbone, adapter_name=ADAPTER)
     model.head.requires_grad_(True)
 

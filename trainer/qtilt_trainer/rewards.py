@@ -67,7 +67,8 @@ class Grader:
             failures[row] = reward.message if isinstance(reward, RewardFailure) else None
         self._store.set_rewards(part, rewards, failures)
         self._graded += len(rewards)
-        self._failed += sum(failure is not None for failure in failures)
+        # A problem that was taken out of the data is no failure of the grader.
+        self._failed += sum(failure not in (None, MISSING_PROBLEM) for failure in failures)
 
     def grade_missing(self, iteration: int, again: bool = False) -> None:
         """The same for all parts of an iteration that lack a reward; all parts when `again`."""

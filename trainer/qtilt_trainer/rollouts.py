@@ -1,13 +1,13 @@
 """Roll-outs and their store: the only writer and reader of the roll-out files.
 
-A store is a directory of Parquet parts. `iteration-001/part-00000.parquet` holds completions and never changes;
+A store is a directory of Parquet parts. `iteration-001/part-00000.parquet` holds completions, which never change;
 `iteration-001/rewards-00000.parquet` beside it holds their rewards, row by row, and is written when they are graded: a
 completion is on disk before anything is known about its reward. Each file appears at once and complete. What a killed
 process had not written yet is simply missing: `ids` tells a resumed one what to skip.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ class Rollout:
     """Unique: see `rollout_id`."""
     iteration: int
     prompt_id: str
+    prompt_digest: str
+    """Of the task's prompt alone: finds the problem again when its id has changed with its gold answer."""
     split: str
     prompt_token_ids: list[int]
     """As the server tokenised the prompt."""
@@ -76,6 +78,7 @@ SCHEMA = pa.schema(
         ("rollout_id", pa.string()),
         ("iteration", pa.int32()),
         ("prompt_id", pa.string()),
+        ("prompt_digest", pa.string()),
         ("split", pa.string()),
         ("prompt_token_ids", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.int32())),
@@ -131,6 +134,23 @@ class RolloutStore:
     def set_rewards(self, part: Path, rewards: Sequence[float | None], failures: Sequence[str | None]) -> None:
         """Writes or replaces the rewards of a part, in the order of its rows."""
         _write(pa.Table.from_pydict({"reward": rewards, "failure": failures}, schema=REWARDS), _rewards_file(part))
+
+    def rename_prompts(self, part: Path, new_ids: Mapping[str, str]) -> None:
+        """Gives prompts of a part another id, rewards and all else staying as they are."""
+        table = self.read_part(part, SCHEMA.names)
+        prompt_ids = table.column("prompt_id").to_pylist()
+        if new_ids.keys().isdisjoint(prompt_ids):
+            return
+        renamed = [new_ids.get(prompt_id, prompt_id) for prompt_id in prompt_ids]
+        rollout_ids = [
+            rollout_id(iteration, prompt_id, int(old.rpartition("/")[2]))
+            for iteration, prompt_id, old in zip(
+                table.column("iteration").to_pylist(), renamed, table.column("rollout_id").to_pylist(), strict=True
+            )
+        ]
+        for name, values in (("prompt_id", renamed), ("rollout_id", rollout_ids)):
+            table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
+        _write(table.cast(SCHEMA).replace_schema_metadata(SCHEMA.metadata), part)
 
     def iteration_directory(self, iteration: int) -> Path:
         """Where the parts of an iteration are."""

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from qtilt_trainer.client import Completion, Guidance, Sampling
+from qtilt_trainer.digests import prompt_digest
 from qtilt_trainer.plan import PlannedRequest
 from qtilt_trainer.rewards import Grader, Rules
 from qtilt_trainer.rollouts import Rollout, RolloutStore
@@ -83,6 +84,7 @@ def _rollout(request: PlannedRequest, completion: Completion, index: int, model:
         rollout_id=request.ids[index],
         iteration=request.iteration,
         prompt_id=request.problem.id,
+        prompt_digest=prompt_digest(request.problem.prompt),
         split=request.split,
         prompt_token_ids=completion.prompt_token_ids,
         token_ids=completion.token_ids,

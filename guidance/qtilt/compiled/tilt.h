@@ -197,36 +197,34 @@ inline Tensor tilt(
   return tilted_BV;
 }
 
-// KL of p·e^(−drop)/Z from p. log_weight has room for as many numbers.
-inline double kl_of(const double* log_mass, const double* drops, int64_t size, double* log_weight) {
-  for (int64_t i = 0; i < size; i++) log_weight[i] = log_mass[i] == LOG_OF_NOTHING ? LOG_OF_NOTHING : log_mass[i] - drops[i];
-  const double log_z = log_sum_exp(log_weight, size);
-  double kl = 0;
-  for (int64_t i = 0; i < size; i++)
-    if (log_weight[i] != LOG_OF_NOTHING) kl += std::exp(log_weight[i] - log_z) * (-drops[i] - log_z);
-  return std::isnan(kl) ? kl : std::max(kl, 0.0);
-}
-
 inline Tensor divergence(const Tensor& log_mass, const Tensor& rest, const Tensor& drops, const Tensor& others) {
   const int64_t rows = log_mass.size(0), count = log_mass.size(1);
   const Tensor log_mass_BK = log_mass.contiguous(), rest_B1 = rest.contiguous();
   const Tensor drops_BK = drops.contiguous(), others_B1 = others.contiguous();
   Tensor divergence_B3 = at::empty({rows, 3}, log_mass_BK.options());
   // Of the candidates and, last, of all other tokens.
-  std::vector<double> log_mass_M(count + 1), drops_M(count + 1), log_weight_M(count + 1);
+  std::vector<double> dropped(count + 1), log_weight(count + 1);
   for (int64_t b = 0; b < rows; b++) {
-    std::copy_n(log_mass_BK.const_data_ptr<double>() + b * count, count, log_mass_M.begin());
-    std::copy_n(drops_BK.const_data_ptr<double>() + b * count, count, drops_M.begin());
-    log_mass_M[count] = rest_B1.const_data_ptr<double>()[b];
-    drops_M[count] = others_B1.const_data_ptr<double>()[b];
-    double* row = divergence_B3.mutable_data_ptr<double>() + b * 3;
-    row[0] = kl_of(log_mass_M.data(), drops_M.data(), count + 1, log_weight_M.data());
-    const double log_candidates = log_sum_exp(log_mass_M.data(), count);
-    for (int64_t i = 0; i < count; i++)
-      log_mass_M[i] = log_mass_M[i] == LOG_OF_NOTHING ? LOG_OF_NOTHING : log_mass_M[i] - log_candidates;
-    row[1] = kl_of(log_mass_M.data(), drops_M.data(), count, log_weight_M.data());
-    const double mass = std::exp(log_candidates);
-    row[2] = std::isnan(mass) ? mass : std::min(mass, 1.0);
+    const double* log_mass_K = log_mass_BK.const_data_ptr<double>() + b * count;
+    std::copy_n(drops_BK.const_data_ptr<double>() + b * count, count, dropped.begin());
+    dropped[count] = others_B1.const_data_ptr<double>()[b];
+    double mass = 0, guided_mass = 0, kl = 0, kl_candidates = 0;
+    for (int64_t i = 0; i < count; i++) {
+      log_weight[i] = log_mass_K[i] - dropped[i];
+      mass += std::exp(log_mass_K[i]);
+    }
+    log_weight[count] = rest_B1.const_data_ptr<double>()[b] - dropped[count];
+    const double log_z = log_sum_exp(log_weight.data(), count + 1);
+    for (int64_t i = 0; i <= count; i++) {
+      if (log_weight[i] == LOG_OF_NOTHING) continue;
+      const double guided = std::exp(log_weight[i] - log_z), term = guided * (-dropped[i] - log_z);
+      kl += term;
+      guided_mass += i < count ? guided : 0;
+      kl_candidates += i < count ? term : 0;
+    }
+    if (guided_mass != 0) kl_candidates = kl_candidates / guided_mass - std::log(guided_mass / mass);
+    const double measured[3] = {std::max(kl, 0.0), std::max(kl_candidates, 0.0), std::min(mass, 1.0)};
+    std::copy_n(measured, 3, divergence_B3.mutable_data_ptr<double>() + b * 3);
   }
   return divergence_B3;
 }

@@ -29,7 +29,7 @@ class EngineSettings:
     """slots: most requests in one batch. max_length: longest sequence, in tokens. dtype: of weights and caches.
 
     kv_fraction: memory of a cache, as a fraction of what ``slots`` sequences of ``max_length`` need. kernels: for
-    backbones that can be fused. served: where the reference model lies, the usual base of low-rank value models.
+    backbones that can be fused. served: where the reference model is, the usual base of low-rank value models.
     """
 
     slots: int

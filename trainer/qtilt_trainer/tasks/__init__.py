@@ -7,13 +7,15 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qtilt_trainer.describe import describe_errors
+from qtilt_trainer.redaction import redacted
 from qtilt_trainer.tasks.entry_point import entry_point
 from qtilt_trainer.tasks.jsonl import Jsonl
 from qtilt_trainer.tasks.problem import Problem, Prompt, Split, Task
+from qtilt_trainer.tasks.reasoning_gym import ReasoningGym
 
 __all__ = ["TASKS", "Problem", "Prompt", "Split", "Task", "make_task"]
 
-TASKS: dict[str, type[BaseModel]] = {"jsonl": Jsonl}
+TASKS: dict[str, type[BaseModel]] = {"jsonl": Jsonl, "reasoning_gym": ReasoningGym}
 
 
 def make_task(config: Mapping[str, Any]) -> Task:
@@ -47,7 +49,7 @@ def _call(name: str, fields: dict[str, Any]) -> object:
     try:
         inspect.signature(function).bind(**fields)
     except TypeError as error:
-        raise ValueError(f"task: {name} can't be called with {fields}: {error}") from error
+        raise ValueError(f"task: {name} can't be called with {redacted(fields)}: {error}") from error
     return function(**fields)
 
 

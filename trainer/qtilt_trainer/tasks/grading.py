@@ -30,6 +30,7 @@ TIMEOUT_S = 5.0
 STARTUP_TIMEOUT_S = 180.0
 """Longest time a worker may take to import SymPy and the parser."""
 WORKERS = 2
+WORKER_MODULE = "qtilt_trainer.tasks.grading_worker"
 READ_AT_ONCE = 64
 """Expected answers in one question of `unreadable_answers`."""
 
@@ -98,11 +99,12 @@ def _default_pool() -> "GradingPool":
 class GradingPool:
     """A few grading processes shared by any number of threads; a process is started when first needed."""
 
-    def __init__(self, workers: int = WORKERS, timeout: float = TIMEOUT_S) -> None:
+    def __init__(self, workers: int = WORKERS, timeout: float = TIMEOUT_S, module: str = WORKER_MODULE) -> None:
         """Raises ValueError for less than one worker or a timeout that isn't positive."""
         if workers < 1 or not timeout > 0:
             raise ValueError(f"workers must be >= 1 and timeout > 0 seconds, got {workers} and {timeout}")
         self.timeout = timeout
+        self.module = module
         self.killed = 0
         """Workers that had to be killed or died so far."""
         self._idle: queue.LifoQueue[GradingProcess | None] = queue.LifoQueue()
@@ -115,7 +117,7 @@ class GradingPool:
         process = self._idle.get()
         reusable = None
         try:
-            process = process or GradingProcess()
+            process = process or GradingProcess(self.module)
             answer = process.ask(question, timeout or self.timeout)
             reusable = process
             return answer
@@ -141,14 +143,15 @@ class GradingPool:
 
 
 class GradingProcess:
-    """One `python -m qtilt_trainer.tasks.grading_worker`: a question a line in, an answer a line out."""
+    """One `python -m MODULE`, a worker like grading_worker.py: a question a line in, an answer a line out."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = WORKER_MODULE) -> None:
         """Raises GradingError if the worker doesn't come up."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "qtilt_trainer.tasks.grading_worker"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # What is made of sets is the same in every run.
             start_new_session=True,  # A Ctrl-C is ours to handle, not the worker's.
         )
         self._unread = b""
@@ -156,7 +159,7 @@ class GradingProcess:
             self._read_line(STARTUP_TIMEOUT_S)
         except (TimeoutError, EOFError) as error:
             self.kill()
-            raise GradingError(f"the grading process did not start ({error}): is math-verify installed?") from error
+            raise GradingError(f"the grading process did not start ({error}): does python -m {module} run?") from error
 
     def ask(self, question: dict[str, Any], timeout: float) -> Any:
         """Raises TimeoutError after `timeout` seconds, EOFError if the process is gone."""

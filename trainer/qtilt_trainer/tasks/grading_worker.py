@@ -4,12 +4,14 @@
 {"unreadable": [texts]} -> for each null, or why it can't be read as an answer.
 """
 
+import importlib
 import json
 import logging
 import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 MEMORY_LIMIT_BYTES = 4 << 30
@@ -20,17 +22,21 @@ computation wouldn't notice that stdin is closed."""
 
 
 def main() -> None:
-    """Answers until stdin closes."""
+    """Answers questions about mathematical expressions."""
+    serve("qtilt_trainer.tasks.math_equality", _reply)
+
+
+def serve(module: str, reply: Callable[[Any], Any]) -> None:
+    """Answers until stdin closes; `module` is imported before it says that it is ready."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Whatever a library prints must not look like an answer.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     logging.disable(logging.ERROR)  # The parser warns for every answer it can't read: that is our caller's job.
-    import qtilt_trainer.tasks.math_equality  # noqa: F401  # Imported here so that "ready" means ready.
-
+    importlib.import_module(module)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         signal.alarm(GIVE_UP_S)  # Without a handler SIGALRM ends the process, in the middle of C code too.
-        print(json.dumps(_reply(json.loads(line))), file=answers, flush=True)
+        print(json.dumps(reply(json.loads(line))), file=answers, flush=True)
         signal.alarm(0)
 
 

@@ -1,6 +1,7 @@
 """The interface every task stands behind: problems (a prompt and what is needed to judge an answer) and a reward."""
 
 import hashlib
+import json
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -53,6 +54,11 @@ class Task(Protocol):
 
     def answer(self, problem: Problem, completion: str) -> Hashable | None:
         """What the completion answers, for majority votes; None if it answers nothing (and so doesn't vote)."""
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text that tells it from all others."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def split_of(text: str, test_fraction: float = TEST_FRACTION) -> Split:

@@ -1,0 +1,221 @@
+"""A run whose data, grader or size changes: noticed, refused with a way out, graded anew, extended."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from file_task import content_id, write_problems
+from qtilt_trainer.config import LoopConfig
+from qtilt_trainer.loop import Run
+from qtilt_trainer.rollouts import Rollout
+from stand_in_server import StandInServer
+from star_graph import StarGraph
+
+COMPLETIONS = "/v1/completions"
+PROBLEMS = [(problem.prompt, problem.answer) for problem in StarGraph().problems("train", 10)]
+
+
+class Work:
+    """One run directory; every method is a process of its own as far as the trainer is concerned."""
+
+    def __init__(self, directory: Path, server: StandInServer) -> None:
+        self.directory, self.server = directory, server
+        self.file = directory / "train.tsv"
+        write_problems(self.file, PROBLEMS)  # type: ignore[arg-type]
+
+    def run(self, prompts: int = 8, samples: int = 4, **tables: Any) -> Run:
+        task = {"name": "file_task:FileTask", "train": str(self.file), "api_key": "hush-hush"}
+        return Run(
+            LoopConfig.model_validate(
+                {
+                    "run_dir": self.directory / "run",
+                    "task": {**task, **tables.pop("task", {})},
+                    "server": {
+                        "url": self.server.url.replace("//", "//user:hush-hush@"),
+                        "retries": 0,
+                        "concurrency": 2,
+                    },
+                    "value_model": {"backbone": "none"},
+                    "sampling": {"max_tokens": 8, **tables.pop("sampling", {})},
+                    "collect": {"prompts": prompts, "samples_per_prompt": samples},
+                    "fit": {"steps": 1},
+                    "iterations": 1,
+                    **tables,
+                }
+            )
+        )
+
+    def collect(self, **changes: Any) -> int:
+        """How many completion requests it took, the trial left out."""
+        before = len(self.server.bodies(COMPLETIONS))
+        self.run(**changes).collect(1)
+        asked = len(self.server.bodies(COMPLETIONS)) - before
+        return max(0, asked - 1)
+
+    def stored(self) -> list[Rollout]:
+        return self.run().store.read(1)
+
+    def edit(self, line: int, gold: str) -> None:
+        problems = [tuple(text.split("\t")) for text in self.file.read_text().splitlines()]
+        write_problems(self.file, [(p, gold if n == line else g) for n, (p, g) in enumerate(problems)])
+
+    def fake_fit(self) -> Path:
+        place = self.directory / "run" / "value_models" / "iteration-001"
+        place.mkdir(parents=True)
+        place.with_name("iteration-001.settings.json").write_text("{}")
+        (self.directory / "run" / "results.json").write_text("[]")
+        return place
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Any:
+    with StandInServer() as server:
+        work = Work(tmp_path, server)
+        assert work.collect() == 8
+        assert len(work.stored()) == 32
+        yield work
+
+
+def test_an_edited_gold_is_refused_until_it_is_undone_or_graded_anew(work: Work) -> None:
+    before = {rollout.rollout_id: rollout for rollout in work.stored()}
+    changed = content_id(*PROBLEMS[0])
+    wrong = before[f"1/{changed}/0"].text + "?"
+    original = work.file.read_text()
+    work.edit(0, wrong)
+    fitted = work.fake_fit()
+    with pytest.raises(
+        ValueError, match=r"settings \(data.train: .*undo the change, run `qtilt-trainer regrade CONFIG`"
+    ):
+        work.collect()
+    work.file.write_text(original)
+    assert work.collect() == 0
+    work.edit(0, wrong)
+    work.run().regrade(None)
+    assert work.collect() == 0  # The prompt is known under its new id: nothing is asked again.
+    after = work.stored()
+    assert len(after) == 32
+    new_id = content_id(PROBLEMS[0][0], wrong)
+    assert {rollout.prompt_id for rollout in after} == {r.prompt_id for r in before.values()} - {changed} | {new_id}
+    for rollout in after:
+        if rollout.prompt_id == new_id:
+            assert rollout.reward == 0.0
+            assert rollout.token_ids == before[rollout.rollout_id.replace(new_id, changed)].token_ids
+        else:
+            assert rollout == before[rollout.rollout_id]
+    # What was fitted on the old rewards is not used any more, and not deleted.
+    assert not fitted.exists()
+    aside = work.directory / "run" / "superseded-1"
+    assert {path.name for path in aside.rglob("*") if path.name != "value_models"} == {
+        "iteration-001",
+        "iteration-001.settings.json",
+        "results.json",
+    }
+
+
+def test_another_rule_for_cut_completions_needs_a_regrade(work: Work) -> None:
+    with pytest.raises(ValueError, match=r"reward.truncated: 'zero' then, 'grade' now.*regrade CONFIG"):
+        work.collect(reward={"truncated": "grade"})
+    work.run(reward={"truncated": "grade"}).regrade(1)
+    assert work.collect(reward={"truncated": "grade"}) == 0
+
+
+def test_changed_reward_code_is_noticed(work: Work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import file_task
+
+    other = tmp_path / "file_task.py"
+    other.write_text(Path(file_task.__file__).read_text() + "\n# edited\n")
+    monkeypatch.setattr(file_task, "__file__", str(other))
+    with pytest.raises(ValueError, match=r"code.file_task: '\w{16}' then, '\w{16}' now.*regrade CONFIG"):
+        work.collect()
+
+
+def test_a_regrade_that_was_killed_can_not_be_taken_for_done(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    work.edit(0, "nothing")
+    with monkeypatch.context() as patch:
+        patch.setattr("qtilt_trainer.regrade.Grader.grade_part", fails)
+        with pytest.raises(KeyboardInterrupt):
+            work.run().regrade(None)
+    for line, gold in ((0, "nothing"), (0, PROBLEMS[0][1])):
+        work.edit(line, gold)
+        with pytest.raises(ValueError, match=r"regrading: True then, None now.*regrade CONFIG"):
+            work.collect()
+    work.run().regrade(None)
+    assert work.collect() == 0
+
+
+def test_completions_whose_problem_was_taken_out_are_kept_without_a_reward(work: Work) -> None:
+    problems = PROBLEMS[1:]
+    write_problems(work.file, problems)  # type: ignore[arg-type]
+    work.run().regrade(None)
+    assert len(work.run().store.ids()) == 32
+    assert len(work.stored()) == 28
+    lines = (work.directory / "run/rollouts/iteration-001/failed_rewards.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert all("not in the task's data any more" in line for line in lines)
+    assert work.collect() == 1  # The ninth problem is now among the first eight.
+    assert len(work.stored()) == 32
+
+
+def test_data_that_has_nothing_of_what_is_stored_is_no_reason_to_regrade(work: Work) -> None:
+    before = work.stored()
+    write_problems(work.file, [(prompt + "x", gold) for prompt, gold in PROBLEMS])  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"none of the prompts in .* is in the task's data"):
+        work.run().regrade(None)
+    write_problems(work.file, PROBLEMS)  # type: ignore[arg-type]
+    assert work.collect() == 0
+    assert work.stored() == before
+
+
+def test_a_regrade_does_not_hide_other_changes(work: Work) -> None:
+    with pytest.raises(ValueError, match=r"sampling.max_tokens: 8 then, 9 now\): use another run_dir"):
+        work.run(sampling={"max_tokens": 9}).regrade(None)
+
+
+@pytest.mark.parametrize(("prompts", "samples", "asked"), [(10, 4, 2), (8, 6, 8), (10, 6, 10)])
+def test_a_larger_run_asks_only_for_what_is_missing(work: Work, prompts: int, samples: int, asked: int) -> None:
+    before = work.stored()
+    fitted = work.fake_fit()
+    assert work.collect(prompts=prompts, samples=samples) == asked
+    after = {rollout.rollout_id: rollout for rollout in work.stored()}
+    assert len(after) == prompts * samples
+    assert all(after[rollout.rollout_id] == rollout for rollout in before)
+    assert not fitted.exists()
+    assert (work.directory / "run" / "superseded-1" / "value_models" / "iteration-001").exists()
+    assert work.collect(prompts=prompts, samples=samples) == 0
+
+
+def test_a_smaller_run_is_refused(work: Work) -> None:
+    with pytest.raises(ValueError, match=r"collect.prompts was 8 and is 7: a run only grows"):
+        work.collect(prompts=7)
+    with pytest.raises(ValueError, match=r"collect.samples_per_prompt was 4 and is 2: a run only grows"):
+        work.collect(samples=2)
+    assert len(work.stored()) == 32
+
+
+def test_output_without_its_settings_is_refused(work: Work) -> None:
+    settings = work.directory / "run/rollouts/iteration-001/settings.json"
+    text = settings.read_text()
+    settings.unlink()
+    with pytest.raises(ValueError, match=r"settings.json, and that file is missing: nobody knows how it was made"):
+        work.collect()
+    settings.write_text(text)
+    assert work.collect() == 0
+
+
+def test_secrets_are_in_nothing_that_is_written(work: Work, caplog: pytest.LogCaptureFixture) -> None:
+    run = work.run(evaluate={"prompts": 2, "decoding": ["sample"], "inv_eta": [1.0]})
+    from qtilt_trainer.atomic_file import write_json
+    from qtilt_trainer.redaction import redacted
+
+    write_json(work.directory / "run" / "config.json", redacted(run.config.model_dump(mode="json")))
+    written = [path for path in (work.directory / "run").rglob("*") if path.is_file()]
+    assert len(written) > 3
+    assert not [path for path in written if b"hush-hush" in path.read_bytes()]
+    settings = json.loads((work.directory / "run/rollouts/iteration-001/settings.json").read_text())
+    assert settings["task"]["api_key"] == "***"
+    assert "hush-hush" not in caplog.text
