@@ -85,11 +85,9 @@ def main() -> None:
 
 async def ask_all(url: str, problems: list[Problem], body: dict[str, Any]) -> list[dict[str, Any]]:
     """One sampled answer a prompt, with the same seeds for all policies."""
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
-    (model,) = [model.id async for model in client.models.list()]
     limit = asyncio.Semaphore(64)
 
-    async def ask(number: int, problem: Problem) -> dict[str, Any]:
+    async def ask(client: AsyncOpenAI, model: str, number: int, problem: Problem) -> dict[str, Any]:
         fields: dict[str, Any] = {**body, "model": model, "seed": SEED + number}
         async with limit:
             if isinstance(problem.prompt, str):
@@ -98,7 +96,9 @@ async def ask_all(url: str, problems: list[Problem], body: dict[str, Any]) -> li
             fields |= {"messages": problem.prompt, "logprobs": True, "top_logprobs": 0}
             return dict(await client.post("/chat/completions", body=fields, cast_to=object))
 
-    return list(await asyncio.gather(*(ask(number, problem) for number, problem in enumerate(problems))))
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
+        (model,) = [model.id async for model in client.models.list()]
+        return list(await asyncio.gather(*(ask(client, model, *numbered) for numbered in enumerate(problems))))
 
 
 def measure(

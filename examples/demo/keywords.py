@@ -9,7 +9,7 @@ import re
 from collections.abc import Hashable
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from qtilt_trainer.tasks.problem import Problem, Split, first_distinct, split_of
 
@@ -34,7 +34,7 @@ class Keywords(BaseModel):
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
 
-    words: int = 3
+    words: int = Field(3, ge=1, le=10)
     """How many words a sentence must have."""
     seed: int = 0
 
