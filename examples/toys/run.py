@@ -42,10 +42,10 @@ def verdict(records: list[dict[str, Any]]) -> str:
     lines = []
     for record in records:
         if record["method"] == "qsharp" and record["inv_eta"] == 10:
-            goal = SAMPLED_GOAL if record["decoding"] == "sample" else GREEDY_GOAL
+            goal = GREEDY_GOAL if record["temperature"] == 0 else SAMPLED_GOAL
             met = "reached" if record["accuracy"] >= goal else "MISSED"
             lines.append(
-                f"{record['task']}, Q♯ at η = 0.1, {record['decoding']}: {100 * record['accuracy']:.1f} % "
+                f"{record['task']}, Q♯ at η = 0.1, {record['regime']}: {100 * record['accuracy']:.1f} % "
                 f"(goal {100 * goal:.0f} %: {met})"
             )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Reading the decoder of a causal language model, whole or its first layers, in float32.
+"""Reading the decoder of a causal language model, whole or its first layers, in float32; and its tokenizer.
 
 Only what is needed is read, nothing is unpickled, and no remote code is run.
 """
@@ -13,10 +13,17 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-# What transformers raises for a config or weights that make no sense; many of its checks are lookups that fail.
-UNUSABLE = (
+# What transformers raises for files that make no sense; many of its checks are lookups that fail.
+_UNUSABLE = (
     OSError,
     ValueError,
     TypeError,
@@ -39,7 +46,7 @@ def read_config(source: Path | str) -> PreTrainedConfig:
     """The config of a directory or hub id. Raises BackboneError."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except UNUSABLE as error:
+    except _UNUSABLE as error:
         raise BackboneError(one_line(error)) from error
     return config
 
@@ -81,10 +88,19 @@ def read_backbone(
                 ignore_mismatched_sizes=True,  # reported instead, and refused here with their names
                 output_loading_info=True,
             )
-    except UNUSABLE as error:
+    except _UNUSABLE as error:
         raise BackboneError(f"the backbone can't be loaded ({one_line(error)})") from error
     _check_weights(report, is_part)
     return backbone  # type: ignore[no-any-return]
+
+
+def read_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub id. Raises BackboneError."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except _UNUSABLE as error:
+        raise BackboneError(f"the tokenizer can't be loaded ({one_line(error)})") from error
+    return tokenizer
 
 
 def one_line(error: BaseException) -> str:

@@ -22,7 +22,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -31,9 +32,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qtilt.backbone import UNUSABLE, BackboneError, one_line, read_backbone, read_config
+from qtilt.backbone import BackboneError, one_line, read_backbone, read_config, read_tokenizer
 from qtilt.distributions import ReturnDistribution, distribution_from_config
 from qtilt.durable import flush
 from qtilt.low_rank import Base, BaseModelError, BaseModels, LowRank, factor_shapes, projections
@@ -251,11 +252,8 @@ def load_value_model(
     if manifest.base is None:
         model = _value_model(directory, manifest, _load_whole_backbone(directory, manifest, dtype), dtype)
     else:
-        config = _read_backbone_config(directory)
-        try:
-            base = (bases or BaseModels()).get(manifest.base, config, dtype, device)
-        except BaseModelError as error:
-            raise CheckpointError(f"{directory / MANIFEST_FILE}: {error}") from error
+        with _names_manifest(directory):
+            base = (bases or BaseModels()).get(manifest.base, _read_backbone_config(directory), dtype, device)
         low_rank = _load_update(directory / UPDATE_FILE, manifest, base.backbone)
         model = _value_model(directory, manifest, base.merged(low_rank), dtype)
         model.base = base
@@ -275,10 +273,8 @@ def load_unmerged(directory: Path | str) -> tuple[ValueModel, LowRank]:
     manifest = read_manifest(directory)
     if manifest.base is None:
         raise CheckpointError(f"{directory / MANIFEST_FILE}: has no base, it isn't a low-rank value model")
-    try:
+    with _names_manifest(directory):
         backbone = BaseModels().read(manifest.base, _read_backbone_config(directory))
-    except BaseModelError as error:
-        raise CheckpointError(f"{directory / MANIFEST_FILE}: {error}") from error
     low_rank = _load_update(directory / UPDATE_FILE, manifest, backbone)
     return _value_model(directory, manifest, backbone, torch.float32), low_rank
 
@@ -289,10 +285,17 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     base = read_manifest(directory).base
     source = directory / BACKBONE_DIRECTORY if base is None else base.name
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except UNUSABLE as error:
-        raise CheckpointError(f"{directory}: its tokenizer can't be read from {source} ({one_line(error)})") from error
-    return tokenizer
+        return read_tokenizer(source)
+    except BackboneError as error:
+        raise CheckpointError(f"{directory / MANIFEST_FILE}: {source}: {error}") from error
+
+
+@contextmanager
+def _names_manifest(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseModelError as error:
+        raise CheckpointError(f"{directory / MANIFEST_FILE}: {error}") from error
 
 
 def _value_model(directory: Path, manifest: Manifest, backbone: PreTrainedModel, dtype: torch.dtype) -> ValueModel:

@@ -21,12 +21,17 @@ CONTEXT = 64
 class StandInServer:
     """Runs in a thread of the test. `before(path, body)` is called before a request is answered.
 
-    It may return a (status, JSON) pair to be answered instead, or None.
+    It may return a (status, JSON) pair to be answered instead, or None. `choice(body, choice)` may change a choice
+    before its tokens count as guided.
     """
 
     def __init__(self, value_model_root: Path | None = None) -> None:
         self.value_model_root = value_model_root
         self.before: Callable[[str, Any], tuple[int, Any] | None] = lambda path, body: None
+        self.choice: Callable[[Any, dict[str, Any]], object] = lambda body, choice: None
+        self.mass: Callable[[int], float] = lambda guided: 0.75
+        self.tail: Callable[[Any], str] = lambda body: "floor"
+        """The default, of a request."""
         self.requests: list[tuple[str, Any]] = []
         self.versions: list[dict[str, Any]] = []
         self.lock = threading.Lock()
@@ -96,7 +101,7 @@ class StandInServer:
         answer = {"id": "x", "object": "text_completion", "created": 0, "model": MODEL, "choices": choices}
         if body.get("guidance") is not None:
             answer["guidance"] = {key: body["guidance"][key] for key in ("value_model", "eta", "top_k", "method")}
-            answer["guidance"]["tail"] = body["guidance"].get("tail", "floor")
+            answer["guidance"]["tail"] = body["guidance"].get("tail", self.tail(body))
         return answer
 
     def _choice(self, body: Any, index: int, prompt_token_ids: list[int]) -> Any:
@@ -112,11 +117,16 @@ class StandInServer:
             "token_ids": token_ids,
             "prompt_token_ids": prompt_token_ids,
         }
+        self.choice(body, choice)
         if body.get("guidance") is not None:
             g = body["guidance"]["guided_tokens"]
             guided = len(token_ids) if g is None else min(g, len(token_ids))
-            choice["guidance"] = {"guided_tokens": guided, "kl": 0.25 * guided, "kl_candidates": 0.125 * guided}
-            choice["guidance"]["mass"] = 0.75 if guided else None
+            choice["guidance"] = {
+                "guided_tokens": guided,
+                "kl": 0.25 * guided,
+                "kl_candidates": 0.125 * guided,
+                "mass": self.mass(guided) if guided else None,
+            }
         return choice
 
 

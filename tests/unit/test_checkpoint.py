@@ -79,6 +79,16 @@ def test_the_manifest_tells_all_without_reading_weights(saved):
     assert manifest.tokenizer == fingerprint_tokenizer(make_tokenizer())
 
 
+def test_a_directory_of_version_1_is_read(saved):
+    """It is as a whole value model still is."""
+    written = json.loads((saved / "value_model.json").read_text())
+    assert written.keys() == {"format_version", "type", "distribution", "tokenizer", "provenance"}
+    assert written["format_version"] == 2
+    edit_manifest(saved, format_version=1)
+    assert read_manifest(saved).base is None
+    assert load_value_model(saved).type == "v"
+
+
 def test_a_head_without_bias_is_fine(saved):
     weight = load_file(saved / "head.safetensors")["weight"]
     save_file({"weight": weight}, saved / "head.safetensors")
@@ -121,6 +131,7 @@ BROKEN = {
     "value_model.json: not valid JSON": lambda d: truncate(d / "value_model.json"),
     "value_model.json: holds a list": lambda d: (d / "value_model.json").write_text("[]"),
     "value_model.json: format_version is 3": lambda d: edit_manifest(d, format_version=3),
+    "value_model.json: format_version is True": lambda d: edit_manifest(d, format_version=True),
     "value_model.json: type is 'x'": lambda d: edit_manifest(d, type="x"),
     "value_model.json: distribution, tokenizer or prov": lambda d: edit_manifest(d, distribution={"name": "beta"}),
     "value_model.json: .*atoms is 2.5": lambda d: edit_manifest(

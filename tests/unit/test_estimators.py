@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qtilt_trainer.estimators import best_of_k, bootstrap_interval, majority_of_k
+from qtilt_trainer.estimators import best_of_k, bootstrap_interval, majority_of_k, paired_interval
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])
@@ -74,7 +74,42 @@ def test_all_right_or_all_wrong_is_not_certainty() -> None:
     low, high = bootstrap_interval([-1.0] * 50, -1.0, 1.0)
     exact = stats.binomtest(0, 50).proportion_ci(0.95, method="exact")
     assert (low, high) == pytest.approx((-1.0, -1.0 + 2 * exact.high))
-    assert bootstrap_interval([0.5, 0.5], 0.0, 1.0) == (0.5, 0.5)
+
+
+def test_equal_values_inside_the_range_are_not_certainty_either() -> None:
+    other = stats.binomtest(0, 40).proportion_ci(0.95, method="exact").high
+    assert bootstrap_interval([0.25] * 40, 0.0, 1.0) == pytest.approx((0.25 * (1 - other), 0.25 + 0.75 * other))
+    # Thirds differ in their last bit.
+    gain, low, high = paired_interval([1 / 3, 2 / 3, 1.0], [0.0, 1 / 3, 2 / 3], 0.0, 1.0)
+    assert gain == pytest.approx(1 / 3)
+    assert low < 0.0 and high > 0.8
+
+
+def test_the_paired_interval_is_that_of_all_resamples_of_the_prompts() -> None:
+    values, reference = [1.0, 0.5, 0.75, 1.0, 0.0, 0.25], [0.5, 0.5, 0.0, 1.0, 0.25, 0.0]
+    resamples = itertools.product(range(6), repeat=6)
+    means = [sum(values[i] - reference[i] for i in chosen) / 6 for chosen in resamples]
+    gain, low, high = paired_interval(values, reference, 0.0, 1.0)
+    assert gain == pytest.approx(1.25 / 6)
+    # Steps of 1/24: a percentile falls on the same step or a neighbour of it.
+    assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=1 / 24 + 1e-9)
+    wide_low, wide_high = paired_interval(values, reference[::-1], 0.0, 1.0)[1:]
+    assert (wide_low, wide_high) != (low, high)
+
+
+def test_pairing_takes_out_what_makes_a_prompt_hard_for_both() -> None:
+    rng = np.random.default_rng(0)
+    difficulty = rng.uniform(size=300)
+    reference = rng.binomial(8, 0.5 * difficulty) / 8
+    values = rng.binomial(8, 0.5 * difficulty + 0.2) / 8
+    _, low, high = paired_interval(list(values), list(reference), 0.0, 1.0)
+    expected = stats.bootstrap((values - reference,), np.mean, method="percentile", rng=1).confidence_interval
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.003)
+    assert low < 0.2 < high
+    unpaired = np.hypot(*(np.ptp(bootstrap_interval(list(row), 0.0, 1.0)) for row in (values, reference)))
+    assert high - low < 0.85 * unpaired
+    with pytest.raises(ValueError, match="longer"):
+        paired_interval([1.0], [1.0, 0.0], 0.0, 1.0)
 
 
 def test_no_prompts_no_interval() -> None:

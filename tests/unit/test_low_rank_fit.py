@@ -15,9 +15,11 @@ from low_rank_models import write_language_model
 from qtilt.checkpoint import CheckpointError, load_value_model, read_manifest
 from qtilt.distributions import Bernoulli
 from qtilt.value_model import ValueModel, ValueType
-from qtilt_trainer.config import FitConfig
+from qtilt_trainer.cli import main
+from qtilt_trainer.config import FitConfig, LoopConfig
 from qtilt_trainer.fit import fit_record_path, fit_value_model
 from qtilt_trainer.initialise import initialise_value_model
+from qtilt_trainer.loop import Run
 from qtilt_trainer.low_rank_fit import load_for_fit
 from qtilt_trainer.precision import product_dtype
 from qtilt_trainer.rollouts import Rollout
@@ -27,6 +29,13 @@ RANK = 4
 CONFIG = FitConfig(
     steps=40, batch_size=32, learning_rate=1e-2, drop_unanimous=False, held_out=0.0, threads=1, precision="float32"
 )
+TABLES = {
+    "run_dir": "run",
+    "task": {"name": "letters:Letters"},
+    "sampling": {"max_tokens": 8},
+    "collect": {"prompts": 1, "samples_per_prompt": 1},
+    "fit": {"steps": 1},
+}
 
 
 def rollouts(count: int = 128) -> list[Rollout]:
@@ -127,6 +136,24 @@ def test_layers_that_the_backbone_does_not_have_are_refused_in_one_line(tmp_path
         initialise_value_model(str(base), "v", {"name": "bernoulli"}, tmp_path / "value", layers=4, low_rank=low_rank)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "value").exists()
+
+
+def test_command_and_configuration_make_the_same_low_rank_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = write_language_model(Path("base"), "llama")
+    config = {"backbone": str(base), "layers": 2, "low_rank": RANK}
+    Run(LoopConfig.model_validate({**TABLES, "value_model": config})).initialise()
+    command = ["init", "--backbone", str(base), "--type", "v", "--distribution", "bernoulli", "--low-rank", str(RANK)]
+    assert main([*command, "--layers", "2", "--out", "made"]) == 0
+    for file in ("value_model.json", "update.safetensors", "head.safetensors"):
+        assert Path("made", file).read_bytes() == Path("run/value_models/initial", file).read_bytes()
+    stored = json.loads(Path("run/value_models/initial.settings.json").read_text())
+    assert (stored["layers"], stored["low_rank"]) == (2, RANK)
+    capfd.readouterr()
+    assert main([*command, "--layers", "4", "--out", "deeper"]) == 2
+    assert "layers must be 1 to 3, the layers it has, got 4" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_a_fit_without_its_base_says_so(tmp_path: Path) -> None:

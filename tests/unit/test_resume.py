@@ -27,7 +27,7 @@ from tiny_backbone import write_tiny_backbone
 COMMAND = Path(sys.executable).parent / "qtilt-trainer"
 STAR_GRAPH = f"{Path(__file__).parents[2]}/examples/toys/star_graph.py:StarGraph"
 PROMPTS, SAMPLES, PROMPTS_2, SAMPLES_2 = 120, 6, 70, 5
-CELLS = ("iteration-000/reference-sample", "iteration-002/qsharp-10-sample")
+CELLS = ("iteration-000/reference-t1", "iteration-002/qsharp-10-t1")
 CONFIG = f"""
 run_dir = "run"
 [task]
@@ -54,6 +54,7 @@ samples = 4
 inv_eta = [10]
 methods = ["qsharp"]
 decoding = ["sample"]
+sampling = [{{}}]
 [[iterations]]
 [[iterations]]
 collect.prompts = {PROMPTS_2}
@@ -174,7 +175,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Tra
         assert len(server.bodies("/v1/guidance/value_models")) == 3  # the initial one, and one an iteration
         requests = len(server.bodies("/v1/completions"))
         trainer.finish()  # Again: nothing is left to do.
-        assert len(server.bodies("/v1/completions")) == requests == 1 + PROMPTS + PROMPTS_2 * SAMPLES_2 + 2 * 80
+        assert len(server.bodies("/v1/completions")) == requests == 1 + PROMPTS + PROMPTS_2 * SAMPLES_2 + 3 * 80
         assert len(server.bodies("/v1/guidance/value_models")) == 3
         assert trainer.outcome() == made
     return trainer

@@ -78,6 +78,17 @@ def test_the_key_is_not_in_the_resolved_configuration(tmp_path: Path) -> None:
         ('backbone = "reference"', "", "value_model.backbone: this field is required"),
         ('backbone = "reference"', 'backbone = "r"\nhigh = 2.0', "a bernoulli value is for rewards 0 and 1"),
         ('backbone = "reference"', 'backbone = "r"\nname = "a@b"', "value_model.name: String should match pattern"),
+        ('backbone = "reference"', 'backbone = "r"\nlayers = 0', "value_model.layers: Input should be greater than or"),
+        (
+            'backbone = "reference"',
+            'backbone = "r"\nlow_rank = 0',
+            "value_model.low_rank: Input should be greater than",
+        ),
+        (
+            "steps = 300",
+            'steps = 300\nprecision = "half"',
+            "fit.precision: Input should be 'auto', 'float32' or 'bfloat",
+        ),
         ("samples = 4", "samples = 4\nk = 5", "evaluate: k must be at most samples = 4, got 5"),
         ("samples = 4", "inv_eta = [0.0]", "evaluate.inv_eta: every 1/eta must be finite and > 0"),
         ("samples = 4", "inv_eta = [2.0, 2.0]", "evaluate.inv_eta: an entry is repeated"),

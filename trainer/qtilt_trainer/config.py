@@ -194,6 +194,23 @@ class FitConfig(Table):
         return self
 
 
+class SamplingOverride(Table):
+    """An entry of `evaluate.sampling`: what differs from `[sampling]`."""
+
+    temperature: float | None = Field(default=None, gt=0.0)
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    top_k: int | Literal["guidance"] | None = None
+    """0: no truncation; "guidance": guidance_top_k, which is how far guidance itself may truncate."""
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _is_count_or_guidance(cls, value: Any) -> Any:
+        # Checked here for one plain message; pydantic has one for each member of the union.
+        if value is None or value == "guidance" or (type(value) is int and value >= 0):
+            return value
+        raise ValueError('must be a whole number >= 0 or "guidance"')
+
+
 class EvaluateConfig(Table):
     """`[evaluate]`: the grid of guided policies that is measured on test prompts, next to the reference."""
 
@@ -205,10 +222,16 @@ class EvaluateConfig(Table):
     inv_eta: tuple[float, ...] = (1.0, 5.0, 10.0, 40.0)
     """1/eta, larger is a stronger tilt."""
     methods: tuple[Method, ...] = ("qsharp", "cd")
-    decoding: tuple[Decoding, ...] = ("sample", "greedy")
+    tails: tuple[Tail | None, ...] = Field((None,), min_length=1)
+    """What tokens get that aren't candidates; None: the server's default."""
+    decoding: tuple[Decoding, ...] = Field(("sample", "greedy"), min_length=1)
+    sampling: tuple[SamplingOverride, ...] = Field(
+        (SamplingOverride(), SamplingOverride(top_k="guidance")), min_length=1
+    )
+    """How sampled cells draw: one regime an entry. Every policy is measured in each of them."""
     guidance_top_k: int = Field(default=20, ge=1)
-    reference: bool = True
-    """Measure the unguided reference too."""
+    constant_candidates: int = Field(default=50, ge=0)
+    """Texts that are tried as the answer to every prompt; 0: no best constant answer is looked for."""
     seed: int = 0
 
     @field_validator("inv_eta")
@@ -218,7 +241,7 @@ class EvaluateConfig(Table):
             raise ValueError("every 1/eta must be finite and > 0")
         return values
 
-    @field_validator("inv_eta", "methods", "decoding")
+    @field_validator("inv_eta", "methods", "tails", "decoding", "sampling")
     @classmethod
     def _is_distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) != len(values):

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 RESAMPLES = 10_000
 BLOCK = 500
 CONFIDENCE = 0.95
+ROUNDING = 1e-12
+"""Of the range: means of rewards, and their differences, that are this close are equal."""
 
 
 def best_of_k(rewards: Sequence[float], k: int) -> float:
@@ -60,20 +62,32 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over prompts.
 
-    When all values are equal the bootstrap would claim certainty. At the end of the range (all right, all wrong) the
-    exact binomial (Clopper-Pearson) bound is given instead: 300 of 300 right is [0.988, 1]. Elsewhere it can't be told
-    from one value, and (value, value) is returned.
+    When all values are equal the bootstrap would claim certainty. The exact binomial (Clopper-Pearson) bound on how
+    often another value may occur is used instead, each way to the end of the range: 300 of 300 right is [0.988, 1].
     low, high: the range of the values. Raises ValueError without values.
     """
     values = np.asarray(values_P, dtype=np.float64)
     if values.size == 0:
         raise ValueError("an interval needs at least one prompt")
-    if np.all(values == values[0]):
+    if np.ptp(values) <= ROUNDING * (high - low):
         return _interval_of_equals(float(values[0]), values.size, low, high, (1 - confidence) / 2)
     means = _resampled_means(values, np.random.default_rng(seed))
     tail = 100 * (1 - confidence) / 2
     lower, upper = np.percentile(means, [tail, 100 - tail])
     return float(lower), float(upper)
+
+
+def paired_interval(
+    values_P: Sequence[float], reference_P: Sequence[float], low: float, high: float, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean difference of two policies on the same prompts, and its bootstrap interval over prompts.
+
+    Prompts are resampled with both values, so that what makes a prompt hard for both doesn't widen the interval.
+    low, high: the range of the values, not of the differences. Raises ValueError without values.
+    """
+    differences = [value - reference for value, reference in zip(values_P, reference_P, strict=True)]
+    lower, upper = bootstrap_interval(differences, low - high, high - low, seed)
+    return float(np.mean(differences)), lower, upper
 
 
 def _resampled_means(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
@@ -83,10 +97,6 @@ def _resampled_means(values: NDArray[np.float64], rng: np.random.Generator) -> N
 
 
 def _interval_of_equals(value: float, n: int, low: float, high: float, tail: float) -> tuple[float, float]:
-    # The largest failure rate with which n successes in a row still have the probability `tail`.
+    # The largest rate of other values with which n equal ones in a row still have the probability `tail`.
     possible = 1 - tail ** (1 / n)
-    if value == high:
-        return high - possible * (high - low), high
-    if value == low:
-        return low, low + possible * (high - low)
-    return value, value
+    return value - possible * (value - low), value + possible * (high - value)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qtilt.backbone import UNUSABLE, BackboneError, first_layers, one_line, read_backbone, read_config
+from qtilt.backbone import BackboneError, first_layers, read_backbone, read_config, read_tokenizer
 from qtilt.checkpoint import save_value_model
 from qtilt.distributions import distribution_from_config
 from qtilt.low_rank import Base, weights_digest
@@ -63,11 +63,10 @@ def _read(backbone: str, layers: int | None) -> tuple[PreTrainedModel, PreTraine
     except BackboneError as error:
         raise ValueError(f"value_model.{error} (backbone {backbone!r})") from error
     try:
-        decoder = read_backbone(backbone, config, is_part=True)
-        return decoder, AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
-    except UNUSABLE as error:
+        return read_backbone(backbone, config, is_part=True), read_tokenizer(backbone)
+    except BackboneError as error:
         raise _unreadable(backbone, error) from error
 
 
 def _unreadable(backbone: str, error: Exception) -> ValueError:
-    return ValueError(f"backbone {backbone!r} is no model directory or hub id that can be read: {one_line(error)}")
+    return ValueError(f"backbone {backbone!r} is no model directory or hub id that can be read: {error}")

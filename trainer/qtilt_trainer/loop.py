@@ -8,7 +8,9 @@ result atomically. Killed anywhere and started again, the loop goes on where it 
     value_models/iteration-001        … fitted on all roll-outs up to there; .settings.json and .fit.json beside it
     published/iteration-001.json      the version the server gave it
     evaluation/iteration-002/CELL/    completions and record of one cell of the grid (evaluate.py)
-    results.json, config.json         all records, and the resolved configuration they were made with
+    evaluation/iteration-001/constant the record of the best constant answer
+    results.json, results.md          all records, and as a table
+    config.json                       the resolved configuration they were made with
     report.html, plots/               report
 """
 
@@ -17,17 +19,16 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from qtilt_trainer.atomic_file import write_json
+from qtilt_trainer.atomic_file import write_json, write_text
 from qtilt_trainer.client import Guidance
 from qtilt_trainer.collect import Missing, missing_samples, plan_requests, sampling_of
-from qtilt_trainer.config import LoopConfig, ValueModelConfig
-from qtilt_trainer.evaluate import RECORD, Record, cell_directory, evaluate, grid
+from qtilt_trainer.config import EvaluateConfig, LoopConfig, ValueModelConfig
+from qtilt_trainer.evaluate import RECORD, Record, evaluate, grid, measure_constant_answer, write_results
 from qtilt_trainer.generate import generate
 from qtilt_trainer.preflight import check_framing, check_lengths, check_request, check_rewards
 from qtilt_trainer.publish import path_on_server, publish
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 SETTINGS = "settings.json"
+TABLE = "results.md"
 
 
 class Run:
@@ -133,7 +135,8 @@ class Run:
         if config is None:
             return []
         problems, rules = self.task.problems("test", config.prompts), self._rules().for_evaluation()
-        cells = {cell: cell_directory(self.config.run_dir / "evaluation", cell, 0) for cell in grid(config)}
+        directory = self.config.run_dir / "evaluation"
+        cells = {cell: directory / cell.place(0) for cell in grid(config, self.config.sampling)}
         return [
             Stored(store, 0, place / SETTINGS, self.settings.evaluate(config, cell, 0), problems, rules)
             for cell, place in cells.items()
@@ -225,9 +228,14 @@ class Run:
         return asyncio.run(self._publish_only(iteration))
 
     def evaluate(self, iteration: int) -> list[Record]:
-        """Measures the value model of `iteration` over the grid; writes `results.json`, then `config.json`."""
+        """Measures the value model of `iteration` over the grid; writes the results, then `config.json`."""
+        from qtilt_trainer.result_table import markdown_table
+
         records = asyncio.run(self._evaluate(iteration))
-        write_json(self.config.run_dir / RESULTS, [asdict(record) for record in records])
+        constant = self._measure_constant_answer()
+        records = records if constant is None else [constant, *records]
+        write_results(self.config.run_dir / RESULTS, records)
+        write_text(self.config.run_dir / TABLE, markdown_table(records))
         write_json(self.config.run_dir / "config.json", redacted(self.config.model_dump(mode="json")))
         return records
 
@@ -279,9 +287,7 @@ class Run:
         return await client.keep_published(lambda: publish(client, directory, name, root, record_file))
 
     async def _evaluate(self, iteration: int) -> list[Record]:
-        config = self.config.evaluate
-        if config is None:
-            raise ValueError("the configuration has no [evaluate] table: add one")
+        config = self._evaluate_config()
         directory = self._fitted(iteration)
         async with self._server() as client:
             return await evaluate(
@@ -300,6 +306,19 @@ class Run:
     def _rules(self) -> Rules:
         reward, refused = self.config.reward, self.config.collect.max_refused_share
         return Rules(reward.truncated, reward.max_failed_share, refused)
+
+
+    def _measure_constant_answer(self) -> Record | None:
+        config, prompts = self._evaluate_config(), self.config.collect_of(1).prompts
+        # Beside what else comes from the roll-outs of iteration 1: it is set aside with it.
+        place = self.config.run_dir / "evaluation" / "iteration-001" / "constant"
+        settings = self.settings.constant_answer(config)
+        return measure_constant_answer(self.task, self.store, place, prompts, config, settings)
+
+    def _evaluate_config(self) -> EvaluateConfig:
+        if self.config.evaluate is None:
+            raise ValueError("the configuration has no [evaluate] table: add one")
+        return self.config.evaluate
 
 
 def _made(directory: Path, settings: dict[str, Any]) -> bool:

@@ -1,4 +1,15 @@
-"""In which precision a fit computes: the products of the backbone only, weights, head and loss are float32."""
+"""In which precision a fit computes: that of the backbone's products. Weights, head and loss are in float32.
+
+Forward and backward of 16 sequences of 48 tokens through the first 6 layers of SmolLM2-135M, in tokens a second of one
+core of an AMD EPYC that has AVX512-BF16 and no AMX:
+
+    ==============  =======  ========
+    trained         float32  bfloat16
+    ==============  =======  ========
+    rank 16, head   960      2,220
+    all weights     720      1,820
+    ==============  =======  ========
+"""
 
 import torch
 

@@ -1,5 +1,6 @@
 """What each stage's output depends on: what settings files hold."""
 
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -47,8 +48,16 @@ class StageSettings:
             **self._grader,
             "sampling": self._sampling,
             "evaluate": config.model_dump(mode="json", include={"prompts", "samples", "k", "guidance_top_k", "seed"}),
+            "cell": asdict(cell),
         }
         return settings if cell.method is None else {**settings, "fitted": self.fit(iteration)}
+
+    def constant_answer(self, config: EvaluateConfig) -> dict[str, Any]:
+        """Of the best constant answer."""
+        return {
+            "evaluate": config.model_dump(mode="json", include={"prompts", "constant_candidates", "seed"}),
+            "rollouts": self.collect(1),
+        }
 
     @cached_property
     def _grader(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-RESULTS = ("results.json", "config.json", "report.html", "plots")
+RESULTS = ("results.json", "results.md", "config.json", "report.html", "plots")
 
 
 def set_aside(run_dir: Path, iteration: int, reason: str) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qtilt_trainer.atomic_file import write_text
-from qtilt_trainer.report.plots import NAMES, plot_frontier, plot_training
+from qtilt_trainer.evaluate.degeneration import RULE
+from qtilt_trainer.report.plots import plot_frontier, plot_training
 from qtilt_trainer.report.run_data import Token, read_run
+from qtilt_trainer.result_table import LEGEND, columns_of, title
 
 WORST, MIDDLE, BEST = (234, 88, 12), (250, 250, 249), (37, 99, 235)
 """Orange, white, blue: told apart with any colour vision."""
@@ -38,7 +40,10 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     environment.filters["visible"] = visible
     page = environment.get_template("page.html.j2").render(
         runs=runs,
-        names=NAMES,
+        columns_of=columns_of,
+        title=title,
+        legend=LEGEND,
+        rule=RULE,
         images={file.stem: _inline(file) for file in plots.glob("*.png")},
         scale=[Token("", step / 20) for step in range(21)],
         version=version("qtilt"),
