@@ -77,7 +77,9 @@ def main() -> None:
         for policy, inv_eta in policies:
             guidance = inv_eta and {"value_model": options.value_model, "eta": 1 / inv_eta, "tail": policy}
             body = {**sampling, "max_tokens": config.sampling.max_tokens, "return_token_ids": True}
-            answers = asyncio.run(ask_all(options.url, problems, {**body, **({"guidance": guidance} if guidance else {})}))
+            answers = asyncio.run(
+                ask_all(options.url, problems, {**body, **({"guidance": guidance} if guidance else {})})
+            )
             rows.append(measure(task, problems, answers, reference, regime, policy, inv_eta))
             print(line(rows[-1]), flush=True)
     options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -148,7 +150,9 @@ def logprobs_of(choice: dict[str, Any]) -> list[float]:
 
 
 @torch.inference_mode()
-def reference_logprobs(model: Any, prompts: list[list[int]], answers: list[list[int]], temperature: float) -> list[float]:
+def reference_logprobs(
+    model: Any, prompts: list[list[int]], answers: list[list[int]], temperature: float
+) -> list[float]:
     """ln p of each answer under the untruncated reference."""
     sums = []
     for start in range(0, len(prompts), BATCH):

@@ -7,22 +7,14 @@ import hashlib
 import random
 import re
 from collections.abc import Hashable
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from qtilt_trainer.tasks.problem import Problem, Split, first_distinct, split_of
 
-WORDS = (
-    "apple river window garden bridge doctor winter candle pocket mirror engine feather ladder market needle ocean "
-    "pencil rabbit saddle ticket valley wagon anchor basket cabin desert eagle farmer guitar hammer island jacket kettle "
-    "lemon monkey nurse orange piano quilt rocket silver tunnel uncle violin whale bottle castle dragon forest glove "
-    "honey iron jungle kitchen lantern meadow notebook onion parade queen ribbon school turtle umbrella village wolf "
-    "baker cloud drum elbow flag ghost hill ink jewel king lake moon nest owl paint road snow train vase wheel yarn "
-    "bell coat door egg fish gate horse lamp mouse net paper rope ship tower wall bread chair dust fence grass hat key "
-    "leaf milk nail pipe rain shoe tree wind bench clock fork house letter map nose plate ring star table bird car "
-    "flower grandma hotel kite library mountain office pillow robot sailor teacher theater tractor vegetable waiter"
-).split()
+WORDS = (Path(__file__).parent / "words.txt").read_text().split()
 
 
 class Keywords(BaseModel):

@@ -307,7 +307,6 @@ class Run:
         reward, refused = self.config.reward, self.config.collect.max_refused_share
         return Rules(reward.truncated, reward.max_failed_share, refused)
 
-
     def _measure_constant_answer(self) -> Record | None:
         config, prompts = self._evaluate_config(), self.config.collect_of(1).prompts
         # Beside what else comes from the roll-outs of iteration 1: it is set aside with it.
