@@ -12,6 +12,7 @@ from qtilt_trainer.tasks.entry_point import entry_point
 from qtilt_trainer.tasks.jsonl import Jsonl
 from qtilt_trainer.tasks.problem import Problem, Prompt, Split, Task
 from qtilt_trainer.tasks.reasoning_gym import ReasoningGym
+from qtilt_trainer.tasks.rewarded import FIELDS, with_own_reward
 
 __all__ = ["TASKS", "Problem", "Prompt", "Split", "Task", "make_task"]
 
@@ -22,10 +23,20 @@ def make_task(config: Mapping[str, Any]) -> Task:
     """The task a `[task]` table describes: `name` chooses it, the other fields are its settings.
 
     `name` is a key of `TASKS`, `module:function` or `path/to/file.py:function` (entry_point.py); the function is called
-    with the other fields and returns a Task. Raises ValueError that names the field and what is allowed.
+    with the other fields and returns a Task. A field `reward` takes the place of the task's own reward (rewarded.py).
+    Raises ValueError that names the field and what is allowed.
     """
     fields = dict(config)
     name = fields.pop("name", None)
+    if "reward" in fields:
+        own = {field: fields.pop(field) for field in FIELDS if field in fields}
+        return _checked("task.reward", with_own_reward(_made(name, fields), **own))
+    if fields.get("answer_field") == "":
+        raise ValueError("task.answer_field is empty: rows without answers need a reward of your own, in task.reward")
+    return _made(name, fields)
+
+
+def _made(name: Any, fields: dict[str, Any]) -> Task:
     if isinstance(name, str) and name in TASKS:
         return _checked(name, _build(TASKS[name], fields))
     if isinstance(name, str) and ":" in name:

@@ -4,9 +4,9 @@ A module comes from the import path. A file is relative to the working directory
 and its own directory joins the import path's end, so that it can import its neighbours.
 """
 
-import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +39,11 @@ def _from_file(file: Path, field: str) -> ModuleType:
     if not file.is_file():
         raise ValueError(f"{field}: there is no file {str(file)!r} in {Path.cwd()}")
     path = file.resolve()
-    # The digest keeps a file called random.py from passing for the module random.
-    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
+    # Not its stem, or a file called random.py would pass for the module random.
+    name = re.sub(r"\W+", "_", f"file_{file.with_suffix('')}")
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(path):
+        return loaded
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -63,7 +63,8 @@ class Jsonl(BaseModel):
     prompt_field: str = "prompt"
     """A text, or a list of chat messages. Dots lead into nested fields."""
     answer_field: str = "answer"
-    """A text, a number, true or false, or a list of them, of which any is right. Dots lead into nested fields."""
+    """A text, a number, true or false, or a list of them, of which any is right. Dots lead into nested fields. Empty:
+    rows have none; for a `reward` of your own."""
     answer_pattern: str | None = None
     """Regular expression whose first group is the answer inside the answer field; None: the field is the answer."""
     answer_boxed: bool = False
@@ -157,7 +158,7 @@ class Jsonl(BaseModel):
     def problem_from(self, row: Row) -> Problem:
         """The problem of one row. Raises ValueError that names the file, the row and the field."""
         prompt = self._prompt(_field(row, self.prompt_field), row.where)
-        answers = self._expected(_field(row, self.answer_field), row.where)
+        answers = self._expected(_field(row, self.answer_field), row.where) if self.answer_field else [""]
         identity = json.dumps([prompt, answers], sort_keys=True, ensure_ascii=False)
         return Problem(_digest(identity)[:ID_DIGITS], prompt, answers[0] if len(answers) == 1 else tuple(answers))
 
