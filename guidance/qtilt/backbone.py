@@ -45,7 +45,7 @@ class BackboneError(ValueError):
 def read_config(source: Path | str) -> PreTrainedConfig:
     """The config of a directory or hub id. Raises BackboneError."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(_place(source), trust_remote_code=False)
     except _UNUSABLE as error:
         raise BackboneError(one_line(error)) from error
     return config
@@ -79,7 +79,7 @@ def read_backbone(
         # other thread computes. So load in float32, the default already.
         with _without_load_report():
             backbone, report = AutoModel.from_pretrained(
-                source,
+                _place(source),
                 config=config,
                 dtype=torch.float32,
                 local_files_only=local_files_only,
@@ -97,10 +97,15 @@ def read_backbone(
 def read_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or hub id. Raises BackboneError."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_place(source), trust_remote_code=False)
     except _UNUSABLE as error:
         raise BackboneError(f"the tokenizer can't be loaded ({one_line(error)})") from error
     return tokenizer
+
+
+def _place(source: Path | str) -> Path | str:
+    """A directory below ``~`` is in a different place for each user, who all can read one configuration."""
+    return Path(source).expanduser() if str(source).startswith("~") else source
 
 
 def one_line(error: BaseException) -> str:
