@@ -23,7 +23,7 @@ from qtilt_trainer.loop import Run
 from qtilt_trainer.low_rank_fit import load_for_fit
 from qtilt_trainer.precision import product_dtype
 from qtilt_trainer.rollouts import Rollout
-from stored_rollouts import make_rollout
+from stored_rollouts import as_table, make_rollout
 
 RANK = 4
 CONFIG = FitConfig(
@@ -73,7 +73,7 @@ def content(directory: Path) -> dict[str, str]:
 def test_a_fit_changes_update_and_head_only_and_lowers_the_loss(tmp_path: Path, family: str, type: ValueType) -> None:
     start, data = initial(tmp_path, family, type), rollouts()
     base_before = content(tmp_path / "base")
-    result = fit_value_model(start, data, tmp_path / "fitted", CONFIG)
+    result = fit_value_model(start, as_table(data), tmp_path / "fitted", CONFIG)
     assert content(tmp_path / "base") == base_before
     before, after = (load_file(path / "update.safetensors") for path in (start, result.directory))
     assert before.keys() == after.keys()
@@ -94,8 +94,8 @@ def test_a_fit_changes_update_and_head_only_and_lowers_the_loss(tmp_path: Path, 
 
 def test_a_fit_goes_on_from_the_update_it_is_given(tmp_path: Path) -> None:
     start, data = initial(tmp_path), rollouts()
-    once = fit_value_model(start, data, tmp_path / "once", CONFIG)
-    again = fit_value_model(once.directory, data, tmp_path / "again", CONFIG.model_copy(update={"steps": 1}))
+    once = fit_value_model(start, as_table(data), tmp_path / "once", CONFIG)
+    again = fit_value_model(once.directory, as_table(data), tmp_path / "again", CONFIG.model_copy(update={"steps": 1}))
     assert again.history[0].train_loss == pytest.approx(loss(once.directory, data[:]), abs=0.15)
     model, low_rank = load_for_fit(once.directory, torch.device("cpu"))
     assert low_rank is not None
@@ -112,7 +112,7 @@ def test_without_low_rank_the_first_layers_are_a_whole_value_model(tmp_path: Pat
     assert (tmp_path / "value" / "backbone" / "model.safetensors").exists()
     manifest = read_manifest(tmp_path / "value")
     assert (manifest.base, manifest.provenance["layers"]) == (None, 2)
-    result = fit_value_model(tmp_path / "value", rollouts(), tmp_path / "fitted", CONFIG)
+    result = fit_value_model(tmp_path / "value", as_table(rollouts()), tmp_path / "fitted", CONFIG)
     stored = load_file(base / "model.safetensors")
     fitted = load_value_model(result.directory).backbone.state_dict()
     assert len(fitted) == 2 * 9 + 2
@@ -160,12 +160,12 @@ def test_a_fit_without_its_base_says_so(tmp_path: Path) -> None:
     start = initial(tmp_path)
     (tmp_path / "base").rename(tmp_path / "gone")
     with pytest.raises(CheckpointError, match=r"value_model.json: its base .*base isn't found"):
-        fit_value_model(start, rollouts(), tmp_path / "fitted", CONFIG)
+        fit_value_model(start, as_table(rollouts()), tmp_path / "fitted", CONFIG)
 
 
 def test_a_bfloat16_fit_keeps_weights_in_float32_and_says_what_it_computed_in(tmp_path: Path) -> None:
     config, data = CONFIG.model_copy(update={"precision": "bfloat16"}), rollouts()
-    result = fit_value_model(initial(tmp_path), data, tmp_path / "fitted", config)
+    result = fit_value_model(initial(tmp_path), as_table(data), tmp_path / "fitted", config)
     assert json.loads(fit_record_path(result.directory).read_text())["precision"] == "bfloat16"
     for file in ("update.safetensors", "head.safetensors"):
         assert {tensor.dtype for tensor in load_file(result.directory / file).values()} == {torch.float32}
