@@ -124,8 +124,8 @@ def test_requests_ask_for_the_cells_policy(tmp_path: Path) -> None:
     )
     with StandInServer() as server:
         run(server, tmp_path, config)
-        reference, greedy, *guided = server.bodies("/v1/completions")
-    assert "guidance" not in reference and "guidance" not in greedy
+        reference, greedy, untruncated, *guided = server.bodies("/v1/completions")
+    assert not any("guidance" in body for body in (reference, greedy, untruncated))
     guidance = {"value_model": "value@1", "eta": 0.25, "top_k": 6, "method": "cd", "guided_tokens": None}
     assert [body["guidance"] for body in guided] == [guidance] * 2 + [{**guidance, "tail": "mean"}] * 2
     assert len({body["seed"] for body in (reference, greedy, *guided)}) == 1
@@ -133,6 +133,7 @@ def test_requests_ask_for_the_cells_policy(tmp_path: Path) -> None:
         assert (body["n"], body["temperature"], body["top_p"], body["top_k"]) == (3, 0.7, 0.9, 5)
     for body in (greedy, guided[1], guided[3]):
         assert (body["n"], body["temperature"], body["top_p"], body["top_k"]) == (1, 0.0, 1.0, 0)
+    assert (untruncated["n"], untruncated["temperature"], untruncated["top_p"], untruncated["top_k"]) == (3, 0.7, 1.0, 0)
 
 
 def test_every_regime_is_asked_for_and_has_its_own_completions(tmp_path: Path) -> None:
@@ -145,11 +146,11 @@ def test_every_regime_is_asked_for_and_has_its_own_completions(tmp_path: Path) -
         bodies = server.bodies("/v1/completions")
     drawn = [(body["temperature"], body["top_p"], body["top_k"], "guidance" in body) for body in bodies]
     assert drawn == [
-        *((0.7, 1.0, 0, False), (1.0, 0.9, 6, False), (0.7, 1.0, 6, False)),
+        *((0.7, 1.0, 0, False), (1.0, 0.9, 6, False), (0.7, 1.0, 6, False), (1.0, 1.0, 0, False)),
         *((0.7, 1.0, 0, True), (1.0, 0.9, 6, True)),
     ]
     assert [(record.temperature, record.top_p, record.top_k) for record in records] == [body[:3] for body in drawn]
-    assert len({record.cell for record in records}) == 5
+    assert len({record.cell for record in records}) == 6
 
 
 def test_a_broken_off_evaluation_goes_on_in_its_cell_and_repeats_only_what_was_under_way(tmp_path: Path) -> None:
@@ -173,8 +174,8 @@ def test_a_broken_off_evaluation_goes_on_in_its_cell_and_repeats_only_what_was_u
         # The reference is measured once, whatever the iteration.
         asked = len(server.bodies("/v1/completions"))
         second = run(server, tmp_path / "parts", iteration=2)
-        assert len(server.bodies("/v1/completions")) - asked == total - 60
-        assert second[:2] == whole[:2]
+        assert len(server.bodies("/v1/completions")) - asked == total - 90
+        assert second[:3] == whole[:3]
 
 
 def test_a_cell_made_with_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
@@ -193,19 +194,20 @@ def test_a_cell_whose_tail_changed_on_the_way_is_refused(tmp_path: Path) -> None
 
 def test_the_grid_is_every_policy_in_every_regime_the_references_first() -> None:
     assert [cell.name for cell in grid(CONFIG, SAMPLING)] == [
-        *("reference-t0.7-k5-p0.9", "reference-greedy"),
+        *("reference-t0.7-k5-p0.9", "reference-greedy", "reference-t0.7"),
         *("qsharp-2-t0.7-k5-p0.9", "qsharp-2-greedy", "qsharp-10-t0.7-k5-p0.9", "qsharp-10-greedy"),
         *("cd-2-t0.7-k5-p0.9", "cd-2-greedy", "cd-10-t0.7-k5-p0.9", "cd-10-greedy"),
     ]
 
 
-def test_the_reference_is_measured_under_the_truncation_that_guidance_implies_in_every_regime() -> None:
+def test_the_reference_is_also_measured_untruncated_and_under_the_truncation_that_guidance_implies() -> None:
     overrides = (SamplingOverride(), SamplingOverride(temperature=0.8, top_p=0.9), SamplingOverride(top_k=50))
     config = EvaluateConfig(
         prompts=1, inv_eta=(2.0,), methods=("cd",), tails=("floor", "mean"), decoding=("sample",), sampling=overrides
     )
     assert [cell.name for cell in grid(config, SamplingConfig(max_tokens=4))] == [
         *("reference-t1", "reference-t0.8-p0.9", "reference-t1-k50", "reference-t1-k20", "reference-t0.8-k20-p0.9"),
+        "reference-t0.8",
         *("cd-2-floor-t1", "cd-2-floor-t0.8-p0.9", "cd-2-floor-t1-k50"),
         *("cd-2-mean-t1", "cd-2-mean-t0.8-p0.9", "cd-2-mean-t1-k50"),
     ]
@@ -218,7 +220,7 @@ def test_by_default_policies_are_measured_plain_and_under_guidances_truncation()
 
     assert sampled(SamplingConfig(max_tokens=4)) == ["T 1", "T 1, top-k 20"] * 2
     # Entries that come to the same are one regime.
-    assert sampled(SamplingConfig(max_tokens=4, top_k=20)) == ["T 1, top-k 20"] * 2
+    assert sampled(SamplingConfig(max_tokens=4, top_k=20)) == ["T 1, top-k 20", "T 1", "T 1, top-k 20"]
 
 
 def test_cells_that_differ_have_different_places() -> None:

@@ -1,8 +1,9 @@
 """What is measured: policies, and regimes to draw their tokens in.
 
 Tokens that aren't candidates can lose by guidance what truncation would take from them. What guidance does is told from
-what truncation does by comparing in one regime: every policy is measured in every regime, the reference too, and the
-reference also with each regime's `top_k` lowered to the number of candidates: *the truncation that guidance implies*.
+what truncation does by comparing in one regime: every policy is measured in every regime, the reference too. The
+reference is also measured without each regime's truncation, and with its `top_k` lowered to the number of candidates:
+*the truncation that guidance implies*.
 """
 
 from collections.abc import Sequence
@@ -46,6 +47,11 @@ class Regime:
             return "greedy"
         top_k = f"-k{self.top_k}" if self.top_k else ""
         return f"t{_exact(self.temperature)}{top_k}{f'-p{_exact(self.top_p)}' if self.top_p < 1 else ''}"
+
+    @property
+    def without_truncation(self) -> "Regime":
+        """The same with all tokens to draw from."""
+        return self if self.is_greedy else replace(self, top_p=1.0, top_k=0)
 
     def truncated_to(self, candidates: int) -> "Regime":
         """The same with no more than `candidates` tokens to draw from."""
@@ -96,7 +102,8 @@ def grid(config: EvaluateConfig, sampling: SamplingConfig) -> list[Cell]:
     """The cells in the order in which they are measured: the reference's first, which the others are compared with."""
     measured = regimes(config, sampling)
     truncated = [regime.truncated_to(config.guidance_top_k) for regime in measured]
-    reference = [Cell(None, None, None, regime) for regime in _distinct([*measured, *truncated])]
+    untruncated = [regime.without_truncation for regime in measured]
+    reference = [Cell(None, None, None, regime) for regime in _distinct([*measured, *truncated, *untruncated])]
     guided = [
         Cell(method, inv_eta, tail, regime)
         for method in config.methods
