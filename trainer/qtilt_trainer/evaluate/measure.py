@@ -63,7 +63,7 @@ async def evaluate(
             write_record(place / RECORD, record)
         if cell.method is None:
             reference[cell.regime] = mean_rewards(store.read(ungraded=task.low))
-        logger.info("%s: %s", cell.name, record)
+        logger.info("%s: mean reward %.3f [%.3f, %.3f]", cell.name, record.accuracy, record.low, record.high)
         records.append(record)
     return records
 
