@@ -128,7 +128,8 @@ def examples_of(prompt_ids: Sequence[str], lengths: Sequence[int] | None = None)
 
 
 def test_labels_split_and_batches_copy_no_tokens_but_those_of_a_batch() -> None:
-    table = pa.concat_tables([as_table([rollout(f"p{n}", [1] * 512, n % 2)]) for n in range(3000)])
+    parts = [[rollout(f"p{n}", [1] * 512, n % 2) for n in range(first, first + 250)] for first in range(0, 3000, 250)]
+    table = pa.concat_tables([as_table(part) for part in parts])
     token_bytes = 3000 * 512 * 4
     arrow_before = pa.total_allocated_bytes()
     tracemalloc.start()
