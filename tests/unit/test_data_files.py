@@ -391,12 +391,12 @@ def test_exact_and_regex_matching(match: str, pattern: str | None, expected: str
 
 @pytest.mark.parametrize("pattern", [None, CATASTROPHIC])
 def test_a_pattern_that_never_ends_is_no_match_and_said(pattern: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     expected = CATASTROPHIC if pattern is None else "a"
     assert MATCHERS["regex"].matches(expected, "a" * 200 + "b", pattern) is False
     if pattern is not None:
         assert MATCHERS["regex"].extract("a" * 200 + "b", pattern) is None
-    assert time.monotonic() - begun < 30
+    assert time.process_time() - begun < 10
     assert "counted as no match" in caplog.text
 
 

@@ -474,14 +474,19 @@ def _number(expression: Basic, digits: int) -> Any:
         return None
     if not value.is_number or value.has(S.NaN, S.Infinity, S.NegativeInfinity, S.ComplexInfinity):
         return None
-    real, imaginary = value.as_real_imag()
+    real, imaginary = (_without_noise(part) for part in value.as_real_imag())
     if not (real.is_Float or real.is_Rational) or not (imaginary.is_Float or imaginary.is_Rational):
         return None
     return real + I * imaginary if imaginary else real
 
 
+def _without_noise(part: Any) -> Any:
+    """0 for what a difference of equal numbers leaves: evalf marks it with one bit of precision."""
+    return Integer(0) if part.is_Float and part._prec == 1 else part
+
+
 def _near(a: Any, b: Any, digits: int) -> bool:
-    """Equal to `digits` significant digits; near zero, where cancellation left nothing, to `digits` places."""
+    """Equal to `digits` significant digits."""
     if a == b:
         return True
     size = max(abs(a), abs(b))
