@@ -64,7 +64,7 @@ def test_a_file_is_an_entry_point_too_and_finds_its_neighbours(tmp_path: Path, m
     (problem,) = task.problems("train", 1)
     assert (task.reward(problem, "ab"), task.reward(problem, "ba")) == (1.0, 0.0)
     assert json.loads("1") == 1
-    assert type(make_task({"name": f"{folder}/json.py:Two"})) is type(task)
+    assert type(make_task({"name": "tasks/json.py:Two"})) is type(task)
 
 
 def test_a_file_that_fails_while_it_is_loaded_says_why_every_time(tmp_path: Path) -> None:
