@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
 FOR_TESTS = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["dev"]}
-OUR_SCRIPTS = {path.stem for folder in ("tests", "benchmarks", "examples/toys") for path in (ROOT / folder).iterdir()}
+OUR_SCRIPTS = {
+    path.stem
+    for folder in ("tests", "benchmarks", "examples/demo", "examples/toys")
+    for path in (ROOT / folder).iterdir()
+}
 # Imported only by the task that needs them, in the worker of reasoning_gym, which brings SymPy.
 OPTIONAL = {"reasoning-gym", "sympy"}
 OURS = {"qtilt", "qtilt_server", "qtilt_trainer", *OUR_SCRIPTS}
