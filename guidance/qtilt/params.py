@@ -12,7 +12,7 @@ from typing import Any, Literal
 EXTRA_ARGS_KEY = "qtilt"
 METHODS = ("qsharp", "cd")
 TAILS = ("floor", "mean")
-DEFAULT_TAIL: Literal["floor", "mean"] = "floor"
+DEFAULT_TAIL: Literal["floor", "mean"] = "mean"
 """Where neither the request nor the server says otherwise."""
 
 

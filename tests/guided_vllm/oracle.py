@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
+from qtilt.params import DEFAULT_TAIL
 from shortened_guidance import scored_in_stages
 
 Adjust = Callable[[Tensor, list[int]], Tensor]
@@ -35,7 +36,7 @@ class Guided:
     method: str
     guided_tokens: int | None
     tolerance: float = 0.0
-    tail: str = "floor"
+    tail: str = DEFAULT_TAIL
 
 
 OFFSET_ROUNDING = 1e-4

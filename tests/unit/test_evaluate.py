@@ -133,7 +133,12 @@ def test_requests_ask_for_the_cells_policy(tmp_path: Path) -> None:
         assert (body["n"], body["temperature"], body["top_p"], body["top_k"]) == (3, 0.7, 0.9, 5)
     for body in (greedy, guided[1], guided[3]):
         assert (body["n"], body["temperature"], body["top_p"], body["top_k"]) == (1, 0.0, 1.0, 0)
-    assert (untruncated["n"], untruncated["temperature"], untruncated["top_p"], untruncated["top_k"]) == (3, 0.7, 1.0, 0)
+    assert (untruncated["n"], untruncated["temperature"], untruncated["top_p"], untruncated["top_k"]) == (
+        3,
+        0.7,
+        1.0,
+        0,
+    )
 
 
 def test_every_regime_is_asked_for_and_has_its_own_completions(tmp_path: Path) -> None:
