@@ -13,7 +13,7 @@ EXTRA_ARGS_KEY = "qtilt"
 METHODS = ("qsharp", "cd")
 TAILS = ("floor", "mean")
 DEFAULT_TAIL: Literal["floor", "mean"] = "mean"
-"""Where neither the request nor the server says otherwise."""
+"""Where neither the request nor the server says otherwise. Why: docs/tails.md."""
 
 
 @dataclass(frozen=True, slots=True)
