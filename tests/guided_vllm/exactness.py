@@ -174,7 +174,9 @@ def test_a_tolerance_bounds_the_distance_to_full_guidance_and_saves_candidates(s
     asks = [
         Ask(
             prompt(5 + index, seed=600 + index),
-            served.guide(name, eta=0.5, top_k=20, tolerance=tolerance, method=("qsharp", "cd")[index % 2]),
+            served.guide(
+                name, eta=0.5, top_k=20, tolerance=tolerance, method=("qsharp", "cd")[index % 2], tail="floor"
+            ),
             temperature,
             arrives=index // 2,
         )

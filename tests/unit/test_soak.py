@@ -281,7 +281,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     reference, value = make_reference(folder / "reference"), make_value_model(folder / "value", 1)
     make_value_model(folder / "other", 2)
     prompt, token_ids = [1, 2, 3], [4, 5, 6, 7]
-    steps = expected_steps(reference, prompt, token_ids, Guided(value, 0.5, 8, "qsharp", 3), 0.7, TOKENS)
+    steps = expected_steps(reference, prompt, token_ids, Guided(value, 0.5, 8, "qsharp", 3, tail="floor"), 0.7, TOKENS)
     assert [step.candidates for step in steps] == [8, 8, 8, 0]
     all_logprobs = [{index: each + 1e-6 for index, each in enumerate(step.log_probs_V.tolist())} for step in steps]
     return Sample(
@@ -362,7 +362,7 @@ def test_rounding_may_decide_whether_a_tolerance_is_met_and_only_there(sample: S
     threshold = float(bound(masses, dict(zip(ranked, offsets_K.tolist(), strict=True)), ranked[:2], lowest, 1 / 0.5))
 
     def steps(tolerance: float) -> dict[int, Step]:
-        guided = Guided(sample.directory, 0.5, 8, "qsharp", None, tolerance)
+        guided = Guided(sample.directory, 0.5, 8, "qsharp", None, tolerance, tail="floor")
         found = step_distributions(logits_V, sample.prompt, guided, 0.7, TOKENS)
         return {step.candidates: step for step in found}
 
@@ -383,7 +383,7 @@ def test_either_of_two_tokens_may_be_the_last_candidate_where_they_tie(
 ) -> None:
     assert sample.directory is not None
     logits_V = reference_oracle(sample.reference).logits(sample.prompt)[-1]
-    guided = Guided(sample.directory, 0.5, 8, "qsharp", None)
+    guided = Guided(sample.directory, 0.5, 8, "qsharp", None, tail="floor")
     with monkeypatch.context() as patch:
         patch.setattr(oracle, "TIE", math.inf)
         either = step_distributions(logits_V, sample.prompt, guided, 0.7, TOKENS)
