@@ -7,7 +7,7 @@ import pytest
 from qtilt_trainer.redaction import redacted, without_url_secrets
 
 SECRET = "api_key API_KEY openai_api_key apikey auth_key access-key token hf_token password db-password secret"
-SECRET += " client_secret Authorization headers credentials cookie"
+SECRET += " client_secret Authorization headers credentials cookie accessToken bearer"
 
 
 @pytest.mark.parametrize("name", SECRET.split())

@@ -25,7 +25,8 @@ def prompt_digest(prompt: Prompt) -> str:
 def data_digests(task: Task, fields: Mapping[str, Any]) -> dict[str, str]:
     """Field -> digest of the file or directory it names: every Path among the task's settings, every name of a file
     among the fields of `[task]`."""
-    settings = {**fields, **getattr(task, "__dict__", {})}
+    prompts = getattr(task, "prompts", None)  # Of a task with another reward: the task the prompts are from.
+    settings = {**fields, **getattr(prompts, "__dict__", {}), **getattr(task, "__dict__", {})}
     named = {name: list(_paths(value)) for name, value in settings.items()}
     return {name: _digest_of(paths) for name, paths in sorted(named.items()) if paths}
 

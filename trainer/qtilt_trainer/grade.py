@@ -70,6 +70,8 @@ def _checked(task: Task, value: Any) -> float | RewardFailure:
         reward = float(value)
     except (TypeError, ValueError):
         return RewardFailure(f"the reward {value!r} is no number"[:MESSAGE_CHARACTERS])
+    except Exception as error:  # noqa: BLE001  # A value's own conversion: an int as large as 10**400, a tensor of two.
+        return RewardFailure(f"the reward is no number: {type(error).__name__}: {error}"[:MESSAGE_CHARACTERS])
     if not math.isfinite(reward) or not task.low <= reward <= task.high:
         return RewardFailure(f"the reward is {reward}, outside the task's range [{task.low:g}, {task.high:g}]")
     return reward

@@ -37,7 +37,7 @@ from qtilt_trainer.publish import path_on_server, publish
 from qtilt_trainer.redaction import redacted
 from qtilt_trainer.refused import RefusedPrompts
 from qtilt_trainer.regrade import Stored, check_regradable, regrade
-from qtilt_trainer.rewards import Grader, Rules, report_rewards
+from qtilt_trainer.rewards import Grader, Rules, report_rewards, ungraded_count
 from qtilt_trainer.rollouts import RolloutStore
 from qtilt_trainer.settings_file import claim, differences
 from qtilt_trainer.stage_settings import StageSettings
@@ -102,6 +102,8 @@ class Run:
         self._grade_stored(iteration)
         missing = missing_samples(self.task, iteration, self.store, self.config.collect_of(iteration))
         if missing:
+            if self.value_model_directory(iteration).exists():  # Fitted on less: refused prompts are asked again.
+                set_aside(self.config.run_dir, iteration, f"more roll-outs are collected in iteration {iteration}")
             asyncio.run(self._collect(iteration, missing))
         report_rewards(self.store, iteration)
 
@@ -271,6 +273,12 @@ class Run:
             if missing:
                 count = sum(len(samples) for _, samples in missing)
                 raise ValueError(f"iteration {number} lacks {count} roll-outs: collect --iteration {number} first")
+            ungraded = ungraded_count(self.store, number, self.config.reward.truncated)
+            if ungraded:
+                raise ValueError(
+                    f"iteration {number} has {ungraded} completions that nobody has graded yet: collect --iteration "
+                    f"{number} first"
+                )
 
     async def _publish_only(self, iteration: int) -> str:
         directory = self._fitted(iteration)

@@ -6,8 +6,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 HIDDEN = "***"
 SECRET_NAME = re.compile(
-    r"(^|[_-])((api|access|secret|private|auth)[_-]?key|token|password|passwd|secret|authorization|credentials?|headers?"
-    r"|cookies?)$",
+    r"(^|[_-]|(?-i:(?<=[a-z])(?=[A-Z])))((api|access|secret|private|auth)[_-]?key|token|password|passwd|passphrase|pwd"
+    r"|secret|bearer|auth|authorization|credentials?|headers?|cookies?)$",
     re.IGNORECASE,
 )
 """Names of fields that are secret; `max_tokens` and `answer_key` aren't."""

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +73,16 @@ def _new_ids(store: RolloutStore, iteration: int, problems: Sequence[Problem]) -
     digests = [prompt_digest(problem.prompt) for problem in problems]
     unique = {digest for digest, count in Counter(digests).items() if count == 1}
     now = {digest: problem.id for digest, problem in zip(digests, problems, strict=True) if digest in unique}
-    table = store.table(iteration, ["prompt_id", "prompt_digest"])
-    stored = dict(zip(table.column("prompt_id").to_pylist(), table.column("prompt_digest").to_pylist(), strict=True))
+    table = store.table(iteration, ["rollout_id", "prompt_id", "prompt_digest"])
+    rollout_ids, prompt_ids, prompt_digests = (column.to_pylist() for column in table.columns)
+    stored = dict(zip(prompt_ids, prompt_digests, strict=True))
+    samples: dict[str, set[str]] = defaultdict(set)
+    for rollout_id, prompt_id in zip(rollout_ids, prompt_ids, strict=True):
+        samples[prompt_id].add(rollout_id.rpartition("/")[2])
     new_ids = {old: now[digest] for old, digest in stored.items() if old not in known and digest in now}
     taken = Counter(new_ids.values())
-    return {old: new for old, new in new_ids.items() if new not in stored and taken[new] == 1}
+    # The new id may be there already, for the parts that a regrade had come to when it was killed.
+    return {old: new for old, new in new_ids.items() if taken[new] == 1 and samples[old].isdisjoint(samples[new])}
 
 
 def _rewards(store: RolloutStore, iteration: int) -> list[float | None]:

@@ -79,6 +79,8 @@ class Grader:
                 lacking = pc.and_(lacking, pc.not_equal(table.column("finish_reason"), CUT))
             if again or pc.any(lacking).as_py():
                 self.grade_part(part, again)
+            else:
+                self._graded += table.num_rows
 
     def check_share(self, iteration: int) -> None:
         """Raises TooManyFailuresError, with the failures written down, when too many couldn't be graded."""
@@ -98,10 +100,10 @@ class Grader:
         pairs: dict[int, tuple[Problem, str]] = {}
         for row in rows:
             problem = self._problems.get(prompt_ids[row])
-            if reasons[row] == CUT and self._rules.truncated != "grade":
-                rewards[row] = self._task.low if self._rules.truncated == "zero" else None
-            elif problem is None:
+            if problem is None:  # Also when it was cut: all completions of a prompt have a label, or none has.
                 rewards[row] = RewardFailure(MISSING_PROBLEM)
+            elif reasons[row] == CUT and self._rules.truncated != "grade":
+                rewards[row] = self._task.low if self._rules.truncated == "zero" else None
             else:
                 pairs[row] = problem, texts[row]
         rewards |= zip(pairs, grade(self._task, list(pairs.values())), strict=True)
@@ -146,6 +148,15 @@ def report_rewards(store: RolloutStore, iteration: int) -> None:
             total,
             100 * cut / total,
         )
+
+
+def ungraded_count(store: RolloutStore, iteration: int, truncated: Truncated) -> int:
+    """How many completions have neither a reward nor a reason for having none: their process was killed before."""
+    table = store.table(iteration, ["finish_reason", "reward", "failure"])
+    ungraded = pc.and_(pc.is_null(table.column("reward")), pc.is_null(table.column("failure")))
+    if truncated == "drop":
+        ungraded = pc.and_(ungraded, pc.not_equal(table.column("finish_reason"), CUT))
+    return int(pc.sum(ungraded).as_py() or 0)
 
 
 def cut_count(table: pa.Table) -> int:

@@ -221,7 +221,9 @@ def _rewards_file(part: Path) -> Path:
 
 
 def _next_number(directory: Path) -> int:
-    return max((int(part.stem.removeprefix("part-")) for part in directory.glob("part-*.parquet")), default=-1) + 1
+    # Rewards count too: those of a part that was deleted must not become those of a new one.
+    files = (file for kind in ("part", "rewards") for file in directory.glob(f"{kind}-*.parquet"))
+    return max((int(file.stem.rpartition("-")[2]) for file in files), default=-1) + 1
 
 
 def _write(table: pa.Table, file: Path) -> None:

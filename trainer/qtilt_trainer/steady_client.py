@@ -13,7 +13,13 @@ from dataclasses import replace
 
 from qtilt_trainer.client import Completion, Guidance, GuidedClient, Sampling
 from qtilt_trainer.config import ServerConfig
-from qtilt_trainer.server_errors import GOES_ON, ServerAwayError, ServerError, VersionGoneError
+from qtilt_trainer.server_errors import (
+    GOES_ON,
+    PromptRefusedError,
+    ServerAwayError,
+    ServerError,
+    VersionGoneError,
+)
 from qtilt_trainer.tasks.problem import Prompt
 
 logger = logging.getLogger(__name__)
@@ -44,7 +50,7 @@ class SteadyClient(GuidedClient):
         """Publishes, and does so again whenever the server has lost it; returns NAME@VERSION, valid from now on."""
         label = await publish()
         self._publish, self._labels = publish, {label: label}
-        self._path = (await self._versions())[label]
+        self._path = (await self._versions()).get(label)
         return label
 
     async def complete(
@@ -117,6 +123,9 @@ class SteadyClient(GuidedClient):
         if await self.model() not in served:
             raise ServerError(f"the server came back with {sorted(served)} instead of {await self.model()}")
         if self._publish is not None:
-            label = await self._publish()
+            try:
+                label = await self._publish()
+            except PromptRefusedError as error:  # What is refused is the value model: no prompt's fault.
+                raise ServerError(str(error)) from error
             self._labels = dict.fromkeys(self._labels, label)
-            self._path = (await self._versions())[label]
+            self._path = (await self._versions()).get(label)

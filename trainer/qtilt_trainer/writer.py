@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtilt_trainer.client import Completion, Guidance, Sampling
@@ -39,8 +40,9 @@ class Writer:
         self._store, self._model, self._progress = store, model, progress
         self._grader = Grader(task, store, problems, rules)
         self._arrived: list[Rollout] = []
-        # One thread: parts are numbered, and written one after the other.
-        self._thread = ThreadPoolExecutor(1, "parts")
+        # One thread each: parts are numbered, and written one after the other; a slow reward must not hold them up.
+        self._storing = ThreadPoolExecutor(1, "parts")
+        self._grading = ThreadPoolExecutor(1, "rewards")
         self._parts: list[Future[None]] = []
         self._last_part = time.monotonic()
 
@@ -54,7 +56,8 @@ class Writer:
             for part in self._parts:
                 part.result()
         finally:
-            self._thread.shutdown()
+            self._storing.shutdown()
+            self._grading.shutdown()
 
     async def add(self, request: PlannedRequest, completions: list[Completion]) -> None:
         """Takes what one request was answered."""
@@ -68,13 +71,14 @@ class Writer:
 
     def _write_arrived(self) -> "Future[None]":
         part, self._arrived, self._last_part = self._arrived, [], time.monotonic()
-        self._parts.append(self._thread.submit(self._write, part))
+        stored = self._storing.submit(self._store.append, part) if part else None
+        self._parts.append(self._grading.submit(self._grade, stored, part))
         return self._parts[-1]
 
-    def _write(self, rollouts: list[Rollout]) -> None:
-        if not rollouts:
+    def _grade(self, stored: "Future[Path] | None", rollouts: list[Rollout]) -> None:
+        if stored is None:
             return
-        self._grader.grade_part(self._store.append(rollouts))
+        self._grader.grade_part(stored.result())
         self._grader.check_share(rollouts[0].iteration)
 
 

@@ -17,7 +17,7 @@ from qtilt_trainer.evaluate.grid import Cell, Regime, grid
 from qtilt_trainer.evaluate.record import Record, mean_rewards, read_record, samples_of, summarise, write_record
 from qtilt_trainer.generate import generate
 from qtilt_trainer.plan import PlannedRequest, consecutive, seed_of
-from qtilt_trainer.rewards import Rules
+from qtilt_trainer.rewards import Grader, Rules
 from qtilt_trainer.rollouts import RolloutStore, rollout_id
 from qtilt_trainer.settings_file import claim
 from qtilt_trainer.tasks.problem import Problem, Task
@@ -56,6 +56,7 @@ async def evaluate(
         record = read_record(place / RECORD)
         if record is None:
             store.remove_unfinished()
+            _grade_stored(task, store, number, problems, rules)
             plan = _missing_requests(cell, problems, number, store.ids(), value_model, config, sampling)
             await generate(client, task, plan, store, concurrency, cell.name, rules)
             rollouts = store.read(ungraded=task.low)
@@ -66,6 +67,13 @@ async def evaluate(
         logger.info("%s: mean reward %.3f [%.3f, %.3f]", cell.name, record.accuracy, record.low, record.high)
         records.append(record)
     return records
+
+
+def _grade_stored(task: Task, store: RolloutStore, iteration: int, problems: Sequence[Problem], rules: Rules) -> None:
+    """Grades what a killed process had stored: without a reward it would count as wrong."""
+    grader = Grader(task, store, {problem.id: problem for problem in problems}, rules)
+    grader.grade_missing(iteration)
+    grader.check_share(iteration)
 
 
 def _missing_requests(

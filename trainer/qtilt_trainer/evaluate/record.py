@@ -111,6 +111,8 @@ def summarise(
     groups = [(problem, by_prompt[problem.id]) for problem in problems if problem.id in by_prompt]
     if not groups:
         raise ValueError(f"the server refused all {len(problems)} test prompts: see refused.jsonl of {cell.name}")
+    # Without those of problems that have left the data: a regrade keeps them.
+    rollouts = [rollout for _, group in groups for rollout in group]
     rewards = [[rollout.reward for rollout in group] for _, group in groups]
     answers = [votes(task, problem, [rollout.text for rollout in group]) for problem, group in groups]
     samples = samples_of(cell, config)
