@@ -32,6 +32,8 @@ max_tokens = 6
 prompts = 64
 samples_per_prompt = 80
 eta = 0.2
+[reward]
+truncated = "grade"  # Letters never end by themselves.
 [fit]
 steps = 600
 batch_size = 128
@@ -101,7 +103,7 @@ def test_guided_completions_reach_the_closed_form_optimum(run_dir: Path) -> None
     assert guided["kl"] == pytest.approx(kl, abs=0.25)
     assert guided["low"] <= guided["accuracy"] <= guided["high"]
     assert guided["n"] == 60
-    assert guided["value_model"] == "value@2"
+    assert guided["value_model"] == "value@3"
     assert results["qsharp", "greedy"]["accuracy"] == 1.0
     # Any six letters without a repetition are right for every prompt.
     assert results["constant", None]["accuracy"] == 1.0
@@ -125,13 +127,13 @@ def test_later_roll_outs_are_guided_for_exactly_g_tokens_by_the_version_before(r
     assert {rollout.switch_point for rollout in rollouts} == set(range(STEPS))
     for rollout in rollouts:
         assert rollout.guided_tokens == rollout.switch_point
-        assert rollout.value_model == ("value@1" if rollout.switch_point else None)
+        assert rollout.value_model == ("value@2" if rollout.switch_point else None)
         assert (rollout.kl > 0) == (rollout.switch_point > 0)
 
 
-def test_the_server_has_one_version_an_iteration(run_dir: Path, letters_server: RunningServer) -> None:
+def test_the_server_has_the_versions_of_both_iterations(run_dir: Path, letters_server: RunningServer) -> None:
     (model,) = letters_server.get("/v1/guidance").json()["value_models"]
-    assert model["active"] == 2
+    assert model["active"] == 3
     assert [version["path"].split("/")[-1] for version in model["versions"]] == ["iteration-001", "iteration-002"]
 
 
@@ -150,6 +152,6 @@ def test_single_stages_find_everything_done(run_dir: Path, work: Path, letters_s
     parts = {part: part.stat().st_mtime_ns for part in run_dir.rglob("part-*.parquet")}
     assert run("collect", "loop.toml", "--iteration", "2") == ""
     assert run("fit", "loop.toml") == ""
-    assert run("publish", "loop.toml") == "value@2\n"
+    assert run("publish", "loop.toml") == "value@3\n"
     assert len(run("evaluate", "loop.toml").splitlines()) == 1 + 6
     assert {part: part.stat().st_mtime_ns for part in run_dir.rglob("part-*.parquet")} == parts

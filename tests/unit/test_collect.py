@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from qtilt_trainer.server_errors import PromptRefusedError, ServerError
 from qtilt_trainer.tasks import Problem, Task
 from stand_in_server import StandInServer
 from star_graph import StarGraph
-from stored_rollouts import store_graded
+from stored_rollouts import make_rollout, store_graded
 
 TASK = StarGraph()
 CONFIG = CollectConfig(prompts=6, samples_per_prompt=4, eta=0.2, guidance_top_k=7, tail="mean", seed=3)
@@ -342,6 +343,21 @@ def test_too_many_failed_rewards_stop_it_and_no_completion_is_lost(tmp_path: Pat
             run(planned(store, 1), store, server, task=Moody())
         assert len(store.ids()) == 24
         assert len(read_lines(tmp_path / "iteration-001" / "failed_rewards.jsonl")) > 8
+
+
+def test_the_share_of_failures_is_taken_of_all_that_is_stored(tmp_path: Path) -> None:
+    """A resumed run whose bad prompts all come in its own half must not stop where an undisturbed one doesn't."""
+    store = RolloutStore(tmp_path)
+    problems = {problem.id: problem for problem in TASK.problems("train", 6)}
+    grader = Grader(Moody(), store, problems, Rules(max_failed_share=0.05))
+    good, bad = (TASK.problems("train", 6)[number].id for number in (0, 2))
+    store_graded(store, [replace(make_rollout(good, n), reward=1.0) for n in range(300)])
+    part = store.append([make_rollout(bad, n) for n in range(10)])
+    grader.grade_part(part)
+    with pytest.raises(TooManyFailuresError, match="10 of 10 completions"):
+        grader.check_share(1)
+    grader.count_stored(1)
+    grader.check_share(1)
 
 
 @pytest.mark.parametrize(("truncated", "reward"), [("zero", 0.0), ("grade", 1.0), ("drop", None)])

@@ -180,6 +180,7 @@ class Run:
         problems = self.task.problems("train", self.config.collect_of(iteration).prompts)
         grader = Grader(self.task, self.store, {problem.id: problem for problem in problems}, self._rules())
         grader.grade_missing(iteration)
+        grader.count_stored(iteration)
         grader.check_share(iteration)
 
     async def _collect(self, iteration: int, missing: Missing) -> None:

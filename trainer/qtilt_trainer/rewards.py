@@ -55,7 +55,8 @@ class Grader:
 
     def __init__(self, task: Task, store: RolloutStore, problems: Mapping[str, Problem], rules: Rules) -> None:
         self._task, self._store, self._problems, self._rules = task, store, problems, rules
-        self._graded = self._failed = 0
+        self._graded: dict[Path, int] = {}
+        self._failed: dict[Path, int] = {}
 
     def grade_part(self, part: Path, again: bool = False) -> None:
         """Grades what has no reward in a part; everything when `again`."""
@@ -66,9 +67,18 @@ class Grader:
             rewards[row] = reward if isinstance(reward, float) else None
             failures[row] = reward.message if isinstance(reward, RewardFailure) else None
         self._store.set_rewards(part, rewards, failures)
-        self._graded += len(rewards)
+        self._count(part, failures)
+
+    def count_stored(self, iteration: int) -> None:
+        """Counts what earlier processes have graded."""
+        for part in self._store.parts(iteration):
+            if part not in self._graded and self._store.is_graded(part):
+                self._count(part, self._store.read_part(part, ["failure"]).column("failure").to_pylist())
+
+    def _count(self, part: Path, failures: Sequence[str | None]) -> None:
+        self._graded[part] = len(failures)
         # A problem that was taken out of the data is no failure of the grader.
-        self._failed += sum(failure not in (None, MISSING_PROBLEM) for failure in failures)
+        self._failed[part] = sum(failure not in (None, MISSING_PROBLEM) for failure in failures)
 
     def grade_missing(self, iteration: int, again: bool = False) -> None:
         """The same for all parts of an iteration that lack a reward; all parts when `again`."""
@@ -84,10 +94,11 @@ class Grader:
 
     def check_share(self, iteration: int) -> None:
         """Raises TooManyFailuresError, with the failures written down, when too many couldn't be graded."""
-        if is_above(self._failed, self._graded, self._rules.max_failed_share):
+        failed, graded = sum(self._failed.values()), sum(self._graded.values())
+        if is_above(failed, graded, self._rules.max_failed_share):
             record = write_failures(self._store, iteration)
             raise TooManyFailuresError(
-                f"{self._failed} of {self._graded} completions could not be graded, more than reward.max_failed_share "
+                f"{failed} of {graded} completions could not be graded, more than reward.max_failed_share "
                 f"= {self._rules.max_failed_share:g} allows: see {record}. Mend the reward; the same command then "
                 "grades them again (or, when settings.json notices the change, `qtilt-trainer regrade`)"
             )

@@ -135,6 +135,10 @@ class RolloutStore:
         """Writes or replaces the rewards of a part, in the order of its rows."""
         _write(pa.Table.from_pydict({"reward": rewards, "failure": failures}, schema=REWARDS), _rewards_file(part))
 
+    def is_graded(self, part: Path) -> bool:
+        """Whether the part has rewards, be it for none of its completions."""
+        return _rewards_file(part).exists()
+
     def rename_prompts(self, part: Path, new_ids: Mapping[str, str]) -> None:
         """Gives prompts of a part another id, rewards and all else staying as they are."""
         table = self.read_part(part, SCHEMA.names)

@@ -78,8 +78,10 @@ class Writer:
     def _grade(self, stored: "Future[Path] | None", rollouts: list[Rollout]) -> None:
         if stored is None:
             return
+        iteration = rollouts[0].iteration
         self._grader.grade_part(stored.result())
-        self._grader.check_share(rollouts[0].iteration)
+        self._grader.count_stored(iteration)
+        self._grader.check_share(iteration)
 
 
 def _rollout(request: PlannedRequest, completion: Completion, index: int, model: str) -> Rollout:
