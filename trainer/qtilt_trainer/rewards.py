@@ -89,8 +89,6 @@ class Grader:
                 lacking = pc.and_(lacking, pc.not_equal(table.column("finish_reason"), CUT))
             if again or pc.any(lacking).as_py():
                 self.grade_part(part, again)
-            else:
-                self._graded += table.num_rows
 
     def check_share(self, iteration: int) -> None:
         """Raises TooManyFailuresError, with the failures written down, when too many couldn't be graded."""
