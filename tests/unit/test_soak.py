@@ -19,6 +19,7 @@ import pytest
 
 from guided_vllm import oracle
 from guided_vllm.oracle import Guided, Step, expected_steps, reference_oracle, step_distributions, value_oracle
+from qtilt.params import DEFAULT_TAIL
 from real_server.models import ALPHABET, TOKENS, make_reference, make_value_model
 from shortened_guidance import bound
 from soaking.answers import Answer, Choice, complaints, names_a_version_that_left
@@ -85,7 +86,7 @@ def answer() -> Answer:
         "eta": 0.5,
         "top_k": TOKENS,
         "method": "qsharp",
-        "tail": "floor",
+        "tail": DEFAULT_TAIL,
         "tolerance": 0.0,
     }
     return Answer(Ask(COMPLETIONS, body, [[1]]), 15.0, 16.0, 200, None, choices, applied, is_complete=True)
