@@ -159,7 +159,7 @@ def test_what_was_refused_and_what_failed_is_on_record(work: Path) -> None:
 def test_roll_ins_come_from_the_fitted_version_whatever_its_number_after_the_restart(work: Path) -> None:
     guided = [rollout for rollout in rollouts_of(work, 2) if rollout.switch_point > 0]
     labels = Counter(rollout.value_model for rollout in guided)
-    # In the first life the initial value model came before it, in the second one nothing did. How many roll-ins fall into
+    # In the first life the initial value model came before it, in the second one nothing did. How many roll-ins fall in
     # which is a matter of time: a busy machine may have made none when the server is ended.
     assert labels.total() > 0
     assert set(labels) <= {"value@1", "value@2"}
