@@ -90,8 +90,9 @@ def peak_of_a_fit(directory: Path) -> tuple[int, int, int]:
     """Peak resident bytes before reading, and after an epoch; sequences in it."""
     from qtilt_trainer.dataset import batches, collate, label_rollouts, split_prompts
     from qtilt_trainer.fit import COLUMNS
-    from qtilt_trainer.rollouts import RolloutStore
+    from qtilt_trainer.rollouts import RolloutStore, read_compactly
 
+    read_compactly()
     before = peak_bytes()
     examples, _ = label_rollouts(RolloutStore(directory).table(1, COLUMNS), drop_unanimous=True)
     training, _ = split_prompts(examples, 0.1, seed=0)

@@ -38,7 +38,7 @@ from qtilt_trainer.redaction import redacted
 from qtilt_trainer.refused import RefusedPrompts
 from qtilt_trainer.regrade import Stored, check_regradable, regrade
 from qtilt_trainer.rewards import Grader, Rules, report_rewards, ungraded_count
-from qtilt_trainer.rollouts import RolloutStore
+from qtilt_trainer.rollouts import RolloutStore, read_compactly
 from qtilt_trainer.settings_file import claim, differences
 from qtilt_trainer.stage_settings import StageSettings
 from qtilt_trainer.steady_client import SteadyClient
@@ -205,6 +205,7 @@ class Run:
         from qtilt_trainer.fit import COLUMNS, fit_value_model
 
         self.initialise()
+        read_compactly()
         rollouts = pa.concat_tables(self.store.table(number, COLUMNS) for number in range(1, iteration + 1))
         sampling = self.config.sampling.model_dump(mode="json")
         provenance = {"iteration": iteration, "task": self.task.name, "sampling": sampling}
