@@ -234,7 +234,7 @@ def test_with_the_tail_mean_others_keep_the_reference_and_candidates_share_their
 
 @covers("`tail`: mean", "`tolerance`")
 def test_with_the_tail_mean_a_tolerance_bounds_the_distance_to_full_guidance(served: Served) -> None:
-    settings = [(1.0, 0.3), (0.5, 0.02), (0.5, 1e-3), (0.0, 1e-3), (1.7, 0.1), (0.7, 1e-12)]
+    settings = [(1.0, 0.9), (0.5, 0.02), (0.5, 1e-3), (0.0, 1e-3), (1.7, 0.1), (0.7, 1e-12)]
     asks = [
         Ask(
             prompt(5 + index, seed=650 + index),
