@@ -19,7 +19,7 @@ from qtilt.checkpoint import CheckpointError, load_value_model, read_manifest
 from qtilt.distributions import Bernoulli, Categorical, ReturnDistribution
 from qtilt.value_model import ValueModel, ValueType
 from qtilt_trainer.config import FitConfig
-from qtilt_trainer.dataset import label_rollouts, split_prompts
+from qtilt_trainer.dataset import label_rollouts
 from qtilt_trainer.fit import FitPoint, fit, fit_record_path, fit_value_model
 from qtilt_trainer.initialise import initialise_value_model
 from qtilt_trainer.rollouts import Rollout
@@ -112,7 +112,8 @@ def fitted(
     distribution: ReturnDistribution | None = None,
 ) -> tuple[ValueModel, list[FitPoint]]:
     examples, _ = label_rollouts(as_table(rollouts), config.drop_unanimous)
-    training, held_out = split_prompts(examples, config.held_out, config.seed)
+    held = int(config.held_out * len(examples))  # All have one prompt, so that there is none to split by.
+    held_out, training = examples[:held], examples[held:]
     model = ValueModel.from_backbone(small_llama(), type, distribution or Bernoulli()).requires_grad_(True)
     return model, fit(model, training, held_out, config)
 
@@ -193,7 +194,7 @@ def test_cutting_a_batch_into_several_forwards_changes_nothing(monkeypatch: pyte
     rollouts = sample_rollouts(160, guided_roll_in=True)
     config = CONFIG.model_copy(update={"steps": 3, "batch_size": 64, "learning_rate": 1e-3, "held_out": 0.0})
     whole = fitted(rollouts, config)[0]
-    monkeypatch.setattr("qtilt_trainer.fit.FORWARD_TOKENS", 50)
+    monkeypatch.setattr("qtilt_trainer.fit.FORWARD_TOKENS", {"cpu": 50})
     parts = fitted(rollouts, config)[0]
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
