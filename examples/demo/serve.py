@@ -4,9 +4,13 @@ import os
 import sys
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
 from smollm2 import DIRECTORY, server_flags
 
-HERE = Path(__file__).resolve().parent
+from served_runs.server_process import server_environment
+
 TASKS = ("keywords", "sentiment")
 
 
@@ -15,8 +19,7 @@ def main() -> None:
     command = [str(Path(sys.executable).parent / "qtilt-server"), str(DIRECTORY), *server_flags()]
     command += ["--served-model-name=smollm2", "--host=127.0.0.1"]
     command += [f"--value-model={task}={HERE / 'value_models' / task}" for task in TASKS]
-    # The first request would otherwise wait for torch.compile.
-    os.execve(command[0], [*command, *sys.argv[1:]], {**os.environ, "TORCHDYNAMO_DISABLE": "1"})
+    os.execve(command[0], [*command, *sys.argv[1:]], server_environment())
 
 
 if __name__ == "__main__":

@@ -15,10 +15,22 @@ from pathlib import Path
 START_SECONDS = 600
 """A busy machine takes minutes to import vLLM; an idle one is ready in half a minute."""
 STOP_SECONDS = 30
+FEW_CORES = 4
+"""With so few, vLLM's habit of keeping one free of computing costs more than it gives."""
 
 
 class ServerFailedError(RuntimeError):
     """The server ended or didn't answer in time; the message has the end of its log."""
+
+
+def server_environment() -> dict[str, str]:
+    """This process's environment, with what a server wants that runs for minutes on a CPU."""
+    # torch.compile would take 15 s for the first request, to speed up one that needs no speed.
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) <= FEW_CORES:
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    return environment
 
 
 @contextmanager
@@ -32,8 +44,9 @@ def running_server(model: Path, served_as: str, run_dir: Path, flags: Sequence[s
     log = run_dir / "server.log"
     # Its own session: the server has worker processes, and all of them must end with it.
     with log.open("w") as stream:
+        environment = {**server_environment(), "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=_environment()
+            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
     try:
         url = f"http://127.0.0.1:{port}"
@@ -41,11 +54,6 @@ def running_server(model: Path, served_as: str, run_dir: Path, flags: Sequence[s
         yield url
     finally:
         _stop(process)
-
-
-def _environment() -> dict[str, str]:
-    # torch.compile would take 15 s for the first request, to speed up one that needs no speed.
-    return {**os.environ, "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def _free_port() -> int:
