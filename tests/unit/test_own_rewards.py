@@ -116,6 +116,17 @@ def test_what_is_no_list_of_rewards_fails_each_completion_of_its_batch_alone(
     assert len(failed) == 2
 
 
+@pytest.mark.parametrize("status", [500, 413])
+def test_a_completion_that_the_server_can_not_take_costs_no_other_its_reward(server: RewardServer, status: int) -> None:
+    right, refusal = server.reply, (status, "no such token", "text/plain")
+    server.reply = lambda body, number: refusal if "bad" in body["completions"] else right(body, number)
+    given = rewards(http_task(server, batch_size=8), pairs_of(*"abcde", "bad", *"fgh"))
+    assert [reward for reward in given if isinstance(reward, float)] == [1.0] * 8
+    assert isinstance(given[5], Exception)
+    # The batch, then halves of the half with the bad one; and the ninth completion.
+    assert [len(body["completions"]) for _, body in server.requests].count(1) == 3
+
+
 def test_a_time_out_and_a_server_that_is_away_are_failures_too(server: RewardServer) -> None:
     server.delay = 2.0
     (late,) = rewards(http_task(server, timeout=0.2), pairs_of("a"))

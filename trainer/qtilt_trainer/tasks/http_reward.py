@@ -79,28 +79,39 @@ class HttpReward(BaseModel):
 
             async def ask(batch: Sequence[tuple[Problem, str]]) -> list[float | Exception]:
                 async with places:
-                    return await self._batch(client, batch)
+                    return await self._batch(client, batch, self.retries)
 
             batches = [pairs[at : at + self.batch_size] for at in range(0, len(pairs), self.batch_size)]
             answers = await asyncio.gather(*map(ask, batches))
         return list(itertools.chain.from_iterable(answers))
 
-    async def _batch(self, client: "AsyncOpenAI", batch: Sequence[tuple[Problem, str]]) -> list[float | Exception]:
-        from openai import OpenAIError
+    async def _batch(
+        self, client: "AsyncOpenAI", batch: Sequence[tuple[Problem, str]], retries: int
+    ) -> list[float | Exception]:
+        """A batch that is answered with an HTTP error is asked for in halves, each once: one part may be to blame."""
+        from openai import APIStatusError, OpenAIError
 
         try:
-            body, options = request_body(batch), {"headers": self._headers()}
-            answer = await client.post(self.url, body=body, cast_to=object, options=cast("RequestOptions", options))
-            return list(rewards_in(answer, len(batch)))
+            return await self._ask(client, batch, retries)
         except (OpenAIError, json.JSONDecodeError, RewardServerError) as error:
+            if len(batch) > 1 and isinstance(error, APIStatusError):
+                half = len(batch) // 2
+                return [*await self._batch(client, batch[:half], 0), *await self._batch(client, batch[half:], 0)]
             body_text = str(getattr(error, "body", None) or "")[:SHOWN_CHARACTERS]
             return [RewardServerError(f"the reward server: {error} {body_text}".rstrip())] * len(batch)
+
+    async def _ask(
+        self, client: "AsyncOpenAI", batch: Sequence[tuple[Problem, str]], retries: int
+    ) -> list[float | Exception]:
+        options = cast("RequestOptions", {"headers": self._headers(), "max_retries": retries})
+        answer = await client.post(self.url, body=request_body(batch), cast_to=object, options=options)
+        return rewards_in(answer, len(batch))
 
     def _client(self) -> "AsyncOpenAI":
         """openai's client, for its connections, time-outs and retries; the server needn't know OpenAI's API."""
         from openai import AsyncOpenAI
 
-        return AsyncOpenAI(base_url=self.url, api_key="none", timeout=self.timeout, max_retries=self.retries)
+        return AsyncOpenAI(base_url=self.url, api_key="none", timeout=self.timeout)
 
     def _headers(self) -> "dict[str, str | Omit]":
         from openai import Omit
