@@ -54,6 +54,17 @@ def ask(server: StandInServer, fitted: Path, guided: bool = True, before: Before
     return asyncio.run(run())
 
 
+def ask_one(server: StandInServer, before: Before) -> None:
+    """A single request."""
+
+    async def run() -> None:
+        async with SteadyClient(ServerConfig(url=server.url, retries=0, wait=20.0)) as client:
+            server.before = before
+            await client.complete(PROBLEMS[0].prompt, 1, 7, Sampling(1.0, 1.0, 0, 9), None)
+
+    asyncio.run(run())
+
+
 def away_for(server: StandInServer, calls: int, first: int, then: Callable[[], None]) -> Before:
     """From completion `first` on, `calls` requests of any kind lose their connection; then the server is back."""
     lost = 0
@@ -124,11 +135,29 @@ def test_a_server_that_stays_away_for_too_long_is_an_error(fitted: Path) -> None
             ask(server, fitted, before=before, wait=0.2)
 
 
-def test_a_request_that_always_breaks_the_server_ends_it(fitted: Path) -> None:
+def test_a_request_that_always_fails_is_the_prompts_fault_when_the_server_is_well(fitted: Path) -> None:
     with StandInServer() as server:
         broken = {"error": {"message": "guidance failed"}}
-        with pytest.raises(ServerAwayError, match="answered 500: guidance failed"):
+        with pytest.raises(PromptRefusedError, match=r"answered 500: guidance failed \(3 times, while the"):
             ask(server, fitted, before=lambda path, body: (500, broken) if path == COMPLETIONS else None)
+
+
+def test_a_request_that_always_breaks_the_server_ends_it() -> None:
+    """After each failure the server is away for a while, as it is when its engine died."""
+    away = False
+
+    def dies(path: str, body: Any) -> tuple[int, Any] | None:
+        nonlocal away
+        if path == COMPLETIONS:
+            away = True
+            return 500, {"error": {"message": "the engine died"}}
+        if path == "/health" and away:
+            away = False
+            return 503, {}
+        return None
+
+    with StandInServer() as server, pytest.raises(ServerAwayError, match="answered 500: the engine died"):
+        ask_one(server, dies)
 
 
 def test_another_model_after_the_restart_is_refused(fitted: Path) -> None:

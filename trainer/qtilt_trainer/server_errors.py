@@ -5,6 +5,7 @@ ServerError               can't be reached, refuses, or isn't a guided server
 ├─ VersionGoneError       the value model is published again
 ├─ ServerBusyError        later it will do
 └─ ServerAwayError        the loop waits until the server is back
+   └─ RequestFailedError  … unless it is there: then the prompt is left out
 """
 
 from http import HTTPStatus
@@ -35,6 +36,10 @@ class ServerBusyError(ServerError):
 
 class ServerAwayError(ServerError):
     """No connection, a 5xx or a completion broken off: the server may have been restarted."""
+
+
+class RequestFailedError(ServerAwayError):
+    """HTTP 500: the server went down with this request, or the request itself has something that can't be computed."""
 
 
 def server_error(error: openai.APIError, config: ServerConfig) -> ServerError:
@@ -68,7 +73,9 @@ def _kind(status: int, parameter: str) -> type[ServerError]:
         return ServerError if parameter.startswith("guidance") else PromptRefusedError
     if status == HTTPStatus.CONFLICT:
         return ServerBusyError
-    return ServerAwayError if status >= HTTPStatus.INTERNAL_SERVER_ERROR else ServerError
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        return RequestFailedError
+    return ServerAwayError if status > HTTPStatus.INTERNAL_SERVER_ERROR else ServerError
 
 
 def _said(error: openai.APIStatusError) -> str:

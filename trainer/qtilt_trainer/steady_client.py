@@ -16,6 +16,7 @@ from qtilt_trainer.config import ServerConfig
 from qtilt_trainer.server_errors import (
     GOES_ON,
     PromptRefusedError,
+    RequestFailedError,
     ServerAwayError,
     ServerError,
     VersionGoneError,
@@ -56,7 +57,11 @@ class SteadyClient(GuidedClient):
     async def complete(
         self, prompt: Prompt, samples: int, seed: int, sampling: Sampling, guidance: Guidance | None
     ) -> list[Completion]:
-        """The same as GuidedClient's; `guidance` names the version as `keep_published` did."""
+        """The same as GuidedClient's; `guidance` names the version as `keep_published` did.
+
+        Raises PromptRefusedError too for a request that fails again and again while the server is well.
+        """
+        failed_alone = 0
         for _ in range(RECOVERIES):
             recoveries, named = self._recoveries, self._named(guidance)
             try:
@@ -66,7 +71,10 @@ class SteadyClient(GuidedClient):
                 return completions
             except (ServerAwayError, VersionGoneError) as error:
                 last = error
+                failed_alone += isinstance(error, RequestFailedError) and await self.is_healthy()
                 await self._recover(recoveries, error)
+        if failed_alone == RECOVERIES:
+            raise PromptRefusedError(f"{last} ({RECOVERIES} times, while the server was well)") from last
         raise last
 
     async def wait_until_healthy(self) -> None:
