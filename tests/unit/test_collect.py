@@ -20,6 +20,7 @@ from qtilt_trainer.refused import RefusedPrompts
 from qtilt_trainer.rewards import Grader, Rules, TooManyFailuresError, write_failures
 from qtilt_trainer.rollouts import RolloutStore
 from qtilt_trainer.server_errors import PromptRefusedError, ServerError
+from qtilt_trainer.steady_client import SteadyClient
 from qtilt_trainer.tasks import Problem, Task
 from stand_in_server import StandInServer
 from star_graph import StarGraph
@@ -262,6 +263,22 @@ def test_a_refused_prompt_is_noted_and_left_out_now_and_later(tmp_path: Path) ->
     assert len(store.read(1)) == 24
 
 
+def test_a_prompt_whose_requests_always_fail_is_noted_and_left_out(tmp_path: Path) -> None:
+    """Guidance that isn't a number ends its request with a 500, whenever it is asked for; the server is well."""
+    store, problems = RolloutStore(tmp_path), TASK.problems("train", 6)
+    failure = {"error": {"message": "the value is NaN"}}
+
+    async def collect(server: StandInServer) -> None:
+        async with SteadyClient(ServerConfig(url=server.url, retries=0)) as client:
+            await generate(client, TASK, planned(store, 1), store, 4, "test")
+
+    with StandInServer() as server:
+        server.before = lambda path, body: (500, failure) if (body or {}).get("prompt") == problems[1].prompt else None
+        asyncio.run(collect(server))
+    assert store.ids() == {f"1/{p.id}/{n}" for p in problems if p != problems[1] for n in range(4)}
+    assert RefusedPrompts(tmp_path).ids() == {problems[1].id}
+
+
 def test_too_many_refused_prompts_stop_it_and_all_are_noted(tmp_path: Path) -> None:
     store, problems = RolloutStore(tmp_path), TASK.problems("train", 6)
     rules = Rules(max_refused_share=0.01)  # One of the first hundred.
@@ -406,7 +423,7 @@ def test_parts_are_written_while_requests_still_run(tmp_path: Path, monkeypatch:
     assert len(store.ids()) == 24
 
 
-def test_a_stop_string_is_not_an_end_token(tmp_path: Path) -> None:
+def test_a_stop_string_ends_a_completion_and_max_tokens_does_not(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path)
     with StandInServer() as server:
 
@@ -422,7 +439,7 @@ def test_a_stop_string_is_not_an_end_token(tmp_path: Path) -> None:
 
         server.before = stopped
         run(planned(store, 1)[:1], store, server)
-    assert [rollout.ended for rollout in store.read()] == [False, True, True, False]
+    assert [rollout.ended for rollout in store.read()] == [True, True, True, False]
 
 
 def test_the_first_iteration_has_no_value_model_and_later_ones_need_one(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_nothing_to_learn_from_is_an_error_that_says_what_to_do() -> None:
 
 def examples_of(prompt_ids: Sequence[str], lengths: Sequence[int] | None = None) -> Examples:
     rollouts = [
-        rollout(prompt_id, list(range(length)))
+        replace(rollout(prompt_id, list(range(length))), prompt_token_ids=list(prompt_id.encode()))
         for prompt_id, length in zip(prompt_ids, lengths or [3] * len(prompt_ids), strict=True)
     ]
     return label_rollouts(as_table(rollouts), drop_unanimous=False)[0]
@@ -152,6 +152,16 @@ def test_prompts_stay_on_their_side_when_iterations_are_added() -> None:
     assert held_more.isdisjoint(e.prompt_id for e in training)
     assert 20 <= len(held_more) <= 60
     assert len(training) + len(held_out) == len(more)
+
+
+def test_problems_with_the_same_prompt_are_on_the_same_side() -> None:
+    """Other answers make other problems; what the value model sees is the prompt."""
+    asked = [(f"p{index}", f"q{index // 2}") for index in range(400)]
+    rollouts = [replace(rollout(name, [1, 2]), prompt_token_ids=list(prompt.encode())) for name, prompt in asked]
+    examples, _ = label_rollouts(as_table(rollouts), drop_unanimous=False)
+    training, held_out = ({tuple(p.tolist()) for p in side.prompts} for side in split_prompts(examples, 0.2, seed=0))
+    assert training.isdisjoint(held_out)
+    assert 20 <= len(held_out) <= 60
 
 
 def test_neither_side_of_a_split_is_empty_with_two_prompts() -> None:

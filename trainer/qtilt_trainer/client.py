@@ -88,7 +88,7 @@ class Completion:
     """The whole answer: prefill and what was generated."""
     finish_reason: str
     ended: bool
-    """Whether the last token is the end token."""
+    """Whether nothing can follow: the last token is an end token, or the one that completed a stop string."""
     value_model: str | None
     """NAME@VERSION that guided; None without guidance."""
     top_k: int | None
@@ -285,8 +285,7 @@ def _read_choice(
         token_ids=token_ids,
         text=prefill + ((message.get("content") or "") if message is not None else choice["text"]),
         finish_reason=choice["finish_reason"],
-        # vLLM: stopped, and not by a stop string, means by an end token (a number when it is not the first of several).
-        ended=choice["finish_reason"] == "stop" and not isinstance(choice.get("stop_reason"), str),
+        ended=choice["finish_reason"] == "stop",
         value_model=applied.get("value_model"),
         top_k=applied.get("top_k"),
         tail=applied.get("tail"),

@@ -3,9 +3,9 @@
 The label rule (QSHARP.md, Algorithm 1). Z(x, y) is the return when *the reference* completes after y, whoever chose y.
 With g guided tokens that holds for the generated tokens t >= max(g - 1, 0) (0-based, the end token included): the last
 guided token is followed by the reference alone, earlier ones by guided tokens and would bias the value upwards. A
-response that ends inside its roll-in labels only its last token, and only if that is the end token: then nothing
-follows, and the return is certain. The paper's text starts at the first token of the reference; like the official code
-we label the last roll-in pair too.
+response that is over inside its roll-in labels only its last token, and only if it ended there (by an end token or a
+stop string): then nothing follows, and the return is certain. The paper's text starts at the first token of the
+reference; like the official code we label the last roll-in pair too.
 
 All rollouts stay in the columns they are stored in; a sequence is put together when a batch needs it.
 
@@ -115,8 +115,9 @@ class Examples(Sequence[Example]):
         return Example(self._prompt_ids[row], token_ids, first_label, float(self._rewards[row]))
 
     @property
-    def prompt_ids(self) -> list[str]:
-        return [self._prompt_ids[row] for row in self._rows]
+    def prompts(self) -> Iterator[NDArray[np.int32]]:
+        """Prompt tokens of each."""
+        return (self._prompts[row] for row in self._rows)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -221,18 +222,16 @@ def label_rollouts(rollouts: pa.Table, drop_unanimous: bool) -> tuple[Examples, 
 def split_prompts(examples: Examples, held_out: float, seed: int) -> tuple[Examples, Examples]:
     """(training, held-out) examples, split by prompt; the same prompt falls on the same side in every iteration.
 
+    By the prompt's tokens: problems with the same prompt and different answers are on one side.
     held_out: fraction of the prompts, 0 <= held_out < 1. With held_out > 0 and at least two prompts neither side is
     empty. Raises ValueError for a fraction out of range.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be at least 0 and below 1, got {held_out}")
-    prompt_ids = examples.prompt_ids
-    position = {prompt_id: _position(prompt_id, seed) for prompt_id in set(prompt_ids)}
-    held = {prompt_id for prompt_id, at in position.items() if at < held_out}
-    if held_out > 0 and len(position) > 1:
-        ranked = sorted(position, key=lambda prompt_id: position[prompt_id])
-        held = (held | {ranked[0]}) - {ranked[-1]}
-    is_held = np.array([prompt_id in held for prompt_id in prompt_ids], dtype=bool)
+    position_N = np.array([_position(prompt, seed) for prompt in examples.prompts])
+    is_held = position_N < held_out
+    if held_out > 0 and np.ptp(position_N) > 0:
+        is_held = (is_held | (position_N == position_N.min())) & (position_N < position_N.max())
     return examples.where(~is_held), examples.where(is_held)
 
 
@@ -283,7 +282,7 @@ def _check_labels(counts: LabelCounts) -> None:
     )
 
 
-def _position(prompt_id: str, seed: int) -> float:
+def _position(prompt: NDArray[np.int32], seed: int) -> float:
     """A uniform number in [0, 1) that belongs to this prompt."""
-    digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:".encode() + prompt.tobytes()).digest()
     return int.from_bytes(digest[:8]) / 2**64

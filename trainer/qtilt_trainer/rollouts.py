@@ -42,7 +42,7 @@ class Rollout:
     finish_reason: str
     """stop, or length: cut by max_tokens."""
     ended: bool
-    """Whether the last token is the end token."""
+    """Whether nothing can follow: the last token is an end token, or the one that completed a stop string."""
     switch_point: int
     """g: how many tokens were asked to be guided; max_tokens when all of them were."""
     guided_tokens: int
