@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -173,8 +174,8 @@ def write_record(file: Path, record: Record) -> None:
 
 
 def read_record(file: Path) -> Record | None:
-    """What `write_record` wrote; None when it hasn't."""
-    return Record(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    """What `write_record` wrote; None when it hasn't. Raises ValueError for what another version of qtilt wrote."""
+    return _record(file, json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
 def write_results(file: Path, records: Sequence[Record]) -> None:
@@ -184,10 +185,14 @@ def write_results(file: Path, records: Sequence[Record]) -> None:
 
 def read_results(file: Path) -> list[Record]:
     """What `write_results` wrote. Raises ValueError for what another version of qtilt wrote."""
+    return [_record(file, fields) for fields in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def _record(file: Path, fields: dict[str, Any]) -> Record:
     try:
-        return [Record(**fields) for fields in json.loads(file.read_text(encoding="utf-8"))]
+        return Record(**fields)
     except TypeError as error:
-        raise ValueError(f"{file} is of another version of qtilt ({error}): evaluate again") from error
+        raise ValueError(f"{file} is of another version of qtilt ({error}): delete it and evaluate again") from error
 
 
 def _gain(
