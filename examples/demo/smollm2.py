@@ -81,7 +81,7 @@ def server_flags() -> tuple[str, ...]:
         "--enforce-eager",  # compiling takes longer than it saves here
         "--block-size=32",  # what shorter prompts have in common is computed once; the default on CPUs is 128
         "--max-model-len=512",
-        "--max-num-seqs=64",
+        "--max-num-seqs=128",
         "--gpu-memory-utilization=0.1",  # on CPUs too: of their memory, all of it by default
         "--kv-cache-memory-bytes=1073741824",
     )
