@@ -3,6 +3,8 @@
 import asyncio
 import json
 import math
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +187,7 @@ def test_requests_in_flight_are_limited(tmp_path: Path) -> None:
     with StandInServer() as server:
         most = 0
         now = 0
+        three = threading.Barrier(3)
 
         def count(path: str, body: Any) -> None:
             nonlocal most, now
@@ -192,7 +195,8 @@ def test_requests_in_flight_are_limited(tmp_path: Path) -> None:
                 with server.lock:
                     now += 1
                     most = max(most, now)
-                asyncio.run(asyncio.sleep(0.02))
+                three.wait(60)  # Six requests: two rounds of three.
+                time.sleep(0.02)
                 with server.lock:
                     now -= 1
 
@@ -421,6 +425,33 @@ def test_parts_are_written_while_requests_still_run(tmp_path: Path, monkeypatch:
         run(planned(store, 1), store, server, concurrency=1)
     assert stored_before[-1] == 16
     assert len(store.ids()) == 24
+
+
+def test_a_slow_reward_holds_no_completion_back_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are stored while the first reward is still awaited: a kill would lose nothing."""
+    monkeypatch.setattr(qtilt_trainer.writer, "PART_ROLLOUTS", 8)
+    store, graded = RolloutStore(tmp_path), threading.Event()
+    stored: list[int] = []
+
+    class Slow(StarGraph):
+        def reward(self, problem: Problem, completion: str) -> float:
+            assert graded.wait(60)
+            return super().reward(problem, completion)
+
+    def release_when_all_is_stored() -> None:
+        deadline = time.monotonic() + 30
+        while len(store.ids()) < 24 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        stored.append(len(store.ids()))
+        graded.set()
+
+    watcher = threading.Thread(target=release_when_all_is_stored)
+    watcher.start()
+    with StandInServer() as server:
+        run(planned(store, 1), store, server, task=Slow())
+    watcher.join()
+    assert stored == [24]
+    assert len(store.read()) == 24
 
 
 def test_a_stop_string_ends_a_completion_and_max_tokens_does_not(tmp_path: Path) -> None:

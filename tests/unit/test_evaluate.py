@@ -183,6 +183,28 @@ def test_a_broken_off_evaluation_goes_on_in_its_cell_and_repeats_only_what_was_u
         assert second[:3] == whole[:3]
 
 
+def test_what_a_killed_evaluation_had_stored_is_graded_and_not_counted_as_wrong(tmp_path: Path) -> None:
+    with StandInServer() as server:
+        before = run(server, tmp_path)
+        asked = len(server.bodies("/v1/completions"))
+        for cell in ("iteration-000/reference-greedy", "iteration-001/qsharp-10-greedy"):
+            for file in (tmp_path / cell / "record.json", *(tmp_path / cell).glob("iteration-*/rewards-*.parquet")):
+                file.unlink()
+        assert run(server, tmp_path) == before
+        assert len(server.bodies("/v1/completions")) == asked
+    assert by_name(before)["reference-greedy"].accuracy > 0
+
+
+def test_a_record_of_another_version_is_named(tmp_path: Path) -> None:
+    with StandInServer() as server:
+        run(server, tmp_path)
+        (tmp_path / "iteration-000" / "reference-greedy" / "record.json").write_text('{"decoding": "greedy"}')
+        with pytest.raises(
+            ValueError, match=r"reference-greedy/record\.json is of another version of qtilt .*delete it"
+        ):
+            run(server, tmp_path)
+
+
 def test_a_cell_made_with_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
     with StandInServer() as server:
         run(server, tmp_path, EvaluateConfig(prompts=2, inv_eta=(1.0,), seed=1))

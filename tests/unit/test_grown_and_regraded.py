@@ -9,9 +9,11 @@ import pytest
 from file_task import content_id, write_problems
 from qtilt_trainer.config import LoopConfig
 from qtilt_trainer.loop import Run
-from qtilt_trainer.rollouts import Rollout
+from qtilt_trainer.rewards import Grader
+from qtilt_trainer.rollouts import Rollout, RolloutStore
 from stand_in_server import StandInServer
 from star_graph import StarGraph
+from stored_rollouts import store_graded
 
 COMPLETIONS = "/v1/completions"
 PROBLEMS = [(problem.prompt, problem.answer) for problem in StarGraph().problems("train", 10)]
@@ -146,6 +148,70 @@ def test_a_regrade_that_was_killed_can_not_be_taken_for_done(work: Work, monkeyp
             work.collect()
     work.run().regrade(None)
     assert work.collect() == 0
+
+
+def test_a_regrade_that_was_killed_between_two_parts_finds_all_prompts_again(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt whose gold changed has another id; when it is killed some of its completions have it already."""
+    store = work.run().store
+    split_into_parts(store)
+    before = {rollout.rollout_id: rollout for rollout in work.stored()}
+    new_id = content_id(PROBLEMS[0][0], "nothing")
+    work.edit(0, "nothing")
+    grade_part = Grader.grade_part
+    graded: list[Path] = []
+
+    def killed_at_the_second(grader: Grader, part: Path, again: bool = False) -> None:
+        if graded:
+            raise KeyboardInterrupt
+        graded.append(part)
+        grade_part(grader, part, again)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Grader, "grade_part", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            work.run().regrade(None)
+    work.run().regrade(None)
+    assert work.collect() == 0
+    after = work.stored()
+    assert len(after) == 32
+    assert sum(rollout.prompt_id == new_id for rollout in after) == 4
+    assert sorted(rollout.token_ids for rollout in after) == sorted(r.token_ids for r in before.values())
+
+
+def split_into_parts(store: RolloutStore) -> None:
+    """One completion of each prompt a part, as they may come from a server."""
+    rollouts = store.read(1)
+    for part in store.parts(1):
+        part.unlink()
+    for sample in range(4):
+        store_graded(store, [rollout for rollout in rollouts if rollout.rollout_id.endswith(f"/{sample}")])
+
+
+def test_a_fit_waits_for_rewards_that_a_killed_process_did_not_come_to(work: Work) -> None:
+    before = work.stored()
+    for file in (work.directory / "run/rollouts/iteration-001").glob("rewards-*.parquet"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"iteration 1 has 32 completions that nobody has graded yet: collect"):
+        work.run().fit(1)
+    assert work.collect() == 0
+    assert work.stored() == before
+
+
+def test_refused_prompts_that_are_asked_again_make_a_fit_a_new_one(work: Work) -> None:
+    error = {"error": {"message": "too long", "param": "prompt"}}
+    refused = PROBLEMS[8][0]
+    work.server.before = lambda path, body: (400, error) if (body or {}).get("prompt") == refused else None
+    assert work.collect(prompts=9) == 1
+    fitted = work.fake_fit()
+    work.server.before = lambda path, body: None
+    assert work.collect(prompts=9) == 0
+    assert fitted.exists()
+    work.run(prompts=9).retry_refused()
+    assert work.collect(prompts=9) == 1
+    assert len(work.stored()) == 36
+    assert not fitted.exists()
 
 
 def test_completions_whose_problem_was_taken_out_are_kept_without_a_reward(work: Work) -> None:

@@ -118,6 +118,16 @@ def test_parts_are_numbered_and_half_written_ones_are_not_read(tmp_path: Path) -
     assert not leftover.exists()
 
 
+def test_a_new_part_does_not_take_the_rewards_of_one_that_was_deleted(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    store_graded(store, [make_rollout("a")])
+    (part,) = store.parts()
+    part.unlink()
+    store.append([make_rollout("b")])
+    assert store.read() == []
+    assert store.table(columns=["reward"]).column("reward").to_pylist() == [None]
+
+
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path)
     store.append([make_rollout()])
