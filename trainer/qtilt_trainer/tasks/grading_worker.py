@@ -52,7 +52,8 @@ def _reply(question: dict[str, Any]) -> Any:
 
 
 def _equal(expected: str, given: str) -> bool:
-    from qtilt_trainer.tasks.math_answers import UnreadableError, parse_answer
+    from qtilt_trainer.tasks.answer_kinds import UnreadableError
+    from qtilt_trainer.tasks.math_answers import parse_answer
     from qtilt_trainer.tasks.math_equality import same_answer
 
     try:
@@ -62,7 +63,8 @@ def _equal(expected: str, given: str) -> bool:
 
 
 def _unreadable(text: str) -> str | None:
-    from qtilt_trainer.tasks.math_answers import UnreadableError, parse_answer
+    from qtilt_trainer.tasks.answer_kinds import UnreadableError
+    from qtilt_trainer.tasks.math_answers import parse_answer
 
     try:
         parse_answer(text)

@@ -1,119 +1,40 @@
-r"""What a mathematical answer *is*: a number, an expression, a list, a set, an interval, an equation, words.
+r"""What a mathematical answer *is*: text -> one of answer_kinds.py.
 
 The structure (lists, brackets, relations, bases, units) is read here, because what it means for equality depends on it:
-a list has no order and a point has one, 52_8 is no product, n = 3k isn't 3. What is left, expressions without any of
-that, math-verify's parser (latex2sympy2-extended) turns into SymPy, unevaluated and exact.
+a list has no order and a point has one, 52_8 is no product, n = 3k isn't 3. Units are told from numbers by
+answer_units.py; what is left, expressions without any of that, math_expressions.py turns into SymPy.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-from math_verify.grader import should_treat_as_complex
-from sympy import Basic, Expr, I, MatrixBase, MatrixExpr, Rational, Symbol
-from sympy.core.function import AppliedUndef
+from sympy import MatrixBase, Rational
 
+from qtilt_trainer.tasks.answer_kinds import (
+    Answer,
+    Chain,
+    Choice,
+    Collection,
+    InBase,
+    Matrix,
+    Named,
+    SetFormula,
+    UnreadableError,
+    Value,
+    Words,
+)
+from qtilt_trainer.tasks.answer_units import PERCENT, without_unit
 from qtilt_trainer.tasks.latex_text import (
-    DEGREES,
     LONGEST_ANSWER,
     balanced,
     enclosed,
-    exact,
     split_outside_brackets,
     text_content,
     tidy,
 )
+from qtilt_trainer.tasks.math_expressions import expression, quantity
 from qtilt_trainer.tasks.plain_numbers import PlainNumber, plain_number
-
-
-class UnreadableError(ValueError):
-    """The text is no answer this file understands."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """A number or an expression, exactly; with what is written beside it."""
-
-    expression: Basic
-    number: PlainNumber | None = None
-    """Set when it is a number written out."""
-    percent: bool = False
-    unit: str | None = None
-
-
-@dataclass(frozen=True)
-class Words:
-    """Text, or a letter that names a choice."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class InBase:
-    """Digits with a base: 52_8. Never compared by value: the question is which digits."""
-
-    digits: str
-    base: int
-
-
-@dataclass(frozen=True)
-class Choice:
-    """(C) 12: a letter and what stands beside it."""
-
-    letter: str
-    content: "Answer"
-
-
-@dataclass(frozen=True)
-class Collection:
-    """Several answers."""
-
-    brackets: str
-    """"" a list without any, "{}" a set, "()", "[)", … a point or an interval, ":" a ratio."""
-    items: tuple["Answer", ...]
-    joined_by_or: bool = False
-
-    @property
-    def is_ordered(self) -> bool:
-        """The order matters: points, ratios, and lists with an ellipsis, which only an order gives a meaning."""
-        return self.brackets not in ("", "{}") or Words("...") in self.items
-
-
-@dataclass(frozen=True)
-class Named:
-    """x = 5, f(x) = x^2, x in [0, 1]: a value and whose it is."""
-
-    name: str
-    value: "Answer"
-    equation: "Chain | None" = None
-    """The same as an equation; None for "in"."""
-
-
-@dataclass(frozen=True)
-class Chain:
-    """a < b <= c, or 2x + 3y = 5: terms and the relations between them (=, !=, <, >, <=, >=)."""
-
-    terms: tuple[Basic, ...]
-    relations: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class SetFormula:
-    r"""Sets joined by \cup, \cap and \setminus, from left to right."""
-
-    sets: tuple["Answer", ...]
-    operations: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Rows of entries."""
-
-    rows: tuple[tuple["Answer", ...], ...]
-
-
-Answer = Value | Words | InBase | Choice | Collection | Named | Chain | SetFormula | Matrix
 
 AND_OR = r"(?:\\text\s*\{\s*(?:and|or)\s*\}|\\(?:lor|land|vee|wedge)(?![A-Za-z])|(?<![A-Za-z\\])(?:and|or)(?![a-z]))"
 SEPARATOR = re.compile(rf"\s*(?:[,;]\s*)?{AND_OR}\s*|\s*[,;]\s*")
@@ -131,66 +52,8 @@ MATRIX = re.compile(
     re.DOTALL,
 )
 PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
-PROSE = re.compile(r"(?<![A-Za-z\\{])[A-Za-z]{4,}(?![A-Za-z}])")
-"""Four letters in a row that are no command: the parser would read them as a product."""
 WORD = re.compile(r"[^\W\d_][^\W\d_'\-]*(?:[ \-]+[^\W\d_][^\W\d_'\-]*)*")
 SHORT_WORDS = {"yes", "no", "odd", "all"}
-CURRENCY = re.compile(r"(?:\\?\$|\u20ac|\u00a3|\\pounds(?![A-Za-z]))")
-PERCENT = re.compile(r"\s*(?:\\?%|(?:\\text\s*\{\s*)?(?:percent(?:age)?|per cent|pct)\s*\}?)$")
-TEXT_UNIT = re.compile(r"\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*(\d)\s*\}?)?$")
-WORD_UNIT = re.compile(r"(?<=[\d}])\s+([A-Za-z]{2,}(?:[ /][A-Za-z]+)*)\s*(?:\^\s*\{?\s*(\d)\s*\}?)?$")
-DEGREE_UNIT = re.compile(rf"{DEGREES.pattern}\s*(?:\\text\s*\{{\s*)?([CF]?)\s*\}}?$")
-SHORT_UNITS = {
-    "cm",
-    "mm",
-    "km",
-    "kg",
-    "mg",
-    "lb",
-    "lbs",
-    "oz",
-    "ft",
-    "in",
-    "hr",
-    "hrs",
-    "ml",
-    "mph",
-    "kph",
-    "min",
-    "sec",
-    "pm",
-    "am",
-    "deg",
-}
-UNIT_NAMES = {
-    "dollar": "$",
-    "usd": "$",
-    "euro": "\u20ac",
-    "eur": "\u20ac",
-    "pound": "lb",
-    "hr": "hour",
-    "min": "minute",
-    "centimeter": "cm",
-    "centimetre": "cm",
-    "millimeter": "mm",
-    "millimetre": "mm",
-    "meter": "m",
-    "metre": "m",
-    "kilometer": "km",
-    "kilometre": "km",
-    "kilogram": "kg",
-    "gram": "g",
-    "sec": "second",
-    "deg": "degree",
-    "inche": "inch",
-    "in": "inch",
-    "foot": "feet",
-    "ft": "feet",
-    "unit": "",
-    "sq unit": "",
-    "square unit": "",
-    "cubic unit": "",
-}
 _LETTERS = r"(?:(?:\\[A-Za-z]+(?![A-Za-z])|[A-Za-z])'*(?:_(?:\{\w+\}|\w))?|\\text\s*\{[^{}]*\})"
 SYMBOL_NAME = re.compile(rf"(?:{_LETTERS}|[\s{{}}()|,:/])+")
 r"""What an answer may be named: x, f(x), AB, |AB|, a:b, \frac{NO}{BO}. No digits but in indices: 2x is no name."""
@@ -211,8 +74,8 @@ def parse_answer(text: str) -> Answer:
 
 
 def _parse(text: str) -> Answer:
-    without_unit, unit = _without_unit(text)
-    number = plain_number(without_unit)
+    bare, unit = without_unit(text)
+    number = plain_number(bare)
     if number is not None:  # Before lists: 58,500 is one number.
         return replace(_value_of(number), unit=unit)
     return _matrix(text) or _words(text) or _list(text) or _single(text)
@@ -329,7 +192,7 @@ def _relation(text: str) -> Answer | None:
         raise UnreadableError("a membership among other relations")
     if set(relations) <= {"=", r"\equiv"}:
         return _equation(terms)
-    return Chain(tuple(map(_quantity, terms)), tuple(RELATIONS[one] for one in relations))
+    return Chain(tuple(map(quantity, terms)), tuple(RELATIONS[one] for one in relations))
 
 
 def _without_approximation(terms: list[str], relations: list[str]) -> tuple[list[str], list[str]]:
@@ -345,12 +208,12 @@ def _without_approximation(terms: list[str], relations: list[str]) -> tuple[list
 def _equation(terms: list[str]) -> Answer:
     if SYMBOL_NAME.fullmatch(terms[0]):
         return Named(_name(terms[0]), _parse(terms[-1]), _as_chain([terms[0], terms[-1]]))
-    return Chain(tuple(map(_quantity, terms)), ("=",) * (len(terms) - 1))
+    return Chain(tuple(map(quantity, terms)), ("=",) * (len(terms) - 1))
 
 
 def _as_chain(terms: list[str]) -> Chain | None:
     try:
-        return Chain(tuple(map(_quantity, terms)), ("=",))
+        return Chain(tuple(map(quantity, terms)), ("=",))
     except UnreadableError:
         return None
 
@@ -407,7 +270,7 @@ def _in_base(text: str) -> Answer | None:
 
 
 def _value(text: str) -> Answer:
-    rest, unit = _without_unit(text)
+    rest, unit = without_unit(text)
     matrix = _computed_matrix(rest)
     if matrix is not None:
         return matrix
@@ -419,7 +282,7 @@ def _value(text: str) -> Answer:
 
 def _computed_matrix(text: str) -> Matrix | None:
     """The result of sums and products of matrices."""
-    computed = _expression(text).doit() if r"\begin" in text else None
+    computed = expression(text).doit() if r"\begin" in text else None
     if not isinstance(computed, MatrixBase):
         return None
     return Matrix(tuple(tuple(Value(entry) for entry in row) for row in computed.tolist()))
@@ -427,87 +290,9 @@ def _computed_matrix(text: str) -> Matrix | None:
 
 def _bare_value(text: str) -> Value:
     number = plain_number(text)
-    return _value_of(number) if number is not None else Value(_expression(text))
+    return _value_of(number) if number is not None else Value(expression(text))
 
 
 def _value_of(number: PlainNumber) -> Value:
     expression = Rational(number.value.numerator, number.value.denominator)
     return Value(expression, number=number, percent=number.percent)
-
-
-def _without_unit(text: str) -> tuple[str, str | None]:
-    currency = CURRENCY.search(text)
-    if currency:
-        text = CURRENCY.sub("", text).strip()
-        name = {"\\$": "$", "\\pounds": "\u00a3"}.get(currency.group(), currency.group())
-        return _without_unit(text)[0], name
-    degree = DEGREE_UNIT.search(text)
-    if degree and degree.start() > 0:
-        return text[: degree.start()].strip(), "degree" + degree[1].casefold()
-    found = TEXT_UNIT.search(text)
-    if found and found.start() > 0 and not PERCENT.search(text):
-        return text[: found.start()].strip(), _unit_name(found[1], found[2])
-    found = WORD_UNIT.search(text)
-    if found and _is_unit(found[1]) and plain_number(text[: found.start()].strip()) is not None:
-        return text[: found.start()].strip(), _unit_name(found[1], found[2])
-    return text, None
-
-
-def _is_unit(word: str) -> bool:
-    if PERCENT.fullmatch(word):
-        return False
-    first = word.split()[0].casefold()
-    return first in SHORT_UNITS or len(first) > 3
-
-
-def _unit_name(written: str, power: str | None) -> str | None:
-    name = written.strip().strip(".").casefold()
-    singular = name if name.endswith("ss") or "/" in name or len(name) < 3 else name.removesuffix("s")
-    name = UNIT_NAMES.get(name, UNIT_NAMES.get(singular, singular))
-    return (name + (f"^{power}" if power else "")) or None
-
-
-def _quantity(text: str) -> Basic:
-    """An expression that can be added and compared: no set, no matrix."""
-    parsed = _expression(text)
-    if not isinstance(parsed, Expr) or isinstance(parsed, MatrixExpr):
-        raise UnreadableError("a side of a relation is no quantity")
-    return parsed
-
-
-def _expression(text: str) -> Basic:
-    """SymPy's form of an expression without structure. Raises UnreadableError."""
-    if re.search(r"(?<![_^\d])\d\s+\d", text):
-        return _mixed_number(text)
-    if PROSE.search(text):
-        raise UnreadableError("there are words in it")
-    latex = exact(DEGREES.sub("", re.sub(r"\\text\s*\{\s*([A-Za-z]\w*)\s*\}", r"\1", text)))
-    try:
-        parsed = latex2sympy(
-            latex,
-            is_real=not should_treat_as_complex(latex),
-            normalization_config=None,
-            conversion_config=ConversionConfig(lowercase_symbols=False),
-        )
-    except RecursionError as error:
-        raise UnreadableError("it is nested too deeply") from error
-    except Exception as error:  # The parser's own errors are of any kind.
-        raise UnreadableError("it is not an expression") from error
-    if not isinstance(parsed, Basic):
-        raise UnreadableError("it is not an expression")
-    return _with_plain_symbols(parsed)
-
-
-def _with_plain_symbols(parsed: Basic) -> Basic:
-    """f(x) is a quantity with that name, i the imaginary unit; symbols are their names, whatever is assumed of them."""
-    named = parsed.replace(lambda part: isinstance(part, AppliedUndef), lambda part: Symbol(str(part)))
-    plain = {one: I if one.name == "i" else Symbol(one.name) for one in named.free_symbols if isinstance(one, Symbol)}
-    return named.xreplace(plain)
-
-
-def _mixed_number(text: str) -> Basic:
-    found = re.fullmatch(r"\s*(-?)\s*(\d+\s+\d+\s*/\s*\d+)\s*", text)
-    number = plain_number(found[2]) if found else None
-    if found is None or number is None:
-        raise UnreadableError("two numbers stand side by side")
-    return Rational(number.value.numerator, number.value.denominator) * (-1 if found[1] else 1)

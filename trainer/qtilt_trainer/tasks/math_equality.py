@@ -1,42 +1,16 @@
 """Whether two answers are the same. Exact: no rounding but that of plain_numbers.py.
 
 math-verify's own `verify` rounds to six decimals and drops what is small, so that 1/2004! = 1/2006!, and compares what
-it can't solve by comparing empty lists of solutions. Here constants are compared as fractions, or to 60 and 400 digits;
-expressions with variables at points (an identity of analytic expressions that holds at random points to 30 digits
-isn't one by chance); equations by the ratio of their sides' differences at points; inequalities and intervals as sets.
+it can't solve by comparing empty lists of solutions. Here expressions are compared by expression_equality.py, equations
+by the ratio of their sides' differences at points, inequalities and intervals as sets (number_sets.py).
 """
 
 import itertools
 from collections.abc import Sequence
-from functools import reduce
-from typing import Any
 
-from math_verify.grader import sympy_symbolic_eq
-from sympy import (
-    And,
-    Basic,
-    EmptySet,
-    Eq,
-    FiniteSet,
-    Ge,
-    Gt,
-    I,
-    Integer,
-    Interval,
-    Le,
-    Lt,
-    Mul,
-    Ne,
-    Product,
-    Rational,
-    S,
-    Set,
-    Sum,
-    Symbol,
-    Union,
-)
+from sympy import Basic, Mul, Rational, Set, Symbol
 
-from qtilt_trainer.tasks.math_answers import (
+from qtilt_trainer.tasks.answer_kinds import (
     Answer,
     Chain,
     Choice,
@@ -48,28 +22,11 @@ from qtilt_trainer.tasks.math_answers import (
     Value,
     Words,
 )
+from qtilt_trainer.tasks.expression_equality import DIGITS, equal_sets, number_of, proportional, same_expression
+from qtilt_trainer.tasks.number_sets import as_set, chain_as_set, variables
 from qtilt_trainer.tasks.plain_numbers import PlainNumber, same_number
 
-DIGITS = 60
-MORE_DIGITS = 400
-POINT_DIGITS = 30
-FEWEST_POINTS = 3
-RELATIONS = {"=": Eq, "!=": Ne, "<": Lt, ">": Gt, "<=": Le, ">=": Ge}
 MIRRORED = {"=": "=", "!=": "!=", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
-POSITIVE = [Rational(n, 97) for n in (151, 233, 89, 317, 53, 411, 197, 277, 131, 367)]
-"""Values of variables, for points that are positive, negative, mixed, or whole numbers (n!, binomials, (-1)^n)."""
-REAL_POINTS: list[list[Rational]] = [
-    POSITIVE,
-    POSITIVE[3:] + POSITIVE[:3],
-    [-value for value in POSITIVE],
-    [value * (-1) ** n for n, value in enumerate(POSITIVE)],
-]
-WHOLE_POINTS = [
-    [Integer(n) for n in (5, 7, 4, 11, 3, 8, 13, 6, 9, 10)],
-    [Integer(n) for n in (6, 3, 8, 5, 9, 4, 7, 12, 10, 11)],
-    [Integer(n) for n in (3, 4, 6, 7, 5, 9, 8, 10, 11, 12)],
-    [Integer(n) for n in (8, 6, 3, 4, 12, 5, 10, 7, 13, 9)],
-]
 
 
 def same_answer(expected: Answer, given: Answer) -> bool:
@@ -102,9 +59,9 @@ def _unwrapped(expected: Answer, given: Answer) -> tuple[Answer, Answer]:
     if isinstance(given, Named) and isinstance(expected, Chain):
         if given.equation is not None and set(expected.relations) == {"="}:
             return expected, given.equation
-        return (expected, given.value) if _variables(expected) == {given.name} else (expected, given)
+        return (expected, given.value) if variables(expected) == {given.name} else (expected, given)
     if isinstance(expected, Named) and isinstance(given, Chain):
-        return (expected.value, given) if _variables(given) == {expected.name} else (expected, given)
+        return (expected.value, given) if variables(given) == {expected.name} else (expected, given)
     if isinstance(expected, Named) and isinstance(given, Named):
         return expected, given
     if isinstance(expected, Named):
@@ -252,79 +209,10 @@ def _is_set(answer: Answer) -> bool:
 
 
 def _same_set(expected: Answer, given: Answer) -> bool:
-    variables = _variables(expected) | _variables(given)
-    if len(variables) > 1:
+    if len(variables(expected) | variables(given)) > 1:
         return expected == given
-    a, b = _as_set(expected), _as_set(given)
-    return a is not None and b is not None and _equal_sets(a, b)
-
-
-def _equal_sets(a: Set, b: Set) -> bool:
-    if isinstance(a, FiniteSet) or isinstance(b, FiniteSet):
-        return bool(a == b)
-    return bool(a == b) or bool(a.symmetric_difference(b).is_empty)
-
-
-def _variables(answer: Answer) -> set[str]:
-    if isinstance(answer, Chain):
-        return {str(symbol) for term in answer.terms for symbol in term.free_symbols}
-    if isinstance(answer, Collection):
-        return set().union(*map(_variables, answer.items))
-    return set()
-
-
-def _as_set(answer: Answer) -> Set | None:
-    """As a set of real numbers; None if it isn't one."""
-    if isinstance(answer, SetFormula):
-        parts = [_as_set(part) for part in answer.sets]
-        if any(part is None for part in parts):
-            return None
-        pairs = zip(answer.operations, parts[1:], strict=True)
-        return reduce(lambda left, pair: _SET_OPERATIONS[pair[0]](left, pair[1]), pairs, parts[0])
-    if isinstance(answer, Collection):
-        return _collection_as_set(answer)
-    if isinstance(answer, Chain):
-        return _chain_as_set(answer)
-    if isinstance(answer, Named):
-        return _as_set(answer.value)
-    if isinstance(answer, Value):
-        if isinstance(answer.expression, Set):
-            return answer.expression
-        return FiniteSet(answer.expression.doit()) if not answer.expression.free_symbols else None
-    return None
-
-
-_SET_OPERATIONS = {
-    "cup": lambda a, b: a.union(b),
-    "cap": lambda a, b: a.intersect(b),
-    "setminus": lambda a, b: a - b,
-}
-
-
-def _collection_as_set(answer: Collection) -> Set | None:
-    if answer.brackets in ("", "{}"):
-        parts = [_as_set(item) for item in answer.items]
-        return None if any(part is None for part in parts) else Union(*parts) if parts else EmptySet
-    if len(answer.items) != 2 or answer.brackets == ":":
-        return None
-    ends = [item.expression.doit() for item in answer.items if isinstance(item, Value)]
-    if len(ends) != 2 or any(end.free_symbols for end in ends):
-        return None
-    return Interval(ends[0], ends[1], answer.brackets[0] == "(", answer.brackets[1] == ")")
-
-
-def _chain_as_set(chain: Chain) -> Set | None:
-    """The numbers that make an inequality in one variable true."""
-    symbols = {symbol for term in chain.terms for symbol in term.free_symbols}
-    if len(symbols) != 1 or chain.relations == ("=",) * len(chain.relations):
-        return None
-    variable = Symbol("x", real=True)
-    terms = [term.subs(next(iter(symbols)), variable).doit() for term in chain.terms]
-    parts = zip(chain.relations, itertools.pairwise(terms), strict=True)
-    try:
-        return And(*(RELATIONS[relation](left, right) for relation, (left, right) in parts)).as_set()
-    except (NotImplementedError, TypeError, AttributeError, ValueError):
-        return None
+    a, b = as_set(expected), as_set(given)
+    return a is not None and b is not None and equal_sets(a, b)
 
 
 # Equations and inequalities
@@ -333,28 +221,28 @@ def _chain_as_set(chain: Chain) -> Set | None:
 def _same_chain(expected: Chain, given: Chain) -> bool:
     if set(expected.relations) == {"="} and set(given.relations) == {"="}:
         if len(expected.terms) == len(given.terms) == 2:
-            return _proportional(_difference(expected), _difference(given), positive=False)
-        return len(expected.terms) == len(given.terms) and all(map(_same_expression, expected.terms, given.terms))
+            return proportional(_difference(expected), _difference(given), positive=False)
+        return len(expected.terms) == len(given.terms) and all(map(same_expression, expected.terms, given.terms))
     if _same_terms(expected, given) or _same_terms(expected, _mirrored(given)):
         return True
     if len(expected.terms) == len(given.terms) == 2:
         for other in (given, _mirrored(given)):
             positive = other.relations != ("!=",)
             same = other.relations == expected.relations
-            if same and _proportional(_difference(expected), _difference(other), positive):
+            if same and proportional(_difference(expected), _difference(other), positive):
                 return True
     return _same_sets_of(expected, given)
 
 
 def _same_sets_of(expected: Chain, given: Chain) -> bool:
-    if _variables(expected) != _variables(given):
+    if variables(expected) != variables(given):
         return False
-    a, b = _chain_as_set(expected), _chain_as_set(given)
-    return a is not None and b is not None and _equal_sets(a, b)
+    a, b = chain_as_set(expected), chain_as_set(given)
+    return a is not None and b is not None and equal_sets(a, b)
 
 
 def _same_terms(expected: Chain, given: Chain) -> bool:
-    return expected.relations == given.relations and all(map(_same_expression, expected.terms, given.terms))
+    return expected.relations == given.relations and all(map(same_expression, expected.terms, given.terms))
 
 
 def _mirrored(chain: Chain) -> Chain:
@@ -365,27 +253,6 @@ def _difference(chain: Chain) -> Basic:
     return chain.terms[0] - chain.terms[1]
 
 
-def _proportional(a: Basic, b: Basic, positive: bool) -> bool:
-    """Whether a / b is one non-zero constant (a positive one, for inequalities) wherever both can be computed."""
-    names = sorted({str(symbol) for symbol in a.free_symbols | b.free_symbols})
-    if not names or {str(s) for s in a.free_symbols} != {str(s) for s in b.free_symbols}:
-        return False
-    ratios = []
-    for point in _points(a, b):
-        place = {Symbol(name): value for name, value in zip(names, point, strict=False)}
-        value_a, value_b = _at(a, place), _at(b, place)
-        if value_a is None or value_b is None:
-            continue
-        if (abs(value_a) < 1e-25) != (abs(value_b) < 1e-25):
-            return False
-        if abs(value_b) >= 1e-25:
-            ratios.append(value_a / value_b)
-    if len(ratios) < FEWEST_POINTS:
-        return bool(a == b)
-    constant = all(_near(ratios[0], ratio, POINT_DIGITS - 8) for ratio in ratios)
-    return constant and (not positive or bool(ratios[0].is_positive))
-
-
 # Values
 
 
@@ -394,11 +261,11 @@ def _same_value(expected: Value, given: Value) -> bool:
         return False
     if expected.number is not None and given.number is not None:
         return same_number(_with_percent(expected.number, expected.percent), _with_percent(given.number, given.percent))
-    if _same_expression(expected.expression, given.expression):
+    if same_expression(expected.expression, given.expression):
         return True
     if expected.percent != given.percent:
         whole, part = (given, expected) if expected.percent else (expected, given)
-        return _same_expression(whole.expression, part.expression / 100)
+        return same_expression(whole.expression, part.expression / 100)
     return _rounded(expected, given)
 
 
@@ -411,83 +278,7 @@ def _rounded(expected: Value, given: Value) -> bool:
     exact, decimal = (expected, given.number) if given.number is not None else (given, expected.number)
     if decimal is None or not decimal.tolerance or exact.expression.free_symbols:
         return False
-    value = _number(exact.expression, DIGITS)
+    value = number_of(exact.expression, DIGITS)
     written = Rational(decimal.value.numerator, decimal.value.denominator)
     tolerance = Rational(decimal.tolerance.numerator, decimal.tolerance.denominator)
     return value is not None and bool(abs(value - written) <= tolerance) and not exact.expression.is_integer
-
-
-def _same_expression(a: Basic, b: Basic) -> bool:
-    if a == b:
-        return True
-    if isinstance(a, Set) or isinstance(b, Set):
-        return isinstance(a, Set) and isinstance(b, Set) and _equal_sets(a, b)
-    names = sorted({str(symbol) for symbol in a.free_symbols | b.free_symbols})
-    return _same_at_points(a, b, names) if names else _same_constant(a, b)
-
-
-def _same_constant(a: Basic, b: Basic) -> bool:
-    value_a, value_b = _number(a, DIGITS), _number(b, DIGITS)
-    if value_a is None or value_b is None:
-        return bool(a.doit() == b.doit())
-    if not _near(value_a, value_b, DIGITS - 10):
-        return False
-    exact_a, exact_b = a.doit(), b.doit()
-    if exact_a.is_Rational and exact_b.is_Rational:
-        return bool(exact_a == exact_b)
-    # Equal as far as anybody looks; to be told from 1 + 10^-100, look further.
-    more_a, more_b = _number(a, MORE_DIGITS), _number(b, MORE_DIGITS)
-    return more_a is not None and more_b is not None and _near(more_a, more_b, MORE_DIGITS - 20)
-
-
-def _same_at_points(a: Basic, b: Basic, names: Sequence[str]) -> bool:
-    compared = 0
-    for point in _points(a, b):
-        place = {Symbol(name): value for name, value in zip(names, itertools.cycle(point), strict=False)}
-        value_a, value_b = _at(a, place), _at(b, place)
-        if value_a is None or value_b is None:
-            continue
-        if not _near(value_a, value_b, POINT_DIGITS - 8):
-            if compared >= FEWEST_POINTS and not (value_a.is_real and value_b.is_real):
-                continue  # Beyond the domain: sqrt(1/n) and 1/sqrt(n) differ at negative n, where neither is real.
-            if not compared or (value_a.is_real and value_b.is_real):
-                return False
-            continue
-        compared += 1
-    return compared >= FEWEST_POINTS or (compared == 0 and sympy_symbolic_eq(a, b))
-
-
-def _points(a: Basic, b: Basic) -> list[list[Rational]]:
-    """Where to compare: sums and products have a value, in reasonable time, for whole numbers only."""
-    return WHOLE_POINTS if a.has(Sum, Product) or b.has(Sum, Product) else REAL_POINTS + WHOLE_POINTS[:2]
-
-
-def _at(expression: Basic, place: dict[Symbol, Rational]) -> Any:
-    """The number an expression is at a point, to POINT_DIGITS digits; None where it has no finite value."""
-    return _number(expression.subs(place), POINT_DIGITS)
-
-
-def _number(expression: Basic, digits: int) -> Any:
-    try:
-        value = expression.evalf(digits)
-    except (ArithmeticError, TypeError, ValueError, AttributeError, NotImplementedError):
-        return None
-    if not value.is_number or value.has(S.NaN, S.Infinity, S.NegativeInfinity, S.ComplexInfinity):
-        return None
-    real, imaginary = (_without_noise(part) for part in value.as_real_imag())
-    if not (real.is_Float or real.is_Rational) or not (imaginary.is_Float or imaginary.is_Rational):
-        return None
-    return real + I * imaginary if imaginary else real
-
-
-def _without_noise(part: Any) -> Any:
-    """0 for what a difference of equal numbers leaves: evalf marks it with one bit of precision."""
-    return Integer(0) if part.is_Float and part._prec == 1 else part
-
-
-def _near(a: Any, b: Any, digits: int) -> bool:
-    """Equal to `digits` significant digits."""
-    if a == b:
-        return True
-    size = max(abs(a), abs(b))
-    return bool(abs(a - b) <= size * Rational(1, 10**digits))
