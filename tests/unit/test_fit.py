@@ -175,7 +175,7 @@ def test_labelling_tokens_before_the_switch_point_would_bias_the_value_upwards()
 
 
 def test_a_categorical_q_type_model_learns_the_same_values() -> None:
-    config = CONFIG.model_copy(update={"steps": 500})
+    config = CONFIG.model_copy(update={"steps": 800})
     model, _ = fitted(sample_rollouts(8000, guided_roll_in=False), config, "q", Categorical(0.0, 1.0, 11))
     error = np.abs(model.distribution.mean(taken_logits(model)).numpy() - exact_values()).mean()
     assert error < 0.06
