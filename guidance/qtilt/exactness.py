@@ -140,9 +140,13 @@ def _refuse_config(config: PretrainedConfig, max_length: int) -> None:
 
 
 def _probe_tokens(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Token ids and positions ``[T]`` of the probe's sequences, one after the other."""
-    vocab_size = backbone.config.get_text_config().vocab_size
-    ids_T = torch.arange(1, 1 + sum(PROBE_LENGTHS), device=backbone.device) % vocab_size
+    """Token ids and positions ``[T]`` of the probe's sequences, one after the other.
+
+    They are spread over the vocabulary. Its first and last ids are special and often untrained, and a model may blow up
+    what it rounds on them: in bfloat16, 12 layers of SmolLM2 are off by 31 % on its ids 1 to 8, by 1 % on these.
+    """
+    vocab_size, count = backbone.config.get_text_config().vocab_size, sum(PROBE_LENGTHS)
+    ids_T = (2 * torch.arange(count, device=backbone.device) + 1) * vocab_size // (2 * count)
     return ids_T, torch.cat([torch.arange(count, device=backbone.device) for count in PROBE_LENGTHS])
 
 
