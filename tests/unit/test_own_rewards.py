@@ -71,6 +71,11 @@ def test_the_request_has_the_form_of_openrlhf_and_the_rewards_come_in_order(serv
     assert task.reward(*pairs[1]) == 3.0
 
 
+def test_an_answer_need_not_say_that_it_is_json(server: RewardServer) -> None:
+    server.reply = lambda body, number: (200, json.dumps({"rewards": lengths(body)}), "text/plain")
+    assert rewards(http_task(server), pairs_of("a", "bb")) == [1.0, 2.0]
+
+
 def test_batches_are_asked_for_at_once_up_to_the_limit(server: RewardServer) -> None:
     server.delay = 0.2
     task = http_task(server, batch_size=1, concurrency=3)

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
@@ -142,6 +143,9 @@ def rewards_in(answer: object, count: int) -> list[Any]:
 
     Raises RewardServerError for anything but `count` of them.
     """
+    if isinstance(answer, str):  # the client parses only what is labelled application/json
+        with suppress(json.JSONDecodeError):
+            answer = json.loads(answer)
     rewards = answer.get("rewards") if isinstance(answer, dict) else None
     if not isinstance(rewards, list):
         shown = f"{answer!r}"[:SHOWN_CHARACTERS]
