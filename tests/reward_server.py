@@ -19,6 +19,8 @@ class RewardServer:
         self.requests: list[tuple[dict[str, str], Any]] = []
         self.delay = 0.0
         """Seconds before each answer."""
+        self.slow_on: str | None = None
+        """The completion that it takes them for; None: every one."""
         self.most_at_once = 0
         self.url = ""
         self._at_once = 0
@@ -29,7 +31,7 @@ class RewardServer:
         self.requests.append((dict(request.headers), body))
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
-        await asyncio.sleep(self.delay)
+        await asyncio.sleep(self.delay if self.slow_on in (None, *body["completions"]) else 0)
         self._at_once -= 1
         status, content, kind = self.reply(body, number)
         return Response(content, status, media_type=kind)

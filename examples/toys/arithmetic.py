@@ -14,7 +14,8 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qtilt_trainer.tasks.grading import last_boxed, matches_expression
+from qtilt_trainer.tasks.answer_text import boxed_answer
+from qtilt_trainer.tasks.grading import matches_expression
 from qtilt_trainer.tasks.problem import Problem, Split, first_distinct, split_of
 
 Step = tuple[str, int]
@@ -55,7 +56,7 @@ class Arithmetic(BaseModel):
 
     def answer(self, problem: Problem, completion: str) -> Hashable | None:
         """The text in the last box."""
-        return last_boxed(completion)
+        return boxed_answer(completion)
 
     def reference_texts(self, rng: random.Random, count: int) -> list[tuple[list[dict[str, str]], str]]:
         """(chat messages, flawed working) pairs from training problems."""

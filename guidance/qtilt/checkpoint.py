@@ -118,6 +118,12 @@ def check_same_ordinary_tokens(
         )
 
 
+def remove_unfinished(directory: Path) -> None:
+    """Delete what a process that was killed while it saved ``directory`` has left beside it."""
+    for left in directory.parent.glob(f"{_unfinished(directory)}*"):
+        shutil.rmtree(left)
+
+
 def save_value_model(
     model: ValueModel,
     directory: Path | str,
@@ -134,7 +140,7 @@ def save_value_model(
     if directory.exists():
         raise CheckpointError(f"{directory}: already exists; a value-model directory is written once")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    staging = Path(tempfile.mkdtemp(prefix=_unfinished(directory), dir=directory.parent))
     try:
         if low_rank is None:
             model.backbone.save_pretrained(staging / BACKBONE_DIRECTORY)
@@ -172,6 +178,11 @@ def _update_tensors(low_rank: LowRank) -> dict[str, Tensor]:
         for name, factors in low_rank.factors.items()
         for letter, factor in zip("AB", factors, strict=True)
     }
+
+
+def _unfinished(directory: Path) -> str:
+    """How the names of what is not yet ``directory`` begin."""
+    return f".{directory.name}."
 
 
 def _publish(staging: Path, directory: Path) -> None:

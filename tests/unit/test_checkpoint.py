@@ -21,6 +21,7 @@ from qtilt.checkpoint import (
     fingerprint_tokenizer,
     load_value_model,
     read_manifest,
+    remove_unfinished,
     save_value_model,
 )
 from qtilt.distributions import Bernoulli, Categorical
@@ -185,6 +186,14 @@ def test_only_ordinary_tokens_must_agree(tmp_path):
     check_same_ordinary_tokens(mine, same, tmp_path)
     with pytest.raises(CheckpointError, match="ordinary tokens"):
         check_same_ordinary_tokens(mine, fingerprint_tokenizer(make_tokenizer(("a", "c", "b"))), tmp_path)
+
+
+def test_what_a_killed_save_left_is_removed_and_nothing_else(tmp_path):
+    names = [".one.x7", ".one.k2", ".one-b.x7", "one", "two"]
+    for name in names:
+        (tmp_path / name / "backbone").mkdir(parents=True)
+    remove_unfinished(tmp_path / "one")
+    assert {path.name for path in tmp_path.iterdir()} == set(names[2:])
 
 
 def test_a_directory_is_written_once(saved):

@@ -266,6 +266,16 @@ def test_too_many_refused_prompts_stop_it_and_all_are_noted(tmp_path: Path) -> N
     assert len(store.read(1)) == 2 * 4
 
 
+def test_the_share_of_refused_prompts_is_that_of_all_starts_together(tmp_path: Path) -> None:
+    store, problems = RolloutStore(tmp_path), TASK.problems("train", 6)
+    rules = Rules(max_refused_share=0.01)
+    with StandInServer() as server:
+        refuse(server, problems[1:3])
+        run(planned(store, 1)[:2], store, server, rules, concurrency=1)
+        with pytest.raises(TooManyFailuresError, match=r"refused 2 of 3 prompts"):
+            run(planned(store, 1), store, server, rules, concurrency=1)
+
+
 @pytest.mark.parametrize("answer", ["<html>", {"data": [{}]}, []])
 def test_what_is_no_model_server_is_named(tmp_path: Path, answer: Any) -> None:
     store = RolloutStore(tmp_path)

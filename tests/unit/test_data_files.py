@@ -161,6 +161,11 @@ def test_a_hub_id_is_told_from_a_path_and_without_a_network_the_error_says_so(
     ("name", "content", "message"),
     [
         ("bad.jsonl", b"{", "bad.jsonl, line 1: not JSON"),
+        (
+            "bad.jsonl",
+            rb'{"prompt": "\ud83d", "answer": "1"}',
+            "bad.jsonl, line 1: prompt and answer must be texts that UTF-8 can hold, and there is half a character",
+        ),
         ("bad.jsonl", b'{"prompt": "a", "answer": "1"}\n\n[]', "bad.jsonl, line 3: a JSON object is needed, got list"),
         ("bad.jsonl", b'{"prompt": "\xff"}', "bad.jsonl, line 1: not UTF-8"),
         ("bad.jsonl", b'{"answer": "1"}', "line 1: no field 'prompt', only ['answer']"),
@@ -414,6 +419,20 @@ def test_answers_that_the_matcher_calls_equal_vote_together(
     task, problem = one_problem(tmp_path, {"prompt": "?", "answer": "1/2"}, match=match)
     voted = votes(task, problem, completions)
     assert [None if vote is None else voted.index(vote) for vote in voted] == wanted
+
+
+def test_an_answer_that_fails_has_no_vote(caplog: pytest.LogCaptureFixture) -> None:
+    class Fails:
+        def answer(self, problem: Problem, completion: str) -> Any:
+            return ["a", "list"] if completion == "unhashable" else json.loads(completion)["x"]
+
+        def same_answer(self, problem: Problem, one: Any, other: Any) -> bool:
+            return bool(one / 0 == other)
+
+    completions = ['{"x": 1}', "no JSON", "unhashable", '{"x": 2}', '{"x": 1}', '{"y": 1}']
+    assert votes(Fails(), Problem("7", "?", ""), completions) == [1, None, None, 2, 1, None]  # type: ignore[arg-type]
+    assert "task.answer fails on a completion of problem 7" in caplog.text
+    assert "task.same_answer fails on (1, 2), which then are two answers" in caplog.text
 
 
 def test_votes_compare_only_answers_that_are_written_differently() -> None:

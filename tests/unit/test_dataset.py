@@ -169,6 +169,8 @@ def test_neither_side_of_a_split_is_empty_with_two_prompts() -> None:
         training, held = split_prompts(examples_of("ab"), held_out, seed=0)
         assert len(training) == len(held) == 1
     assert len(split_prompts(examples_of("ab"), 0.0, seed=0)[1]) == 0
+    for lonely in "abcdef":
+        assert [len(side) for side in split_prompts(examples_of(lonely), 0.5, seed=0)] == [1, 0]
     with pytest.raises(ValueError, match="held_out"):
         split_prompts(examples_of("a"), 1.0, seed=0)
 

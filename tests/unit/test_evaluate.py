@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from qtilt_trainer.client import GuidedClient
 from qtilt_trainer.config import EvaluateConfig, SamplingConfig, SamplingOverride, ServerConfig, checked
 from qtilt_trainer.evaluate import Record, evaluate
 from qtilt_trainer.evaluate.grid import Cell, grid
+from qtilt_trainer.evaluate.measure import _grade_stored
+from qtilt_trainer.rewards import Rules, TooManyFailuresError
 from qtilt_trainer.rollouts import Rollout, RolloutStore
 from qtilt_trainer.server_errors import ServerError
+from qtilt_trainer.tasks import Problem
 from stand_in_server import StandInServer
 from star_graph import StarGraph
+from stored_rollouts import make_rollout, store_graded
 
 TASK = StarGraph()
 SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, top_k=5, max_tokens=9)
@@ -193,6 +198,19 @@ def test_what_a_killed_evaluation_had_stored_is_graded_and_not_counted_as_wrong(
         assert run(server, tmp_path) == before
         assert len(server.bodies("/v1/completions")) == asked
     assert by_name(before)["reference-greedy"].accuracy > 0
+
+
+def test_failures_of_a_killed_evaluation_are_a_share_of_all_that_it_had_stored(tmp_path: Path) -> None:
+    class Fails(StarGraph):
+        def reward(self, problem: Problem, completion: str) -> float:
+            raise KeyError(problem.id)
+
+    store, problems = RolloutStore(tmp_path), TASK.problems("test", 2)
+    store_graded(store, [replace(make_rollout(problems[0].id, n), iteration=1) for n in range(200)])
+    store.append([replace(make_rollout(problems[1].id, n), iteration=1) for n in range(8)])
+    _grade_stored(Fails(), store, 1, problems, Rules())
+    with pytest.raises(TooManyFailuresError, match="8 of 208 completions"):
+        _grade_stored(Fails(), store, 1, problems, Rules(max_failed_share=0.03))
 
 
 def test_a_record_of_another_version_is_named(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ import sympy
 from sympy.parsing.sympy_parser import parse_expr
 
 from qtilt_trainer.tasks import grading
+from qtilt_trainer.tasks.answer_text import boxed_answer
 from qtilt_trainer.tasks.grading import (
     GradingPool,
     answers_equal,
-    last_boxed,
     matches_expression,
     unreadable_answers,
 )
@@ -57,7 +57,7 @@ def pool() -> Iterator[GradingPool]:
     ],
 )
 def test_the_last_complete_box_counts(text: str, content: str | None) -> None:
-    assert last_boxed(text) == content
+    assert boxed_answer(text) == content
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_every_gold_of_the_cases_equals_itself_and_the_verdict_does_not_depend_o
     for gold in golds:
         assert matches_expression(gold, rf"\boxed{{{gold} }}")
     for gold, completion, right, match in cases()[::5]:
-        box = last_boxed(completion)
+        box = boxed_answer(completion)
         if match == "boxed" and box is not None and "5^5" not in box and "\\boxed" not in box:
             assert answers_equal(box, gold) is right, (gold, box)
 
@@ -211,6 +211,7 @@ def test_integers_of_any_length_compare_exactly() -> None:
     nines = "9" * 5000  # More digits than Python's own int() reads.
     assert MATCHERS["numeric"].matches(nines, f"It is {nines}.", None)
     assert not MATCHERS["numeric"].matches(nines, f"It is {nines[:-1]}8.", None)
+    assert MATCHERS["numeric"].extract(f"It is {nines}^2.", None) is None
     assert not MATCHERS["boxed"].matches(nines, rf"\boxed{{{nines[:-1]}8}}", None)
 
 

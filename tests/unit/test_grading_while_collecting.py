@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 
 import qtilt_trainer.writer
 from collecting import TASK, planned, run
+from qtilt_trainer.preflight import check_rewards
 from qtilt_trainer.rewards import Grader, Rules, TooManyFailuresError, write_failures
 from qtilt_trainer.rollouts import RolloutStore
 from qtilt_trainer.tasks import Problem
@@ -54,6 +56,42 @@ def test_completions_that_can_not_be_graded_are_kept_and_noted_and_graded_again(
     mended.grade_missing(1)
     assert store.read() == good.read()
     assert not write_failures(store, 1).exists()
+
+
+class Rude(StarGraph):
+    """Its reward never returns for one prompt, and ends the process for another."""
+
+    def reward(self, problem: Problem, completion: str) -> float:
+        if problem.id.endswith("1"):
+            threading.Event().wait()
+        if problem.id.endswith("2"):
+            sys.exit(3)
+        return super().reward(problem, completion)
+
+
+def test_a_reward_that_hangs_or_exits_costs_no_other_completion_its_reward(tmp_path: Path) -> None:
+    store, rules = RolloutStore(tmp_path), Rules(max_failed_share=0.2, timeout=0.1)
+    with StandInServer() as server:
+        run(planned(store, 1), store, server, rules, task=Rude())
+    assert {rollout.prompt_id[-1] for rollout in store.read()} == set("0345")
+    noted = {line["prompt_id"][-1]: line["message"] for line in read_lines(write_failures(store, 1))}
+    assert noted == {"1": "TimeoutError: no reward within 0.1 s (reward.timeout)", "2": "SystemExit: 3"}
+
+
+def test_a_graded_reward_that_a_bernoulli_value_has_no_place_for_is_named_when_it_comes(tmp_path: Path) -> None:
+    class Graded(StarGraph):
+        def reward(self, problem: Problem, completion: str) -> float:
+            return 0.5 * super().reward(problem, completion)
+
+    store = RolloutStore(tmp_path)
+    message = r"the reward 0.5, and a bernoulli value is for rewards 0 and 1: set value_model.distribution"
+    with StandInServer() as server, pytest.raises(ValueError, match=message):
+        run(planned(store, 1), store, server, Rules(is_binary=True), task=Graded())
+    assert len(store.read()) == 24  # With their rewards: a categorical value is fitted to them.
+    problem = Problem("1", "?", StarGraph().problems("train", 1)[0].answer)
+    with pytest.raises(ValueError, match=message):
+        check_rewards(Graded(), problem, Rules(is_binary=True))
+    check_rewards(StarGraph(), problem, Rules(is_binary=True))
 
 
 def test_too_many_failed_rewards_stop_it_and_no_completion_is_lost(tmp_path: Path) -> None:

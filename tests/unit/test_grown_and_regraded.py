@@ -8,9 +8,11 @@ import pytest
 
 from file_task import content_id, write_problems
 from qtilt_trainer.config import LoopConfig
+from qtilt_trainer.digests import code_digests
 from qtilt_trainer.loop import Run
 from qtilt_trainer.rewards import Grader
 from qtilt_trainer.rollouts import Rollout, RolloutStore
+from qtilt_trainer.tasks import make_task
 from stand_in_server import StandInServer
 from star_graph import StarGraph
 from stored_rollouts import store_graded
@@ -214,6 +216,52 @@ def test_refused_prompts_that_are_asked_again_make_a_fit_a_new_one(work: Work) -
     assert not fitted.exists()
 
 
+def test_refused_test_prompts_that_are_asked_again_make_all_records_new(work: Work) -> None:
+    evaluation = work.directory / "run" / "evaluation"
+    records = [evaluation / cell / "record.json" for cell in ("iteration-000/reference", "iteration-001/qsharp")]
+    for record in records:
+        record.parent.mkdir(parents=True)
+        record.write_text("{}")
+    work.run().retry_refused()
+    assert all(record.exists() for record in records)
+    (records[0].parent / "refused.jsonl").write_text('{"prompt_id": "1"}')
+    work.run().retry_refused()
+    assert [path for path in evaluation.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("stage", ["publish", "evaluate"])
+def test_a_stage_does_not_take_a_fit_of_other_settings(work: Work, stage: str) -> None:
+    work.fake_fit()
+    with pytest.raises(ValueError, match=r"iteration-001.settings.json has other settings .*fit"):
+        getattr(work.run(evaluate={"prompts": 2}), stage)(1)
+
+
+def test_what_the_reward_imports_from_beside_it_is_its_code_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_reward.py").write_text(
+        "def score(completion, gold, problem):\n    import near\n    return near.one()\n"
+    )
+    (tmp_path / "near.py").write_text("from far import deep\nimport json\n")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "__init__.py").write_text("")
+    (tmp_path / "far" / "deep.py").write_text("from . import deeper\n")
+    (tmp_path / "far" / "deeper.py").write_text("from far.deep import what\n")
+    (tmp_path / "stranger.py").write_text("")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+
+    def digests() -> dict[str, str]:
+        fields = {"name": "jsonl", "train": "train.jsonl", "reward": "my_reward.py:score"}
+        return code_digests(make_task(fields), fields)
+
+    before = digests()
+    assert {"my_reward.py", "near.py", "__init__.py", "deep.py", "deeper.py"} < before.keys()
+    assert "stranger.py" not in before
+    (tmp_path / "far" / "deeper.py").write_text("\n")
+    assert {name for name, digest in digests().items() if digest != before[name]} == {"deeper.py"}
+
+
 def test_completions_whose_problem_was_taken_out_are_kept_without_a_reward(work: Work) -> None:
     problems = PROBLEMS[1:]
     write_problems(work.file, problems)  # type: ignore[arg-type]
@@ -222,7 +270,7 @@ def test_completions_whose_problem_was_taken_out_are_kept_without_a_reward(work:
     assert len(work.stored()) == 28
     lines = (work.directory / "run/rollouts/iteration-001/failed_rewards.jsonl").read_text().splitlines()
     assert len(lines) == 4
-    assert all("not in the task's data any more" in line for line in lines)
+    assert all("not among the task's first `prompts` any more" in line for line in lines)
     assert work.collect() == 1  # The ninth problem is now among the first eight.
     assert len(work.stored()) == 32
 

@@ -26,7 +26,7 @@ def running() -> Iterator[RewardServer]:
 def server(running: RewardServer) -> RewardServer:
     """Answers the length of each completion."""
     running.requests.clear()
-    running.delay, running.most_at_once = 0.0, 0
+    running.delay, running.slow_on, running.most_at_once = 0.0, None, 0
     running.reply = lambda body, number: (200, json.dumps({"rewards": lengths(body)}), "application/json")
     return running
 
@@ -130,6 +130,20 @@ def test_a_completion_that_the_server_can_not_take_costs_no_other_its_reward(ser
     assert isinstance(given[5], Exception)
     # The batch, then halves of the half with the bad one; and the ninth completion.
     assert [len(body["completions"]) for _, body in server.requests].count(1) == 3
+
+
+def test_a_completion_that_the_server_hangs_on_costs_no_other_its_reward(server: RewardServer) -> None:
+    server.delay, server.slow_on = 2.0, "bad"
+    given = rewards(http_task(server, batch_size=8, timeout=0.3), pairs_of(*"abc", "bad", *"defg"))
+    assert [reward for reward in given if isinstance(reward, float)] == [1.0] * 7
+    assert "timed out" in str(given[3]).lower()
+
+
+def test_a_server_that_answers_nothing_is_not_asked_for_each_completion(server: RewardServer) -> None:
+    server.delay = 2.0
+    given = rewards(http_task(server, batch_size=8, timeout=0.3), pairs_of(*"abcdefgh"))
+    assert all(isinstance(reward, Exception) for reward in given)
+    assert len(server.requests) <= 3  # The batch and its halves.
 
 
 def test_a_time_out_and_a_server_that_is_away_are_failures_too(server: RewardServer) -> None:

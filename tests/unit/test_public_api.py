@@ -33,6 +33,7 @@ PUBLIC_NAMES = {
         "load_tokenizer",
         "load_unmerged",
         "load_value_model",
+        "remove_unfinished",
         "read_manifest",
         "save_value_model",
     },

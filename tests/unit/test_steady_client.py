@@ -96,6 +96,18 @@ def test_a_server_that_comes_back_empty_gets_the_value_model_again(fitted: Path,
     assert [version["path"] for version in server.versions] == ["started-with", "iteration-001"]
 
 
+def test_a_server_that_goes_away_while_it_loads_a_value_model_is_waited_for(fitted: Path) -> None:
+    with StandInServer() as server:
+
+        def before(path: str, body: Any) -> None:
+            if path == "/v1/guidance/value_models" and len(server.bodies(path)) == 1:
+                raise ConnectionAbortedError
+
+        server.before = before
+        assert {completion.value_model for completion in ask(server, fitted, before=before)} == {"value@1"}
+        assert len(server.bodies("/v1/guidance/value_models")) == 2
+
+
 def test_answers_of_another_value_model_under_the_same_name_do_not_count(fitted: Path) -> None:
     """Restarted so quickly that no request notices."""
     with StandInServer() as server:

@@ -19,7 +19,14 @@ from openai import AsyncOpenAI
 from qtilt_trainer.config import Method, ServerConfig, Tail
 from qtilt_trainer.prompts import Framing
 from qtilt_trainer.redaction import without_url_secrets
-from qtilt_trainer.server_errors import GOES_ON, ServerAwayError, ServerBusyError, ServerError, server_error
+from qtilt_trainer.server_errors import (
+    GOES_ON,
+    PromptRefusedError,
+    ServerAwayError,
+    ServerBusyError,
+    ServerError,
+    server_error,
+)
 from qtilt_trainer.tasks.problem import Prompt
 
 NEUTRAL = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -248,6 +255,8 @@ class GuidedClient:
             return await request
         except openai.APIError as error:
             raise server_error(error, self._config) from error
+        except UnicodeEncodeError as error:
+            raise PromptRefusedError(f"the prompt has half a character, which can't be sent ({error})") from error
 
 
 def _api_key(config: ServerConfig) -> str:

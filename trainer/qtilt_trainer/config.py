@@ -165,6 +165,8 @@ class RewardConfig(Table):
     evaluation `drop` is `zero`."""
     max_failed_share: float = Field(default=0.05, ge=0.0, le=1.0)
     """The loop stops when more of the completions can't be graded."""
+    timeout: float = Field(default=300.0, gt=0.0)
+    """Seconds one call of a reward in Python may take; then its completion can't be graded."""
 
 
 class FitConfig(Table):

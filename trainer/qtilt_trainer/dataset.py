@@ -230,7 +230,9 @@ def split_prompts(examples: Examples, held_out: float, seed: int) -> tuple[Examp
         raise ValueError(f"held_out must be at least 0 and below 1, got {held_out}")
     position_N = np.array([_position(prompt, seed) for prompt in examples.prompts])
     is_held = position_N < held_out
-    if held_out > 0 and np.ptp(position_N) > 0:
+    if np.ptp(position_N) == 0:  # A single prompt: there is nothing to hold out.
+        is_held[:] = False
+    elif held_out > 0:
         is_held = (is_held | (position_N == position_N.min())) & (position_N < position_N.max())
     return examples.where(~is_held), examples.where(is_held)
 

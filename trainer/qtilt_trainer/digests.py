@@ -1,5 +1,6 @@
 """What a task's prompts and rewards are made from, as digests: its files, and the source of its code."""
 
+import ast
 import hashlib
 import inspect
 import sys
@@ -19,7 +20,7 @@ DIGITS = 16
 
 def prompt_digest(prompt: Prompt) -> str:
     """Tells prompts apart by their content alone."""
-    return hashlib.sha256(prompt_text(prompt).encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256(prompt_text(prompt).encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]
 
 
 def data_digests(task: Task, fields: Mapping[str, Any]) -> dict[str, str]:
@@ -32,8 +33,8 @@ def data_digests(task: Task, fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def code_digests(task: Task, fields: Mapping[str, Any]) -> dict[str, str]:
-    """File name -> digest of the source: where the task's class and its reward are, and every module:function or
-    file.py:function in `[task]`.
+    """File name -> digest of the source: where the task's class and its reward are, every module:function or
+    file.py:function in `[task]`, and what these import from beside them or from their own package.
 
     A task of ours depends on the whole folder of tasks.
     """
@@ -41,7 +42,7 @@ def code_digests(task: Task, fields: Mapping[str, Any]) -> dict[str, str]:
     sources = [_source(inspect.getmodule(of)) for of in (type(task), reward)]
     sources += [_named_source(text) for text in _texts(fields)]
     by_name: dict[str, list[Path]] = {}
-    for file in sorted({file for file in sources if file is not None}):
+    for file in sorted(_with_imported({file for file in sources if file is not None})):
         by_name.setdefault(file.name, []).append(file)
     digests = {name: _digest_of(files) for name, files in by_name.items() if SHIPPED not in {f.parent for f in files}}
     if SHIPPED in {file.parent for files in by_name.values() for file in files}:
@@ -57,6 +58,46 @@ def _named_source(text: str) -> Path | None:
     if place.endswith(".py"):
         return Path(place).resolve() if _is_file(place) else None
     return _source(sys.modules.get(place))
+
+
+def _with_imported(files: set[Path]) -> set[Path]:
+    """The files and all that they import of the same directory or package, directly or not."""
+    found: set[Path] = set()
+    waiting = list(files)
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting += [] if file.parent == SHIPPED or file.suffix != ".py" else _imported(file)
+    return found
+
+
+def _imported(file: Path) -> Iterator[Path]:
+    """Read from the source, imports inside functions too: which modules are loaded depends on what has run so far."""
+    package, start = "", file.parent
+    while (start / "__init__.py").is_file():
+        package, start = start.name, start.parent
+    for level, name in _imported_names(file):
+        is_other_package = name.split(".")[0] != package if package else "site-packages" in file.parts
+        if level == 0 and is_other_package:
+            continue
+        target = (file.parents[level - 1] if level else start).joinpath(*name.split("."))
+        candidates = target.with_name(f"{target.name}.py"), target / "__init__.py"
+        yield from (candidate for candidate in candidates if candidate.is_file())
+
+
+def _imported_names(file: Path) -> Iterator[tuple[int, str]]:
+    """(leading dots, module) of every import; what is imported from a module may be a module too."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError:
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            yield from ((node.level, ".".join(filter(None, (node.module, name)))) for name in ("", *names))
 
 
 def _source(module: ModuleType | None) -> Path | None:

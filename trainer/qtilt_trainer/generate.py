@@ -1,6 +1,6 @@
 """Runs planned requests against the server and hands the completions to the writer as they arrive.
 
-What is planned and why is the business of collect.py and evaluate.py. A process killed here loses at most the
+What is planned and why is the business of collect.py and evaluate/measure.py. A process killed here loses at most the
 completions that are not yet in a part; planning again with the store's ids skips the rest.
 """
 
@@ -48,7 +48,7 @@ async def generate(
         progress_bar(label, "rollout", total) as progress,
         Writer(task, store, model, problems, rules, progress) as writer,
     ):
-        asking = _Asking(client, writer, RefusedPrompts(store.directory), rules)
+        asking = _Asking(client, writer, RefusedPrompts(store.directory), rules, store.prompt_ids())
         pending = iter(plan)
         workers = [asyncio.create_task(asking.work(pending)) for _ in range(min(concurrency, len(plan)))]
         try:
@@ -62,14 +62,18 @@ async def generate(
 class _Asking:
     """What the workers of one `generate` share."""
 
-    def __init__(self, client: GuidedClient, writer: Writer, refused: RefusedPrompts, rules: Rules) -> None:
+    def __init__(
+        self, client: GuidedClient, writer: Writer, refused: RefusedPrompts, rules: Rules, answered: set[str]
+    ) -> None:
+        """answered: prompts that have a stored completion."""
         self._client, self._writer, self._refused, self._rules = client, writer, refused, rules
-        self._asked: set[str] = set()
-        self._refused_now: set[str] = set()
+        self._ids_refused = refused.ids()
+        """By this process or an earlier one."""
+        self._asked = answered | self._ids_refused
 
     async def work(self, pending: Iterator[PlannedRequest]) -> None:
         for request in pending:
-            if request.problem.id in self._refused_now:
+            if request.problem.id in self._ids_refused:
                 continue
             self._asked.add(request.problem.id)
             try:
@@ -82,12 +86,12 @@ class _Asking:
                 await self._writer.add(request, completions)
 
     def _note(self, prompt_id: str, refusal: PromptRefusedError) -> None:
-        if prompt_id in self._refused_now:
+        if prompt_id in self._ids_refused:
             return
-        self._refused_now.add(prompt_id)
+        self._ids_refused.add(prompt_id)
         self._refused.add(prompt_id, str(refusal))
         logger.warning("prompt %s is left out: %s", prompt_id, refusal)
-        refused, asked = len(self._refused_now), len(self._asked)
+        refused, asked = len(self._ids_refused), len(self._asked)
         if is_above(refused, asked, self._rules.max_refused_share):
             raise TooManyFailuresError(
                 f"the server refused {refused} of {asked} prompts, more than collect.max_refused_share = "

@@ -1,13 +1,14 @@
 """Rewards of finished completions from a task's own code, whatever that code does.
 
-A reward that raises, is no number, is not finite or lies outside the task's range is a `RewardFailure` of that one
-completion: nobody else's work is lost for it.
+A reward that raises, takes too long, is no number, is not finite or lies outside the task's range is a `RewardFailure`
+of that one completion: nobody else's work is lost for it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 from qtilt_trainer.redaction import without_url_secrets
@@ -15,6 +16,9 @@ from qtilt_trainer.tasks.grading import GradingError
 from qtilt_trainer.tasks.problem import Problem, Task
 
 THREADS = 2
+TIMEOUT = 300.0
+"""Seconds one call of `task.reward` may take where nobody says otherwise: by the clock, on a machine that does other
+things too, where starting a grading process may take minutes."""
 MESSAGE_CHARACTERS = 500
 """Of a failure; some exceptions quote whole completions."""
 
@@ -26,27 +30,40 @@ class RewardFailure:
     message: str
 
 
-def grade(task: Task, pairs: Sequence[tuple[Problem, str]]) -> list[float | RewardFailure]:
+def grade(task: Task, pairs: Sequence[tuple[Problem, str]], timeout: float = TIMEOUT) -> list[float | RewardFailure]:
     """The reward of each (problem, completion), in order.
 
-    A task with a member `rewards(pairs)` grades them at once, and answers an Exception where it couldn't; else
-    `task.reward` is called in threads. Raises GradingError: a grading process that doesn't start is no property of a
-    completion.
+    A task with a member `rewards(pairs)` grades them at once, in its own time, and answers an Exception where it
+    couldn't; else `task.reward` is called in threads, for at most `timeout` seconds each. Raises GradingError: a
+    grading process that doesn't start is no property of a completion.
     """
     at_once = getattr(task, "rewards", None)
-    given = _graded_at_once(at_once, pairs) if at_once is not None else _graded_singly(task, pairs)
+    given = _graded_at_once(at_once, pairs) if at_once is not None else _graded_singly(task, pairs, timeout)
     return [_checked(task, value) for value in given]
 
 
-def _graded_singly(task: Task, pairs: Sequence[tuple[Problem, str]]) -> list[Any]:
+def _graded_singly(task: Task, pairs: Sequence[tuple[Problem, str]], timeout: float) -> list[Any]:
     def reward(pair: tuple[Problem, str]) -> Any:
-        try:
-            return task.reward(*pair)
-        except Exception as error:  # noqa: BLE001  # The edge of a user's code: its failure is recorded.
-            return error
+        return _within(timeout, lambda: task.reward(*pair))
 
     with ThreadPoolExecutor(THREADS, "grading") as threads:
         return list(threads.map(reward, pairs))
+
+
+def _within(timeout: float, call: Callable[[], Any]) -> Any:
+    """What the call returns or raises; TimeoutError when it takes longer: its thread is left to itself."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:  # noqa: BLE001  # The edge of a user's code, which may call exit().
+            outcome.append(error)
+
+    thread = Thread(target=run, name="reward", daemon=True)  # One that hangs doesn't keep the process.
+    thread.start()
+    thread.join(timeout)
+    return outcome[0] if outcome else TimeoutError(f"no reward within {timeout:g} s (reward.timeout)")
 
 
 def _graded_at_once(rewards: Any, pairs: Sequence[tuple[Problem, str]]) -> list[Any]:
@@ -64,7 +81,7 @@ def _graded_at_once(rewards: Any, pairs: Sequence[tuple[Problem, str]]) -> list[
 def _checked(task: Task, value: Any) -> float | RewardFailure:
     if isinstance(value, GradingError):
         raise value
-    if isinstance(value, Exception):
+    if isinstance(value, BaseException):
         return RewardFailure(without_url_secrets(f"{type(value).__name__}: {value}")[:MESSAGE_CHARACTERS])
     try:
         reward = float(value)

@@ -8,7 +8,7 @@ result atomically. Killed anywhere and started again, the loop goes on where it 
     value_models/initial              the value model before any fit; .settings.json beside it
     value_models/iteration-001        … fitted on all roll-outs up to there; .settings.json and .fit.json beside it
     published/iteration-001.json      the version the server gave it
-    evaluation/iteration-002/CELL/    completions and record of one cell of the grid (evaluate.py)
+    evaluation/iteration-002/CELL/    completions and record of one cell of the grid (evaluate/)
     evaluation/iteration-001/constant the record of the best constant answer
     results.json, results.md          all records, and as a table
     config.json                       the resolved configuration they were made with
@@ -109,8 +109,13 @@ class Run:
 
     def retry_refused(self) -> None:
         """Prompts that the server refused are asked again."""
-        for directory in (self.store.directory, *(self.config.run_dir / "evaluation").glob("*/*")):
-            RefusedPrompts(directory).forget()
+        RefusedPrompts(self.store.directory).forget()
+        cells = sorted((self.config.run_dir / "evaluation").glob("*/*/refused.jsonl"))
+        for file in cells:
+            RefusedPrompts(file.parent).forget()
+        if cells:  # Gains are over the reference's prompts: all cells are summed up anew from what is stored.
+            for record in (self.config.run_dir / "evaluation").glob(f"*/*/{RECORD}"):
+                record.unlink()
 
     def regrade(self, iteration: int | None) -> None:
         """Grades the stored completions of an iteration (None: of all, and of the evaluated reference) anew.
@@ -169,7 +174,7 @@ class Run:
         config, sampling = self.config.collect_of(iteration), sampling_of(self.config.sampling)
         problems = self.task.problems("train", config.prompts)
         check_framing(problems, sampling)
-        await asyncio.to_thread(check_rewards, self.task, problems[0])
+        await asyncio.to_thread(check_rewards, self.task, problems[0], self._rules())
         await check_lengths(client, problems, sampling, config.max_refused_share)
         strength = config.eta, config.guidance_top_k, config.method
         guidance = Guidance(value_model, *strength, tail=config.tail) if value_model is not None else None
@@ -202,8 +207,10 @@ class Run:
         if _made(directory, self.settings.fit(iteration)):
             return
         self._check_collected(iteration)
+        from qtilt.checkpoint import remove_unfinished
         from qtilt_trainer.fit import COLUMNS, fit_value_model
 
+        remove_unfinished(directory)
         self.initialise()
         read_compactly()
         rollouts = pa.concat_tables(self.store.table(number, COLUMNS) for number in range(1, iteration + 1))
@@ -216,8 +223,10 @@ class Run:
         directory = self.value_model_directory(0)
         if _made(directory, self.settings.value_model()):
             return
+        from qtilt.checkpoint import remove_unfinished
         from qtilt_trainer.initialise import initialise_value_model
 
+        remove_unfinished(directory)
         config = self.config.value_model
         initialise_value_model(
             config.backbone,
@@ -291,6 +300,7 @@ class Run:
         directory = self.value_model_directory(iteration)
         if not directory.exists():
             raise ValueError(f"there is no {directory}: fit iteration {iteration} first")
+        _made(directory, self.settings.fit(iteration))
         return directory
 
     async def _publish(self, client: SteadyClient, directory: Path) -> str:
@@ -317,14 +327,17 @@ class Run:
 
     def _rules(self) -> Rules:
         reward, refused = self.config.reward, self.config.collect.max_refused_share
-        return Rules(reward.truncated, reward.max_failed_share, refused)
+        is_binary = self.config.value_model.distribution == "bernoulli"
+        return Rules(reward.truncated, reward.max_failed_share, refused, reward.timeout, is_binary)
 
     def _measure_constant_answer(self) -> Record | None:
         config, prompts = self._evaluate_config(), self.config.collect_of(1).prompts
         # Beside what else comes from the roll-outs of iteration 1: it is set aside with it.
         place = self.config.run_dir / "evaluation" / "iteration-001" / "constant"
         settings = self.settings.constant_answer(config)
-        return measure_constant_answer(self.task, self.store, place, prompts, config, settings)
+        return measure_constant_answer(
+            self.task, self.store, place, prompts, config, settings, self.config.reward.timeout
+        )
 
     def _evaluate_config(self) -> EvaluateConfig:
         if self.config.evaluate is None:

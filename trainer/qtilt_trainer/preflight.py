@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from qtilt_trainer.client import Guidance, GuidedClient, Sampling
 from qtilt_trainer.grade import RewardFailure, grade
-from qtilt_trainer.rewards import is_above
+from qtilt_trainer.rewards import Rules, is_above
 from qtilt_trainer.server_errors import PromptRefusedError
 from qtilt_trainer.tasks.problem import Problem, Task, prompt_text
 
@@ -16,18 +16,20 @@ TRIED = (0.5, 0.25, 0.75)
 MADE_UP = "This answer was made up to see whether it can be graded."
 
 
-def check_rewards(task: Task, problem: Problem) -> None:
+def check_rewards(task: Task, problem: Problem, rules: Rules) -> None:
     """Grades a made-up completion and, where it is a text, the gold answer itself.
 
-    Raises ValueError when either has no reward.
+    Raises ValueError when either has no reward, or one that `rules` excludes.
     """
     completions = [MADE_UP, *([problem.answer] if isinstance(problem.answer, str) else [])]
-    for completion, reward in zip(completions, grade(task, [(problem, text) for text in completions]), strict=True):
+    rewards = grade(task, [(problem, text) for text in completions], rules.timeout)
+    for completion, reward in zip(completions, rewards, strict=True):
         if isinstance(reward, RewardFailure):
             raise ValueError(
                 f"task {task.name} can't grade the completion {completion!r} of problem {problem.id}: "
                 f"{reward.message}. A reward must be a number for any text"
             )
+    rules.check(rewards)
 
 
 def check_framing(problems: Sequence[Problem], sampling: Sampling) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qtilt_trainer.atomic_file import write_json
 from qtilt_trainer.digests import prompt_digest
-from qtilt_trainer.rewards import Grader, Rules, report_rewards
+from qtilt_trainer.rewards import MISSING_PROBLEM, Grader, Rules, report_rewards
 from qtilt_trainer.rollouts import RolloutStore
 from qtilt_trainer.settings_file import GRADER, claim, differences
 from qtilt_trainer.tasks.problem import Problem, Task
@@ -47,8 +47,8 @@ def regrade(task: Task, stored: Stored) -> None:
     """Grades every completion anew; none is dropped.
 
     A problem whose id has changed with its gold answer is found by its prompt. A completion whose prompt is not among
-    the problems has no reward any more. While it works, the settings say so: a run that is killed in between can't be
-    taken for either. Raises TooManyFailuresError when too many can't be graded.
+    the problems has no reward any more; how many those are is logged. While it works, the settings say so: a run that
+    is killed in between can't be taken for either. Raises TooManyFailuresError when too many can't be graded.
     """
     store, iteration = stored.store, stored.iteration
     found = json.loads(stored.settings_file.read_text(encoding="utf-8"))
@@ -62,6 +62,7 @@ def regrade(task: Task, stored: Stored) -> None:
     grader.check_share(iteration)
     # How many roll-outs there are has not changed.
     write_json(stored.settings_file, {**stored.settings, **({"size": found["size"]} if "size" in found else {})})
+    _warn_of_missing(stored)
     changed = sum(old != new for old, new in zip(before, _rewards(store, iteration), strict=True))
     logger.info("%s: %d of %d rewards changed", stored.settings_file.parent, changed, len(before))
     report_rewards(store, iteration)
@@ -83,6 +84,19 @@ def _new_ids(store: RolloutStore, iteration: int, problems: Sequence[Problem]) -
     taken = Counter(new_ids.values())
     # The new id may be there already, for the parts that a regrade had come to when it was killed.
     return {old: new for old, new in new_ids.items() if taken[new] == 1 and samples[old].isdisjoint(samples[new])}
+
+
+def _warn_of_missing(stored: Stored) -> None:
+    failures = stored.store.table(stored.iteration, ["failure"]).column("failure").to_pylist()
+    missing = failures.count(MISSING_PROBLEM)
+    if missing:
+        logger.warning(
+            "%s: %d completions have no reward any more, because their prompts are not among the first %d of the task; "
+            "if rows were added, more `prompts` and another regrade bring them back",
+            stored.settings_file.parent,
+            missing,
+            len(stored.problems),
+        )
 
 
 def _rewards(store: RolloutStore, iteration: int) -> list[float | None]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qtilt_trainer.atomic_file import write_text
-from qtilt_trainer.grade import RewardFailure, grade
+from qtilt_trainer.grade import TIMEOUT, RewardFailure, grade
 from qtilt_trainer.rollouts import RolloutStore
 from qtilt_trainer.tasks.problem import Problem, Task
 
@@ -24,7 +24,7 @@ CUT = "length"
 CUT_WARNING = 0.3
 COUNTED_FROM = 100
 """A share is taken of at least so many, so that a single failure among the first few doesn't stop a run."""
-MISSING_PROBLEM = "its problem is not in the task's data any more"
+MISSING_PROBLEM = "its problem is not among the task's first `prompts` any more"
 
 
 class TooManyFailuresError(ValueError):
@@ -39,10 +39,24 @@ class Rules:
     """A cut completion has the task's lowest reward, is graded like any other, or leaves no label."""
     max_failed_share: float = 0.05
     max_refused_share: float = 0.05
+    timeout: float = TIMEOUT
+    """Seconds one call of a task's `reward` may take."""
+    is_binary: bool = False
+    """The value model knows the rewards 0 and 1 only."""
 
     def for_evaluation(self) -> "Rules":
         """The same, with a reward for every completion: what `drop` leaves out of the labels counts as lowest."""
-        return replace(self, truncated="zero") if self.truncated == "drop" else self
+        return replace(self, truncated="zero" if self.truncated == "drop" else self.truncated, is_binary=False)
+
+    def check(self, rewards: Iterable[float | RewardFailure | None]) -> None:
+        """Raises ValueError for a reward that the value model has no place for: the fit would, after hours."""
+        graded = next((r for r in rewards if isinstance(r, float) and r not in (0.0, 1.0)), None)
+        if self.is_binary and graded is not None:
+            raise ValueError(
+                f"a completion has the reward {graded:g}, and a bernoulli value is for rewards 0 and 1: set "
+                "value_model.distribution = 'categorical' and delete value_models/ in the run directory; what was "
+                "collected stays"
+            )
 
 
 def is_above(count: int, total: int, share: float) -> bool:
@@ -67,6 +81,7 @@ class Grader:
             rewards[row] = reward if isinstance(reward, float) else None
             failures[row] = reward.message if isinstance(reward, RewardFailure) else None
         self._store.set_rewards(part, rewards, failures)
+        self._rules.check(rewards)
         self._count(part, failures)
 
     def count_stored(self, iteration: int) -> None:
@@ -80,15 +95,15 @@ class Grader:
         # A problem that was taken out of the data is no failure of the grader.
         self._failed[part] = sum(failure not in (None, MISSING_PROBLEM) for failure in failures)
 
-    def grade_missing(self, iteration: int, again: bool = False) -> None:
-        """The same for all parts of an iteration that lack a reward; all parts when `again`."""
+    def grade_missing(self, iteration: int) -> None:
+        """The same for all parts of an iteration that lack a reward."""
         for part in self._store.parts(iteration):
             table = self._store.read_part(part, ["reward", "finish_reason"])
             lacking = pc.is_null(table.column("reward"))
             if self._rules.truncated == "drop":
                 lacking = pc.and_(lacking, pc.not_equal(table.column("finish_reason"), CUT))
-            if again or pc.any(lacking).as_py():
-                self.grade_part(part, again)
+            if pc.any(lacking).as_py():
+                self.grade_part(part)
 
     def check_share(self, iteration: int) -> None:
         """Raises TooManyFailuresError, with the failures written down, when too many couldn't be graded."""
@@ -115,7 +130,7 @@ class Grader:
                 rewards[row] = self._task.low if self._rules.truncated == "zero" else None
             else:
                 pairs[row] = problem, texts[row]
-        rewards |= zip(pairs, grade(self._task, list(pairs.values())), strict=True)
+        rewards |= zip(pairs, grade(self._task, list(pairs.values()), self._rules.timeout), strict=True)
         return [rewards[row] for row in rows]
 
 

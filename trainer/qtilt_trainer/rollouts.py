@@ -178,6 +178,10 @@ class RolloutStore:
         """The ids of all stored completions."""
         return set(self.table(columns=["rollout_id"]).column("rollout_id").to_pylist())
 
+    def prompt_ids(self) -> set[str]:
+        """The prompts of all stored completions."""
+        return set(pc.unique(self.table(columns=["prompt_id"]).column("prompt_id")).to_pylist())
+
     def models(self) -> set[str]:
         """The server model ids of all stored completions."""
         return set(pc.unique(self.table(columns=["model"]).column("model")).to_pylist())

@@ -49,7 +49,7 @@ class SteadyClient(GuidedClient):
 
     async def keep_published(self, publish: Publish) -> str:
         """Publishes, and does so again whenever the server has lost it; returns NAME@VERSION, valid from now on."""
-        label = await publish()
+        label = await self._published(publish)
         self._publish, self._labels = publish, {label: label}
         self._path = (await self._versions()).get(label)
         return label
@@ -75,6 +75,16 @@ class SteadyClient(GuidedClient):
                 await self._recover(recoveries, error)
         if failed_alone == RECOVERIES:
             raise PromptRefusedError(f"{last} ({RECOVERIES} times, while the server was well)") from last
+        raise last
+
+    async def _published(self, publish: Publish) -> str:
+        for _ in range(RECOVERIES):
+            try:
+                return await publish()
+            except ServerAwayError as error:
+                last = error
+                logger.warning("%s; waiting for the server for %g s at most", error, self._config.wait)
+                await self.wait_until_healthy()
         raise last
 
     async def wait_until_healthy(self) -> None:

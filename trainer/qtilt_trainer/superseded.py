@@ -10,8 +10,9 @@ RESULTS = ("results.json", "results.md", "config.json", "report.html", "plots")
 
 
 def set_aside(run_dir: Path, iteration: int, reason: str) -> None:
-    """Moves the fits from `iteration` on, with all that came of them, to `superseded-N/` below the run directory.
+    """Moves the fits from `iteration` on, and what was measured of them, to `superseded-N/` below the run directory.
 
+    Roll-outs that such a fit rolled in stay: the reference completed them, so their rewards are still samples of Z.
     Each path is moved at once, a directory before the notes beside it: cut short, what is left is no finished output.
     """
     made = list(_made_from(run_dir, iteration))

@@ -16,10 +16,11 @@ import pyarrow.compute as pc
 from qtilt_trainer.config import EvaluateConfig
 from qtilt_trainer.estimators import bootstrap_interval
 from qtilt_trainer.evaluate.record import Record, read_record, write_record
-from qtilt_trainer.grade import grade
+from qtilt_trainer.grade import TIMEOUT, grade
 from qtilt_trainer.rollouts import RolloutStore
 from qtilt_trainer.settings_file import claim
 from qtilt_trainer.tasks.problem import Problem, Task
+from qtilt_trainer.votes import answer_of
 
 SURVEYED = 2_000
 """Roll-outs of iteration 1 that candidates are taken from."""
@@ -31,11 +32,18 @@ Answered = tuple[Problem, str, float]
 
 
 def measure_constant_answer(
-    task: Task, store: RolloutStore, place: Path, prompts: int, config: EvaluateConfig, settings: dict[str, Any]
+    task: Task,
+    store: RolloutStore,
+    place: Path,
+    prompts: int,
+    config: EvaluateConfig,
+    settings: dict[str, Any],
+    timeout: float = TIMEOUT,
 ) -> Record | None:
     """The record of the best constant answer, made once and kept in `place`; None when none is wanted or found.
 
     store: the roll-outs of training, those of iteration 1 are read. prompts: how many training prompts those have.
+    timeout: of one reward.
     """
     if not config.constant_candidates:
         return None
@@ -48,7 +56,7 @@ def measure_constant_answer(
         if not candidates:
             return None
         judges = random.Random(f"{config.seed}/constant").sample(problems, min(JUDGED_ON, len(problems)))
-        record = measure_text(task, best_text(task, candidates, judges), config)
+        record = measure_text(task, best_text(task, candidates, judges, timeout), config, timeout)
         write_record(file, record)
     return record
 
@@ -58,7 +66,7 @@ def candidate_texts(task: Task, answered: Sequence[Answered], count: int) -> lis
     wordings: dict[Hashable, Counter[str]] = defaultdict(Counter)
     rewards: dict[str, list[float]] = defaultdict(list)
     for problem, text, reward in answered:
-        answer = task.answer(problem, text)
+        answer = answer_of(task, problem, text)
         if answer is not None:
             wordings[answer][text] += 1
         rewards[text].append(reward)
@@ -68,14 +76,14 @@ def candidate_texts(task: Task, answered: Sequence[Answered], count: int) -> lis
     return list(dict.fromkeys([*common, *rewarded]))[:count]
 
 
-def best_text(task: Task, candidates: Sequence[str], problems: Sequence[Problem]) -> str:
+def best_text(task: Task, candidates: Sequence[str], problems: Sequence[Problem], timeout: float = TIMEOUT) -> str:
     """The candidate with the highest mean reward when it answers every problem; the first of equals."""
-    return max(candidates, key=lambda text: sum(_rewards(task, text, problems)))
+    return max(candidates, key=lambda text: sum(_rewards(task, text, problems, timeout)))
 
 
-def measure_text(task: Task, text: str, config: EvaluateConfig) -> Record:
+def measure_text(task: Task, text: str, config: EvaluateConfig, timeout: float = TIMEOUT) -> Record:
     """The record of `text` as the answer to every test prompt."""
-    rewards = _rewards(task, text, task.problems("test", config.prompts))
+    rewards = _rewards(task, text, task.problems("test", config.prompts), timeout)
     low, high = bootstrap_interval(rewards, task.low, task.high, config.seed)
     accuracy = sum(rewards) / len(rewards)
     return Record(task=task.name, method="constant", n=len(rewards), accuracy=accuracy, low=low, high=high, text=text)
@@ -91,7 +99,7 @@ def _survey(store: RolloutStore, problems: Sequence[Problem], seed: int) -> list
     return [(by_id[row["prompt_id"]], row["text"], row["reward"]) for row in chosen if row["prompt_id"] in by_id]
 
 
-def _rewards(task: Task, text: str, problems: Sequence[Problem]) -> list[float]:
+def _rewards(task: Task, text: str, problems: Sequence[Problem], timeout: float) -> list[float]:
     """What can't be graded counts as the lowest reward, as in the rest of the evaluation."""
-    graded = grade(task, [(problem, text) for problem in problems])
+    graded = grade(task, [(problem, text) for problem in problems], timeout)
     return [reward if isinstance(reward, float) else task.low for reward in graded]

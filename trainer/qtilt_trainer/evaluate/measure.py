@@ -73,6 +73,7 @@ def _grade_stored(task: Task, store: RolloutStore, iteration: int, problems: Seq
     """Grades what a killed process had stored: without a reward it would count as wrong."""
     grader = Grader(task, store, {problem.id: problem for problem in problems}, rules)
     grader.grade_missing(iteration)
+    grader.count_stored(iteration)
     grader.check_share(iteration)
 
 

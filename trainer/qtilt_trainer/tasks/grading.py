@@ -42,11 +42,6 @@ class GradingError(RuntimeError):
     """The grading process can't be started at all."""
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last box, see answer_text.py; None if there is none or it isn't closed."""
-    return boxed_answer(text)
-
-
 def matches_expression(expected: str, completion: str) -> bool:
     """Whether the completion's boxed answer is mathematically the expected one."""
     given = boxed_answer(completion)

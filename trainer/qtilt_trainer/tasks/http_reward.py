@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI, Omit
     from openai._types import RequestOptions
 
+Pairs = Sequence[tuple[Problem, str]]
+"""Problems and completions."""
 SHOWN_CHARACTERS = 200
 """Of an answer that is no list of rewards."""
 
@@ -68,45 +70,57 @@ class HttpReward(BaseModel):
                 raise ValueError(f"the header {name} is to be {variable}, which the environment doesn't have")
         return values
 
-    def rewards(self, pairs: Sequence[tuple[Problem, str]]) -> list[float | Exception]:
+    def rewards(self, pairs: Pairs) -> list[float | Exception]:
         """One reward a (problem, completion), in order; an Exception for each of a batch that failed for good."""
         # In a thread of its own: who asks may have an event loop running.
         with ThreadPoolExecutor(1, "rewards") as thread:
             return thread.submit(asyncio.run, self._all(pairs)).result()
 
-    async def _all(self, pairs: Sequence[tuple[Problem, str]]) -> list[float | Exception]:
+    async def _all(self, pairs: Pairs) -> list[float | Exception]:
         places = asyncio.Semaphore(self.concurrency)
         async with self._client() as client:
 
-            async def ask(batch: Sequence[tuple[Problem, str]]) -> list[float | Exception]:
+            async def ask(batch: Pairs) -> list[float | Exception]:
                 async with places:
-                    return await self._batch(client, batch, self.retries)
+                    return await self._batch(client, batch)
 
             batches = [pairs[at : at + self.batch_size] for at in range(0, len(pairs), self.batch_size)]
             answers = await asyncio.gather(*map(ask, batches))
         return list(itertools.chain.from_iterable(answers))
 
-    async def _batch(
-        self, client: "AsyncOpenAI", batch: Sequence[tuple[Problem, str]], retries: int
-    ) -> list[float | Exception]:
-        """A batch that is answered with an HTTP error is asked for in halves, each once: one part may be to blame."""
-        from openai import APIStatusError, OpenAIError
+    async def _batch(self, client: "AsyncOpenAI", batch: Pairs) -> list[float | Exception]:
+        rewards = await self._ask(client, batch, self.retries)
+        return rewards if isinstance(rewards, list) else await self._in_halves(client, batch, rewards)
 
-        try:
-            return await self._ask(client, batch, retries)
-        except (OpenAIError, json.JSONDecodeError, RewardServerError) as error:
-            if len(batch) > 1 and isinstance(error, APIStatusError):
-                half = len(batch) // 2
-                return [*await self._batch(client, batch[:half], 0), *await self._batch(client, batch[half:], 0)]
-            body_text = str(getattr(error, "body", None) or "")[:SHOWN_CHARACTERS]
-            return [RewardServerError(f"the reward server: {error} {body_text}".rstrip())] * len(batch)
+    async def _in_halves(self, client: "AsyncOpenAI", batch: Pairs, error: Exception) -> list[float | Exception]:
+        """Of a batch that ended in `error`: one completion may be to blame, so each half is asked for, once.
 
-    async def _ask(
-        self, client: "AsyncOpenAI", batch: Sequence[tuple[Problem, str]], retries: int
-    ) -> list[float | Exception]:
+        Where neither half is answered at all, the server is.
+        """
+        from openai import APIConnectionError, APIStatusError
+
+        nothing: list[float | Exception] = [_failure(error)] * len(batch)
+        if len(batch) == 1 or not isinstance(error, APIConnectionError | APIStatusError):
+            return nothing
+        halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]
+        answers = [await self._ask(client, half, retries=0) for half in halves]
+        if all(isinstance(answer, APIConnectionError) for answer in answers):
+            return nothing
+        rewards: list[float | Exception] = []
+        for half, answer in zip(halves, answers, strict=True):
+            rewards += answer if isinstance(answer, list) else await self._in_halves(client, half, answer)
+        return rewards
+
+    async def _ask(self, client: "AsyncOpenAI", batch: Pairs, retries: int) -> list[float | Exception] | Exception:
+        """The rewards, or why there are none."""
+        from openai import OpenAIError
+
         options = cast("RequestOptions", {"headers": self._headers(), "max_retries": retries})
-        answer = await client.post(self.url, body=request_body(batch), cast_to=object, options=options)
-        return rewards_in(answer, len(batch))
+        try:
+            answer = await client.post(self.url, body=request_body(batch), cast_to=object, options=options)
+            return rewards_in(answer, len(batch))
+        except (OpenAIError, json.JSONDecodeError, RewardServerError) as error:
+            return error
 
     def _client(self) -> "AsyncOpenAI":
         """openai's client, for its connections, time-outs and retries; the server needn't know OpenAI's API."""
@@ -128,7 +142,7 @@ def gold_of(problem: Problem) -> Any:
     return getattr(problem.answer, "gold", problem.answer)
 
 
-def request_body(batch: Sequence[tuple[Problem, str]]) -> dict[str, list[Any]]:
+def request_body(batch: Pairs) -> dict[str, list[Any]]:
     """What is sent for a batch."""
     return {
         "query": [_text(problem.prompt) + completion for problem, completion in batch],
@@ -153,6 +167,11 @@ def rewards_in(answer: object, count: int) -> list[Any]:
     if len(rewards) != count:
         raise RewardServerError(f"{len(rewards)} rewards for {count} completions")
     return rewards
+
+
+def _failure(error: Exception) -> RewardServerError:
+    body = str(getattr(error, "body", None) or "")[:SHOWN_CHARACTERS]
+    return RewardServerError(f"the reward server: {error} {body}".rstrip())
 
 
 def _text(prompt: Prompt) -> str:

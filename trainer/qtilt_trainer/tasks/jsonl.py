@@ -26,7 +26,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from qtilt_trainer.tasks.answer_text import boxed_answer
 from qtilt_trainer.tasks.data_rows import Row, read_rows, source_of
 from qtilt_trainer.tasks.matching import MATCHERS, bad_pattern, last_group
-from qtilt_trainer.tasks.problem import Problem, Prompt, Split
+from qtilt_trainer.tasks.problem import Problem, Prompt, Split, prompt_text
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,14 @@ class Jsonl(BaseModel):
         prompt = self._prompt(_field(row, self.prompt_field), row.where)
         answers = self._expected(_field(row, self.answer_field), row.where) if self.answer_field else [""]
         identity = json.dumps([prompt, answers], sort_keys=True, ensure_ascii=False)
+        try:
+            identity.encode()
+        except UnicodeEncodeError as error:
+            half = identity[error.start]
+            raise ValueError(
+                f"{row.where}: prompt and answer must be texts that UTF-8 can hold, and there is half a character in "
+                f"them ({half!r})"
+            ) from error
         return Problem(_digest(identity)[:ID_DIGITS], prompt, answers[0] if len(answers) == 1 else tuple(answers))
 
     def _prompt(self, value: Any, where: str) -> Prompt:
@@ -234,8 +242,8 @@ def _split_problems(task: Jsonl, split: Split) -> tuple[tuple[Problem, str], ...
 
 def _without(train: Sequence[tuple[Problem, str]], test: Sequence[tuple[Problem, str]]) -> list[tuple[Problem, str]]:
     """The training problems whose prompts aren't test prompts."""
-    asked = {_text(problem.prompt) for problem, _ in test}
-    kept = [one for one in train if _text(one[0].prompt) not in asked]
+    asked = {prompt_text(problem.prompt) for problem, _ in test}
+    kept = [one for one in train if prompt_text(one[0].prompt) not in asked]
     if len(kept) < len(train):
         logger.warning(
             "left out %d of %d training problems: their prompts are test prompts too",
@@ -265,12 +273,8 @@ def _problems(task: Jsonl, source: Path | str, split: str | None) -> Iterator[tu
 
 def _position(task: Jsonl, problem: Problem, purpose: str) -> float:
     """A uniform number in [0, 1) that belongs to the prompt, whatever else is in the file."""
-    return int(_digest(f"{purpose}/{task.seed}/{_text(problem.prompt)}")[:16], 16) / 2**64
+    return int(_digest(f"{purpose}/{task.seed}/{prompt_text(problem.prompt)}")[:16], 16) / 2**64
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)

@@ -102,7 +102,7 @@ def _value(found: re.Match[str]) -> Fraction | None:
     if found["decimal"] is not None:
         return _scaled(found)
     if found["base"] is not None:
-        return _power(int(Decimal(found["base"])), int(found["braced_power"] or found["power"]))
+        return _power(found["base"], int(found["braced_power"] or found["power"]))
     if found["top"] is not None:
         return _mixed(found["whole"], found["top"], found["bottom"])
     if found["digit_top"] is not None:
@@ -119,11 +119,12 @@ def _mixed(whole: str | None, top: str, bottom: str) -> Fraction | None:
     return (int(Decimal(whole)) if whole else 0) + Fraction(numerator, denominator)
 
 
-def _power(base: int, power: int) -> Fraction | None:
+def _power(written: str, power: int) -> Fraction | None:
+    base = int(Decimal(written))  # int() refuses strings of more than 4300 digits.
     if base == 0 and power < 0:
         return None
     # More digits than anybody writes out are no plain number.
-    return None if abs(power) * len(str(base)) > LARGEST_EXPONENT else Fraction(base) ** power
+    return None if abs(power) * len(written) > LARGEST_EXPONENT else Fraction(base) ** power
 
 
 def _scaled(found: re.Match[str]) -> Fraction:
