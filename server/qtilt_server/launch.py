@@ -7,6 +7,7 @@ subcommand works, and brings every flag along.
 import argparse
 import copy
 from collections.abc import MutableMapping
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -29,6 +30,8 @@ COMPILED_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACI
 
 Their own 1024 each are some 750 MiB that no budget of memory counts (docs/performance.md).
 """
+LAST_ANSWERS_S = 5
+"""How long answers may still be sent after the engine has been stopped."""
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
@@ -62,6 +65,7 @@ def launch(argv: list[str]) -> None:
     add_guidance(args, flags)
     _check_against_model(args, flags)
     _refuse_speculation_on_v1(args)
+    _bound_shutdown()
     command.cmd(args)
 
 
@@ -150,6 +154,18 @@ def _check_against_model(args: argparse.Namespace, flags: GuidanceFlags) -> None
         raise StartupError(f"{args.model}: guidance steers generation and this is a {model_config.runner_type} model")
     check_value_models(flags.value_models, reference)
     try_value_models(flags.value_models, reference.max_model_len, model_config.model)
+
+
+def _bound_shutdown() -> None:
+    """Have a server that is told to stop end, and its clients know, while requests are under way.
+
+    vLLM 0.32 stops the engine and then waits for all answers, for ever for those that the engine still owed
+    (vllm-project/vllm#36964 is about it). What --shutdown-timeout lets finish has finished before that.
+    """
+    from vllm.entrypoints.launchers.api_server import entry
+    from vllm.entrypoints.launchers.launcher import serve_http
+
+    entry.serve_http = partial(serve_http, timeout_graceful_shutdown=LAST_ANSWERS_S)  # type: ignore[attr-defined]
 
 
 def _refuse_speculation_on_v1(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ QUICK_START = (
     "--disable-uvicorn-access-log",
 )
 START_LIMIT_S = 240.0
-STOP_LIMIT_S = 20.0
+STOP_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(STOP_LIMIT_S)
+        raise  # Whatever was under way, a server that is told to stop ends.
 
 
 def free_port() -> int:
