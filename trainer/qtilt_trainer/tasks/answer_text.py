@@ -51,11 +51,23 @@ THOUSANDS_GROUP = re.compile(rf"(?<=\d)\s*(?:\{{\s*,\s*\}}|,?{_THIN}+,?)\s*(?=\d
 """What LaTeX writes between groups of three digits, and nobody writes elsewhere: 8{,}000, 11,\\! 111, 10\\,080."""
 
 
+REPEATING = re.compile(r"(\d{1,20})\.(\d{0,20})\\(?:overline|bar)\s*(?:\{\s*(\d{1,20})\s*\}|(\d))")
+r"""0.1\overline{6}"""
+
+
 def made_plain(text: str) -> str:
-    """The text with one minus sign, one space, ASCII digits, and no LaTeX between the groups of a long number."""
+    """The text with one minus sign, one space, ASCII digits, no LaTeX between the groups of a long number, and a
+    fraction for a repeating decimal."""
     text = _SCRIPTS.sub(_script, text.translate(PLAIN))
     # A group ends where the next one begins, so one pass reads 11,\! 111,\! 100 too.
-    return THOUSANDS_GROUP.sub("", text)
+    return REPEATING.sub(_repeating_as_fraction, THOUSANDS_GROUP.sub("", text))
+
+
+def _repeating_as_fraction(found: re.Match[str]) -> str:
+    whole, places, period = found[1], found[2], found[3] or found[4]
+    before = int(whole + places)
+    top, bottom = int(whole + places + period) - before, 10 ** len(places) * (10 ** len(period) - 1)
+    return rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def _script(found: re.Match[str]) -> str:

@@ -2,13 +2,14 @@ r"""Which number of a text is its answer: the box's, what follows `####`, what f
 
 A text that goes on with a question of its own is read up to there. A "-" is a sign where no operand stands before it:
 `x = -5`, `to -3`, `-$5` and `$-5` are negative, `10-5`, `x - 5` and `$200,000 - $130,000` end in a positive number.
+"5 or 6" answers nothing; "1/2 or 0.5" does.
 """
 
 import re
 from collections.abc import Iterator
 
 from qtilt_trainer.tasks.answer_text import before_next_question, boxed_answer, made_plain
-from qtilt_trainer.tasks.plain_numbers import NUMBER, PlainNumber, number_of, plain_number
+from qtilt_trainer.tasks.plain_numbers import NUMBER, PlainNumber, number_of, plain_number, same_number
 
 LONGEST_LINE = 1000
 """Characters after "answer is" in which the number is looked for."""
@@ -27,6 +28,7 @@ _POINTED_GROUPS = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,
 _DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:\d+,(?=(?:\d{1,2}|\d{4,})(?![\d,]|\.\d))|0,(?=\d+(?![\d,]|\.\d)))")
 """1000,99 and 0,125: a comma that can't be a thousands separator, nor one of several."""
 _MARKER = re.compile(r"\banswer\b[^\n\d=:]{0,60}?(?:\bis\b|[:=])|####", re.IGNORECASE)
+_OR = re.compile(r"[^\w.]*\bor\b[^\w.]*")
 _BETWEEN = re.compile(rf"(?:\s|:|{_MARKUP}|[}}])*[-+]?(?:\s|{_MARKUP})*")
 
 
@@ -39,7 +41,14 @@ def answered_number(text: str) -> PlainNumber | None:
     if box is not None:
         return plain_number(box.strip("$ ")) or _last(box)
     marked = (_marked(answered, marker) for marker in reversed(list(_MARKER.finditer(answered))))
-    return next((number for number in marked if number is not None), None) or _last(answered)
+    try:
+        return next((number for number in marked if number is not None), None) or _last(answered)
+    except _HedgedError:
+        return None
+
+
+class _HedgedError(Exception):
+    """The text leaves open which of two numbers it is."""
 
 
 def _readable(text: str) -> str:
@@ -60,7 +69,7 @@ def _marked(text: str, marker: re.Match[str]) -> PlainNumber | None:
         chosen = next(found for found in numbers if found.start() > equals)
     else:
         chosen = numbers[0] if _BETWEEN.fullmatch(line[: numbers[0].start()]) else numbers[-1]
-    return _number(line, chosen)
+    return _unhedged(line, chosen)
 
 
 def _first(text: str) -> PlainNumber | None:
@@ -69,8 +78,20 @@ def _first(text: str) -> PlainNumber | None:
 
 
 def _last(text: str) -> PlainNumber | None:
-    numbers = (_number(text, found) for found in reversed(list(_written_numbers(text))))
-    return next((number for number in numbers if number is not None), None)
+    numbers = [found for found in _written_numbers(text) if _number(text, found) is not None]
+    return _unhedged(text, numbers[-1]) if numbers else None
+
+
+def _unhedged(text: str, chosen: re.Match[str]) -> PlainNumber | None:
+    """The number of this match. Raises _HedgedError if it is one of two different ones with an "or" between them."""
+    number = _number(text, chosen)
+    for found in _written_numbers(text):
+        first, second = sorted((found, chosen), key=lambda match: match.start())
+        if _OR.fullmatch(text, first.end(), second.start()):
+            other = _number(text, found)
+            if number is not None and other is not None and not same_number(number, other):
+                raise _HedgedError
+    return number
 
 
 def _written_numbers(text: str) -> Iterator[re.Match[str]]:

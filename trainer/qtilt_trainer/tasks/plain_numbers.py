@@ -30,7 +30,7 @@ FRACTION = (
 PERCENT = r"\s*(?:\\?%|(?:\\text\s*\{\s*)?(?:percent(?:age)?|per\s+cent|pct)\b\s*\}?)"
 SCALE = r"\s(?P<scale>thousand|million|billion|trillion)\b"
 NUMBER = (
-    rf"(?:(?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s?/\s?(?P<bottom>\d+)(?![\d./])"
+    rf"(?:(?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s?/\s?(?P<bottom>\d+)(?![\d/]|\.\d)"
     rf"|(?:(?P<tex_whole>\d+)\s*)?{FRACTION}"
     rf"|(?P<base>\d+)\s*(?:\^|\*\*)\s*(?:\{{\s*(?P<braced_power>-?\d{{1,4}})\s*\}}|(?P<power>-?\d{{1,4}}))(?!\d)"
     rf"|(?P<decimal>{UNSIGNED})(?P<exponent>{EXPONENT})?(?!\.?\d|[eE][-+]?\d)(?:{SCALE})?)"
