@@ -39,6 +39,12 @@ class ReturnDistribution(Protocol):
     def log_mgf(self, logits: Tensor, inv_eta: Tensor | float) -> Tensor:
         """ln E[exp(Z/η)] = Q*/η in nats (Theorem 2.2): ``[..., A]`` and 1/η broadcastable to ``[...]`` → ``[...]``."""
 
+    def log_mgf_below_max(self, logits: Tensor, inv_eta: Tensor | float) -> Tensor:
+        """ln E[exp((Z − v_max)/η)] ≤ 0: Q*/η less v_max/η, which all tokens have in common.
+
+        At large 1/η that would round off what tells them apart, which is ln P(Z = v_max) in the end.
+        """
+
     def to_config(self) -> dict[str, Any]:
         """The JSON object that :func:`distribution_from_config` reads back."""
 
@@ -64,6 +70,11 @@ class Bernoulli:
         # ln(1 − p + p·e^{1/η}) with p = sigmoid(ℓ).
         logit = _at_least_float32(logits).squeeze(-1)
         return _softplus(logit + inv_eta) - _softplus(logit)
+
+    def log_mgf_below_max(self, logits: Tensor, inv_eta: Tensor | float) -> Tensor:
+        # ln(p + (1 − p)·e^{−1/η}).
+        logit = _at_least_float32(logits).squeeze(-1)
+        return torch.logaddexp(logsigmoid(logit), logsigmoid(-logit) - inv_eta)
 
     def to_config(self) -> dict[str, Any]:
         return {"name": self.name}
@@ -118,9 +129,16 @@ class Categorical:
         return pmf @ self.atom_values(like=pmf)
 
     def log_mgf(self, logits: Tensor, inv_eta: Tensor | float) -> Tensor:
+        return self._log_mgf(logits, inv_eta, less=0.0)
+
+    def log_mgf_below_max(self, logits: Tensor, inv_eta: Tensor | float) -> Tensor:
+        return self._log_mgf(logits, inv_eta, less=self.high)
+
+    def _log_mgf(self, logits: Tensor, inv_eta: Tensor | float, less: float) -> Tensor:
+        """ln E[exp((Z − less)/η)]."""
         log_pmf = _at_least_float32(logits).log_softmax(-1)
         inv_eta = torch.as_tensor(inv_eta, dtype=log_pmf.dtype, device=log_pmf.device).unsqueeze(-1)
-        return (log_pmf + self.atom_values(like=log_pmf) * inv_eta).logsumexp(-1)
+        return (log_pmf + (self.atom_values(like=log_pmf) - less) * inv_eta).logsumexp(-1)
 
     def to_config(self) -> dict[str, Any]:
         return {"name": self.name, "low": self.low, "high": self.high, "atoms": self.atoms}

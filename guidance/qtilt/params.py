@@ -69,8 +69,8 @@ class GuidanceParams:
 
     @property
     def inv_eta(self) -> float:
-        """1/η, at most 1e30: there any two offsets that differ are infinitely far apart for a sampler, and the products
-        that follow are still finite.
+        """1/η, at most 1e30: there no return but the highest has any weight left, and the products that follow are
+        still finite.
         """
         return min(1 / self.eta, 1e30)
 

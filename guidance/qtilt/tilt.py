@@ -58,13 +58,13 @@ def top_candidates(logits_BV: Tensor, k: int, scorable: int, top_k_B: Tensor | N
 
 
 def qsharp_offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: Tensor) -> Tensor:
-    """Q♯: ln E[e^{Z/η}] in nats, float64 ``[B, K]`` (Theorem 2.2)."""
-    return distribution.log_mgf(logits_BKA.double(), inv_eta_B.double().unsqueeze(-1))
+    """Q♯: ln E[e^{Z/η}], less v_max/η, in nats, float64 ``[B, K]`` (Theorem 2.2)."""
+    return distribution.log_mgf_below_max(logits_BKA.double(), inv_eta_B.double().unsqueeze(-1))
 
 
 def cd_offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: Tensor) -> Tensor:
-    """Controlled decoding: E[Z]/η in nats, float64 ``[B, K]``."""
-    return distribution.mean(logits_BKA.double()) * inv_eta_B.double().unsqueeze(-1)
+    """Controlled decoding: E[Z]/η, less v_max/η, in nats, float64 ``[B, K]``."""
+    return (distribution.mean(logits_BKA.double()) - distribution.v_max) * inv_eta_B.double().unsqueeze(-1)
 
 
 # Mass that a float32 softmax can't tell from none. The guided mass of what isn't a candidate is no larger than the
@@ -75,11 +75,16 @@ OFFSETS = {"qsharp": qsharp_offsets, "cd": cd_offsets}
 
 
 def offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: Tensor, method: str) -> Tensor:
-    """What the method adds to each candidate's log-probability: nats, float64 ``[B, K]``.
+    """What the method adds to each candidate's log-probability, less v_max/η: nats ≤ 0, float64 ``[B, K]``.
 
-    float64 because offsets grow to v_max/η, where a float32 would round off the differences that decide.
+    Only differences matter; beside v_max/η a large 1/η would round them off.
     """
     return OFFSETS[method](distribution, logits_BKA, inv_eta_B)
+
+
+def lowest_offset(distribution: ReturnDistribution, inv_eta_B: Tensor) -> Tensor:
+    """(v_min − v_max)/η: no offset of either method is below it; nats, float64 ``[B]``."""
+    return (distribution.v_min - distribution.v_max) * inv_eta_B.double()
 
 
 class Drops(NamedTuple):
@@ -98,7 +103,7 @@ def drops(mass: "ReferenceMass", scored_BK: Tensor, offsets_BK: Tensor, floor_B:
     """From the scored candidates' offsets; candidates without a score get what the other tokens get by this ``tail``.
 
     mass: of these candidates. scored_BK: which valid candidates have an offset in ``offsets_BK``, in nats; the others'
-    entries aren't read. floor_B: v_min/η in nats; no offset is below it. A row without a score drops nowhere.
+    entries aren't read. floor_B: :func:`lowest_offset`. A row without a score drops nowhere.
     """
     if library.is_loaded() and floor_B.device.type == "cpu":
         with_mean = tail == "mean"
@@ -193,59 +198,49 @@ def divergence(mass: ReferenceMass, drops: Drops) -> Tensor:
 
     With offsets o = −drops and Z = E_reference[e^o], the KL is E_guided[o − ln Z]: the vocabulary is read once, for the
     reference's normaliser, and all tokens that aren't candidates are one outcome M with the mass that is left. Given a
-    candidate, the guided probability and Z are divided by the guided mass g, and the reference's by its mass.
+    candidate, the sums are over the candidates, and the reference is divided by their mass, however small.
     """
     if library.is_loaded() and drops.others_B1.device.type == "cpu":
         divergence_B3: Tensor = torch.ops.qtilt.divergence(*mass, *drops)
         return divergence_B3
-    drops_BM = torch.cat(drops, dim=-1)
-    log_weight_BM = torch.cat(mass, dim=-1) - drops_BM
+    log_mass_B1 = mass.candidates_BK.logsumexp(-1, keepdim=True)
+    kl_B = _tilted_kl(torch.cat(mass, dim=-1), torch.cat(drops, dim=-1), torch.zeros_like(log_mass_B1))
+    kl_candidates_B = _tilted_kl(mass.candidates_BK, drops.candidates_BK, log_mass_B1)
+    return torch.stack([kl_B, kl_candidates_B, log_mass_B1.squeeze(-1).exp().clamp(max=1.0)], dim=-1)
+
+
+def _tilted_kl(log_mass_BM: Tensor, drops_BM: Tensor, log_total_B1: Tensor) -> Tensor:
+    """KL ``[B]`` of p·e^(−drops)/Z to p, p being masses by their total. What has no mass adds nothing; a row without
+    any token has a KL of 0.
+    """
+    log_weight_BM = log_mass_BM - drops_BM
     log_z_B1 = log_weight_BM.logsumexp(-1, keepdim=True)
-    # What has no guided mass adds nothing; a row without any token has no normaliser either.
-    has_none_BM = log_weight_BM == -torch.inf
-    guided_BM = (log_weight_BM - log_z_B1).exp().masked_fill(has_none_BM, 0.0)
-    terms_BM = (guided_BM * (-drops_BM - log_z_B1)).masked_fill(has_none_BM, 0.0)
-    mass_B, guided_mass_B = mass.candidates_BK.exp().sum(-1), guided_BM[:, :-1].sum(-1)
-    kl_candidates_B = terms_BM[:, :-1].sum(-1) / guided_mass_B - (guided_mass_B / mass_B).log()
-    kl_candidates_B = kl_candidates_B.masked_fill(guided_mass_B == 0, 0.0)
-    return torch.stack([terms_BM.sum(-1).clamp(min=0.0), kl_candidates_B.clamp(min=0.0), mass_B.clamp(max=1.0)], dim=-1)
-
-
-class OffsetRange(NamedTuple):
-    """Between which bounds, v_min/η and v_max/η, all offsets of a row lie: nats, ``[B]`` each."""
-
-    lowest_B: Tensor
-    highest_B: Tensor
-
-    @classmethod
-    def of(cls, distribution: ReturnDistribution, inv_eta_B: Tensor) -> "OffsetRange":
-        """Of both methods: Q♯'s ln E[e^{Z/η}] and controlled decoding's E[Z]/η are means of one kind or another."""
-        inv_eta_B = inv_eta_B.double()
-        return cls(distribution.v_min * inv_eta_B, distribution.v_max * inv_eta_B)
+    terms_BM = (log_weight_BM - log_z_B1).exp() * (log_total_B1 - drops_BM - log_z_B1)
+    return terms_BM.masked_fill(log_weight_BM == -torch.inf, 0.0).sum(-1).clamp(min=0.0)
 
 
 def may_stop_scoring(
     mass: ReferenceMass,
     scored_BK: Tensor,
     offsets_BK: Tensor,
-    bounds: OffsetRange,
+    lowest_B: Tensor,
     is_mean_B: Tensor,
     temperature_B: Tensor,
     tolerance_B: Tensor,
 ) -> Tensor:
     """Whether the candidates not scored yet can stay unscored: bool ``[B]``.
 
-    scored_BK: which valid candidates have a true offset in ``offsets_BK``; the others' entries aren't read. is_mean_B:
-    the rows whose tail is ``mean``; that of all others is ``floor``.
+    scored_BK: which valid candidates have a true offset in ``offsets_BK``; the others' entries aren't read. lowest_B:
+    no offset is below it, nor above 0. is_mean_B: the rows whose tail is ``mean``; that of all others is ``floor``.
 
     T > 0: when :func:`total_variation_bound` is at most the row's tolerance. T = 0: when the greedy token is certain,
-    whatever the tolerance. It is the argmax of ln p + o, at T = 1; a candidate without a score reaches ln p + v_max/η
-    at most, and where that is less than what a scored one has, no score would let it win. (Ties and what float32 rounds
+    whatever the tolerance. It is the argmax of ln p + o, at T = 1; a candidate without a score reaches ln p at most,
+    and where that is less than what a scored one has, no score would let it win. (Ties and what float32 rounds
     off logits aside.) With ``mean`` a token that can't be scored may win, being likelier than the candidates, and what
     it gets depends on every score: it is certain when none is missing.
     """
-    is_close_B = total_variation_bound(mass, scored_BK, offsets_BK, bounds, is_mean_B) <= tolerance_B
-    log_weight_BK = mass.candidates_BK + (offsets_BK - bounds.highest_B.unsqueeze(-1))
+    is_close_B = total_variation_bound(mass, scored_BK, offsets_BK, lowest_B, is_mean_B) <= tolerance_B
+    log_weight_BK = mass.candidates_BK + offsets_BK
     best_scored_B = log_weight_BK.masked_fill(~scored_BK, -torch.inf).amax(-1)
     best_unscored_B = mass.candidates_BK.masked_fill(scored_BK, -torch.inf).amax(-1)
     is_decided_B = (best_unscored_B < best_scored_B) & ~is_mean_B | (best_unscored_B == -torch.inf)
@@ -253,23 +248,23 @@ def may_stop_scoring(
 
 
 def total_variation_bound(
-    mass: ReferenceMass, scored_BK: Tensor, offsets_BK: Tensor, bounds: OffsetRange, is_mean_B: Tensor
+    mass: ReferenceMass, scored_BK: Tensor, offsets_BK: Tensor, lowest_B: Tensor, is_mean_B: Tensor
 ) -> Tensor:
     """How far guidance that treats the candidates not scored like other tokens can be from full guidance, at most.
 
     The total-variation distance ½ Σ |g − g'| of the sampling distributions at T, before penalties and truncation:
     float64 ``[B]`` in [0, 1]. Arguments as for :func:`may_stop_scoring`.
 
-    Let p be the reference, o the offsets of full guidance, all in [lo, hi] = ``bounds``, U the candidates that aren't
-    scored, u = Σ_U p, and X = Σ_U p·e^o ≤ u·e^hi. Both bounds have one form, u·(e^hi − e^lo) / (S + u·e^hi), S being a
-    weight that is known; with ``mean`` the mass of the candidates is a factor of it.
+    Let p be the reference, o the offsets of full guidance, all in [lo, 0], U the candidates that aren't scored,
+    u = Σ_U p, and X = Σ_U p·e^o ≤ u. Both bounds have one form, u·(1 − e^lo) / (S + u), S being a weight that is known;
+    with ``mean`` the mass of the candidates is a factor of it.
 
     ``floor``. Full guidance g has the weights w = p·e^o, o being lo outside of the candidates, and Z = Σ w = S + X; S,
     the weight of what is scored and of what is no candidate, is known. Shortened guidance g' has the same weights
     w' = w but for w' = p·e^lo in U, and Z' = S + u·e^lo. No weight grows: w' ≤ w, so Z' ≤ Z, so g' = w'/Z' ≥ w'/Z and
     g = w/Z ≥ w'/Z. Hence Σ min(g, g') ≥ Z'/Z and
 
-        TV = 1 − Σ min(g, g') ≤ 1 − Z'/Z = (X − u·e^lo) / (S + X) ≤ u·(e^hi − e^lo) / (S + u·e^hi),
+        TV = 1 − Σ min(g, g') ≤ 1 − Z'/Z = (X − u·e^lo) / (S + X) ≤ u·(1 − e^lo) / (S + u),
 
     the last because the fraction before it grows with X.
 
@@ -278,17 +273,15 @@ def total_variation_bound(
     those scored have between them what is left. The scored ones have the same odds among each other in g and in g': all
     of them gain from g to g', or all lose. If they gain, only tokens in U lose, and TV = Σ_U (g − min(g, p)); if they
     lose, only tokens in U gain, and TV = Σ_U (p − min(g, p)). So TV = max(g(U), u) − Σ_U min(g, p). Here
-    g(U) = P·X/(S + X) grows with X, and with M = (S + u·e^hi)/P, the largest m, is at most u·e^hi/M, which is at least
-    u because M ≤ e^hi. And min(g, p) ≥ p·e^lo/M, because m ≤ M and e^lo ≤ M. Hence
+    g(U) = P·X/(S + X) grows with X, and with M = (S + u)/P, the largest m, is at most u/M, which is at least u because
+    M ≤ 1. And min(g, p) ≥ p·e^lo/M, because m ≤ M and e^lo ≤ M. Hence
 
-        TV ≤ u·e^hi/M − u·e^lo/M = P · u·(e^hi − e^lo) / (S + u·e^hi).
+        TV ≤ u/M − u·e^lo/M = P · u·(1 − e^lo) / (S + u).
 
-    Computed as logarithms of weights divided by e^hi, none of which overflows; what underflows is a weight that doesn't
-    count.
+    Computed as logarithms of weights, none of which overflows; what underflows is a weight that doesn't count.
     """
-    lowest_B1 = (bounds.lowest_B - bounds.highest_B).unsqueeze(-1)
-    log_weight_BK = mass.candidates_BK + (offsets_BK - bounds.highest_B.unsqueeze(-1))
-    log_weight_BK = log_weight_BK.masked_fill(~scored_BK, -torch.inf)
+    lowest_B1 = lowest_B.double().unsqueeze(-1)
+    log_weight_BK = (mass.candidates_BK + offsets_BK).masked_fill(~scored_BK, -torch.inf)
     log_others_B1 = (mass.rest_B1 + lowest_B1).masked_fill(is_mean_B.unsqueeze(-1), -torch.inf)
     log_known_B = torch.cat([log_weight_BK, log_others_B1], dim=-1).logsumexp(-1)
     log_unscored_B = mass.candidates_BK.masked_fill(scored_BK, -torch.inf).logsumexp(-1)

@@ -31,6 +31,20 @@ def test_bernoulli_log_mgf_is_exact_at_extremes(logit, inv_eta):
     assert single.item() == pytest.approx(expected, rel=3e-7, abs=3e-5)
 
 
+@settings(max_examples=300, deadline=None)
+@given(logits=st.lists(LOGIT, min_size=2, max_size=11), log_inv_eta=st.floats(-3, 30), low=st.floats(-3, 0))
+def test_what_is_left_beside_the_highest_return_is_exact_for_every_eta(logits, log_inv_eta, low):
+    """Beside v_max/η = 1e20 the differences between tokens would be rounded off."""
+    inv_eta, distribution = 10**log_inv_eta, Categorical(low, low + 1, len(logits))
+    logits_A = torch.tensor(logits, dtype=torch.float64)
+    below = [value - distribution.high for value in distribution.atom_values(logits_A).tolist()]
+    expected = exact_log_mgf(logits, below, inv_eta)
+    assert distribution.log_mgf_below_max(logits_A, inv_eta).item() == pytest.approx(expected, rel=1e-11, abs=1e-11)
+    expected = exact_log_mgf([0.0, logits[0]], [-1.0, 0.0], inv_eta)
+    got = Bernoulli().log_mgf_below_max(logits_A[:1], inv_eta).item()
+    assert got == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
 @settings(max_examples=200, deadline=None)
 @given(logits=st.lists(LOGIT, min_size=2, max_size=11), inv_eta=INV_ETA, low=st.floats(-3, 0), width=st.floats(0.1, 4))
 def test_categorical_log_mgf_is_exact_at_extremes(logits, inv_eta, low, width):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qtilt.distributions import Bernoulli, Categorical
-from qtilt.tilt import divergence, drops, offsets, reference_mass, tilt, top_candidates
+from qtilt.tilt import divergence, drops, lowest_offset, offsets, reference_mass, tilt, top_candidates
 
 VOCABULARY, HORIZON = 3, 3
 ATOMS = Categorical(low=-1.0, high=2.0, atoms=4)
@@ -20,7 +20,7 @@ def tilted_step(reference: list[float], distribution, value_logits: list[list[fl
     candidates = top_candidates(logits_BV, len(reference), scorable=len(reference))
     by_rank_BKA = torch.tensor([value_logits], dtype=torch.float64)[:, candidates.token_ids_BK[0]]
     offsets_BK = offsets(distribution, by_rank_BKA, inv_eta_B, method)
-    floor_B, temperature_B = inv_eta_B * distribution.v_min, torch.ones(1)
+    floor_B, temperature_B = lowest_offset(distribution, inv_eta_B), torch.ones(1)
     mass = reference_mass(logits_BV, candidates, temperature_B)
     dropped = drops(mass, candidates.valid_BK, offsets_BK, floor_B, "floor")
     tilted_BV = tilt(logits_BV, candidates, dropped, temperature_B)

@@ -17,6 +17,7 @@ from qtilt.tilt import (
     Drops,
     divergence,
     drops,
+    lowest_offset,
     offsets,
     reference_mass,
     top_candidates,
@@ -108,7 +109,7 @@ def test_tilted_probabilities_and_divergences_equal_the_formula(distribution, me
     inv_eta_B = torch.full((3,), inv_eta, dtype=torch.float64)
     temperature_B = torch.full((3,), temperature)
     offsets_BK = offsets(distribution, value_logits_BKA, inv_eta_B, method)
-    arguments = logits_BV, candidates, offsets_BK, distribution.v_min * inv_eta_B, temperature_B
+    arguments = logits_BV, candidates, offsets_BK, lowest_offset(distribution, inv_eta_B), temperature_B
     scale = temperature or 1.0
     for tail in TAILS:
         got_BV = (tilt(*arguments, tail) / scale).softmax(-1)
@@ -205,10 +206,41 @@ def test_the_smallest_eta_is_the_best_value_with_a_finite_kl(eta, method):
     if method == "qsharp":  # only one candidate may win anything at all
         value_logits_BKA = torch.tensor([[[0.0, -torch.inf], [0.0, -5.0], [0.0, -torch.inf]]])
     offsets_BK = offsets(distribution, value_logits_BKA, inv_eta_B, method)
-    arguments = (candidates, offsets_BK, distribution.v_min * inv_eta_B, temperature_B)
+    arguments = (candidates, offsets_BK, lowest_offset(distribution, inv_eta_B), temperature_B)
     assert tilt(logits_BV, *arguments).softmax(-1).tolist() == [[0.0, 1.0, 0.0, 0.0]]
     expected = -math.log(softmax([x / 0.7 for x in logits_BV[0].tolist()])[1])
     assert kl_divergence(logits_BV, *arguments).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("eta", [1e-3, 1e-12, 1e-16, 1e-20, 1e-300])
+@pytest.mark.parametrize("distribution", [Bernoulli(), Categorical(-1.0, 2.0, 2)], ids=["bernoulli", "categorical"])
+def test_as_eta_vanishes_candidates_keep_the_odds_of_the_highest_return(distribution, eta, tail):
+    """π ∝ π_ref · P(Z = v_max), the limit that tells Q♯ from CD (Fig. 4), is reached and never lost to rounding."""
+    inv_eta_B = torch.tensor([GuidanceParams("v", 1, eta, 3).inv_eta], dtype=torch.float64)
+    logits_BV, win_K = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([-3.0, 3.0, 0.0])
+    value_logits_KA = win_K.unsqueeze(-1)
+    if distribution.num_logits == 2:
+        value_logits_KA = torch.stack([torch.zeros(3), win_K], dim=-1)
+    candidates = top_candidates(logits_BV, 3, scorable=4)
+    offsets_BK = offsets(distribution, value_logits_KA.unsqueeze(0), inv_eta_B, "qsharp")
+    floor_B = lowest_offset(distribution, inv_eta_B)
+    got_V = tilt(logits_BV, candidates, offsets_BK, floor_B, torch.ones(1), tail)[0].softmax(-1)
+    odds = softmax([logit + win.sigmoid().log().item() for logit, win in zip([2, 1, 0], win_K, strict=True)])
+    given_a_candidate = got_V[:3] / got_V[:3].sum()
+    assert given_a_candidate.tolist() == pytest.approx(odds, rel=1e-5)
+
+
+def test_the_kl_given_a_candidate_is_exact_where_the_candidates_have_hardly_any_mass():
+    """A token that can't be scored leads by more than e^x can say."""
+    logits_BV, temperature_B = torch.tensor([[20.0, 19.0, 30.0]]), torch.tensor([0.01])
+    candidates = top_candidates(logits_BV, 2, scorable=2)
+    offsets_BK, floor_B = torch.tensor([[-100.0, 0.0]], dtype=torch.float64), torch.tensor([-2000.0])
+    for tail in TAILS:
+        # Reference 1 and e^-100 given a candidate, guided ½ and ½.
+        got = measured(logits_BV, candidates, offsets_BK, floor_B, temperature_B, tail)
+        assert got.kl_candidates_B.item() == pytest.approx(50 - math.log(2), rel=1e-5)
+        assert got.mass_B.item() == 0
 
 
 @pytest.mark.parametrize("inv_eta", [1.0, 40.0, 1000.0])

@@ -79,18 +79,25 @@ inline std::tuple<Tensor, Tensor> top_candidates(
   return {token_ids_BK, valid_BK};
 }
 
+// So many vectors are summed in float32, then in double: beside a sum of 1 a float32 drops what is below 2^-24.
+constexpr int64_t IN_FLOAT = 256 * LANES;
+
 // ln Σ e^(x/scale) of a row.
 inline double log_sum_exp(const float* x, int64_t size, double scale) {
   const int64_t whole = size / LANES * LANES;
-  Vec largest(-INF), total(0);
+  Vec largest(-INF);
   for (int64_t i = 0; i < whole; i += LANES) largest = at::vec::maximum(largest, only_finite(Vec::loadu(x + i)));
   float most = max(largest);
   for (int64_t i = whole; i < size; i++) most = std::max(most, only_finite(x[i]));
   if (most == -INF) return LOG_OF_NOTHING;
   const Vec shift(most), factor(static_cast<float>(1 / scale));
-  for (int64_t i = 0; i < whole; i += LANES)
-    total = total + ((only_finite(Vec::loadu(x + i)) - shift) * factor).exp_u20();
-  double sum_of_row = sum(total);
+  double sum_of_row = 0;
+  for (int64_t first = 0; first < whole; first += IN_FLOAT) {
+    Vec total(0);
+    for (int64_t i = first; i < std::min(first + IN_FLOAT, whole); i += LANES)
+      total = total + ((only_finite(Vec::loadu(x + i)) - shift) * factor).exp_u20();
+    sum_of_row += sum(total);
+  }
   for (int64_t i = whole; i < size; i++) sum_of_row += std::exp((only_finite(x[i]) - most) / scale);
   return most / scale + std::log(sum_of_row);
 }
@@ -208,21 +215,17 @@ inline Tensor divergence(const Tensor& log_mass, const Tensor& rest, const Tenso
     const double* log_mass_K = log_mass_BK.const_data_ptr<double>() + b * count;
     std::copy_n(drops_BK.const_data_ptr<double>() + b * count, count, dropped.begin());
     dropped[count] = others_B1.const_data_ptr<double>()[b];
-    double mass = 0, guided_mass = 0, kl = 0, kl_candidates = 0;
-    for (int64_t i = 0; i < count; i++) {
-      log_weight[i] = log_mass_K[i] - dropped[i];
-      mass += std::exp(log_mass_K[i]);
-    }
+    double kl = 0, kl_candidates = 0;
+    for (int64_t i = 0; i < count; i++) log_weight[i] = log_mass_K[i] - dropped[i];
     log_weight[count] = rest_B1.const_data_ptr<double>()[b] - dropped[count];
-    const double log_z = log_sum_exp(log_weight.data(), count + 1);
+    const double log_z = log_sum_exp(log_weight.data(), count + 1), log_z_K = log_sum_exp(log_weight.data(), count);
+    const double log_mass_of_all = log_sum_exp(log_mass_K, count);
     for (int64_t i = 0; i <= count; i++) {
       if (log_weight[i] == LOG_OF_NOTHING) continue;
-      const double guided = std::exp(log_weight[i] - log_z), term = guided * (-dropped[i] - log_z);
-      kl += term;
-      guided_mass += i < count ? guided : 0;
-      kl_candidates += i < count ? term : 0;
+      kl += std::exp(log_weight[i] - log_z) * (-dropped[i] - log_z);
+      if (i < count) kl_candidates += std::exp(log_weight[i] - log_z_K) * (log_mass_of_all - dropped[i] - log_z_K);
     }
-    if (guided_mass != 0) kl_candidates = kl_candidates / guided_mass - std::log(guided_mass / mass);
+    const double mass = std::exp(log_mass_of_all);
     const double measured[3] = {std::max(kl, 0.0), std::max(kl_candidates, 0.0), std::min(mass, 1.0)};
     std::copy_n(measured, 3, divergence_B3.mutable_data_ptr<double>() + b * 3);
   }

@@ -22,10 +22,10 @@ from qtilt.tilt import (
     TAILS,
     Candidates,
     Drops,
-    OffsetRange,
     ReferenceMass,
     divergence,
     drops,
+    lowest_offset,
     may_stop_scoring,
     offsets,
     reference_mass,
@@ -203,8 +203,8 @@ def _score_in_stages(
 ) -> Scored:
     """The likeliest candidates first, and more of them only in the rows whose tolerance isn't met yet."""
     token_ids_GK, valid_GK = candidates
-    bounds = OffsetRange.of(version.distribution, settings.inv_eta_G)
-    offsets_GK = bounds.lowest_B.unsqueeze(-1).repeat(1, token_ids_GK.shape[1])
+    lowest_G = lowest_offset(version.distribution, settings.inv_eta_G)
+    offsets_GK = lowest_G.unsqueeze(-1).repeat(1, token_ids_GK.shape[1])
     is_scored_GK = torch.zeros_like(valid_GK)
     finite_G = torch.ones_like(valid_GK[:, 0])
     rows_R = torch.arange(len(token_ids_GK), device=token_ids_GK.device)
@@ -221,7 +221,7 @@ def _score_in_stages(
             break
         is_mean_G = settings.tail_G == TAIL_NAMES.index("mean")
         stops_G = may_stop_scoring(
-            mass, is_scored_GK, offsets_GK, bounds, is_mean_G, settings.temperature_G, settings.tolerance_G
+            mass, is_scored_GK, offsets_GK, lowest_G, is_mean_G, settings.temperature_G, settings.tolerance_G
         )
         # A row whose request ends needs no more either.
         rows_R = (~stops_G & finite_G).nonzero().squeeze(-1)
@@ -257,7 +257,7 @@ def _drops(
     version: ResidentVersion, mass: ReferenceMass, is_scored_GK: Tensor, offsets_GK: Tensor, settings: StepSettings
 ) -> Drops:
     """By each row's tail, one of the step's."""
-    floor_G = version.distribution.v_min * settings.inv_eta_G
+    floor_G = lowest_offset(version.distribution, settings.inv_eta_G)
     first, *others = sorted(settings.tails)
     dropped = drops(mass, is_scored_GK, offsets_GK, floor_G, first)
     for tail in others:
