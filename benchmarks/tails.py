@@ -173,7 +173,7 @@ def line(row: Row) -> str:
     return (
         f"| {row.task} | {row.regime} | {row.policy} | {inv_eta} | {row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}] "
         f"| {row.kl_sampled:.2f} ± {row.kl_sampled_error:.2f} | {row.kl_reported:.2f} | {row.kl_candidates:.2f} "
-        f"| {row.mass:.2f} |"
+        f"| {'–' if row.policy == 'reference' else format(row.mass, '.2f')} |"
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 
 class ReturnDistribution(Protocol):
-    """The three closed forms that training and guidance need, and the range of the return."""
+    """The closed forms that training and guidance need, and the range of the return."""
 
     @property
     def name(self) -> str: ...

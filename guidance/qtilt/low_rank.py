@@ -9,6 +9,7 @@ Versions of one base share what they don't change, and the base's projections un
 
 import copy
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -22,6 +23,8 @@ from qtilt.backbone import BackboneError, first_layers, read_backbone, read_conf
 
 SHOWN_DIGITS = 12
 """Of a digest, in messages."""
+ORIGIN = {"_name_or_path", "transformers_version"}
+"""Fields of a config that say where it is from."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +80,25 @@ class BaseModel:
         return backbone
 
 
+_BaseKey = tuple[str, str, torch.dtype, torch.device]
+
+
 class BaseModels:
     """The bases that a process uses: each is read once, and held as long as a value model made of it is."""
 
     def __init__(self, served: Sequence[str] = ()) -> None:
         """served: directories or hub ids where a base is looked for before the place that its value model names."""
         self._served = tuple(served)
-        self._held: WeakValueDictionary[tuple[str, torch.dtype, torch.device], BaseModel] = WeakValueDictionary()
+        self._held: WeakValueDictionary[_BaseKey, BaseModel] = WeakValueDictionary()
 
     def get(
         self, base: Base, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> BaseModel:
         """``base`` ready to be merged with. config: of its first layers. Raises BaseModelError."""
-        key = (base.sha256, dtype, torch.device(device))
+        key = (base.sha256, _told_apart(config), dtype, torch.device(device))
         held = self._held.get(key)
         if held is None:
-            held = BaseModel(self.read(base, config), *key[1:])
+            held = BaseModel(self.read(base, config), *key[2:])
             _move_shared(held, base.name)
             self._held[key] = held
         return held
@@ -147,6 +153,12 @@ def _read_same(source: str, base: Base, config: PreTrainedConfig) -> PreTrainedM
             f"{base.sha256[:SHOWN_DIGITS]}…"
         )
     return backbone
+
+
+def _told_apart(config: PreTrainedConfig) -> str:
+    """A config as text: the same weights with other rotary frequencies, say, are another function."""
+    fields = config.to_dict()
+    return json.dumps({name: fields[name] for name in sorted(fields.keys() - ORIGIN)}, default=str)
 
 
 def _check_sizes(found: PreTrainedConfig, wanted: PreTrainedConfig) -> None:

@@ -164,8 +164,15 @@ def directory_below(root: Path | None, path: str) -> Path:
     if not is_directory:
         raise GuidanceRequestError(f"path {path!r}: no such directory below the value-model root", "path")
     for file in directory.rglob("*"):
-        if not file.resolve().is_relative_to(root):
+        if not _is_below(root, file):
             raise GuidanceRequestError(
                 f"{file.relative_to(root)} is a link to a place outside the value-model root", "path"
             )
     return directory
+
+
+def _is_below(root: Path, file: Path) -> bool:
+    try:
+        return file.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # A loop of links leads nowhere.
+        return False

@@ -15,20 +15,18 @@ TOP_K_OFF = (-1, 0)
 
 
 class RolloutSamplingCheck:
-    """Warns in the log, once per version and combination of sampling parameters."""
+    """Warns in the log, once per version and sampling parameter that differs."""
 
     def __init__(self) -> None:
-        self._warned: set[tuple[Any, ...]] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     def __call__(self, version: ResidentVersion, params: "SamplingParams") -> None:
         requested = {name: getattr(params, name) for name in COMPARED if name in version.rollouts}
         recorded = {name: version.rollouts[name] for name in requested}
-        if all(_same(name, requested[name], recorded[name]) for name in requested):
+        differing = {(version.label, name) for name in requested if not _same(name, requested[name], recorded[name])}
+        if differing <= self._warned:
             return
-        combination = (version.label, *requested.items())
-        if combination in self._warned:
-            return
-        self._warned.add(combination)
+        self._warned |= differing
         logger.warning(
             "value model %s was fitted on roll-outs sampled with %s, but requests ask for %s: "
             "its values estimate another policy's reward",

@@ -178,6 +178,21 @@ def test_a_second_version_leaves_the_first_as_it_was(base: Path, tmp_path: Path)
     assert torch.equal(first.taken_logits(IDS_NT), before)
 
 
+def test_versions_whose_configs_differ_do_not_share(base: Path, tmp_path: Path) -> None:
+    """The digest is of the weights; other rotary frequencies make another function of them."""
+    first, second = (write_low_rank(tmp_path / name, base, seed=1) for name in ("one", "two"))
+    file = second / "backbone" / "config.json"
+    config = json.loads(file.read_text())
+    config["rope_parameters"]["rope_theta"] = 50.0
+    file.write_text(json.dumps(config))
+    bases = BaseModels()
+    resident = [load_value_model(directory, bases=bases) for directory in (first, second)]
+    beside = [model.taken_logits(IDS_NT) for model in resident]
+    assert torch.equal(beside[0], load_value_model(first).taken_logits(IDS_NT))
+    assert torch.equal(beside[1], load_value_model(second).taken_logits(IDS_NT))
+    assert not torch.allclose(*beside)
+
+
 def test_versions_of_two_dtypes_do_not_share(saved: Path) -> None:
     bases = BaseModels()
     wide, narrow = load_value_model(saved, bases=bases), load_value_model(saved, torch.bfloat16, bases=bases)

@@ -25,6 +25,8 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "root" / "stays").symlink_to(tmp_path / "root" / "inside" / "model")
     (tmp_path / "root" / "mixed").mkdir()
     (tmp_path / "root" / "mixed" / "weights").symlink_to(tmp_path / "outside" / "model")
+    (tmp_path / "root" / "looping").mkdir()
+    (tmp_path / "root" / "looping" / "weights").symlink_to(tmp_path / "root" / "looping" / "weights")
     (tmp_path / "root-sibling").mkdir()
     (tmp_path / "root" / "loop").symlink_to(tmp_path / "root" / "loop")
     return tmp_path / "root"
@@ -54,6 +56,8 @@ def test_a_directory_outside_the_root_is_refused(root: Path, path: str) -> None:
 def test_a_file_that_is_a_link_to_outside_is_refused(root: Path) -> None:
     with pytest.raises(GuidanceRequestError, match="mixed/weights is a link to a place outside"):
         directory_below(root, "mixed")
+    with pytest.raises(GuidanceRequestError, match="looping/weights is a link to a place outside"):
+        directory_below(root, "looping")
 
 
 @pytest.mark.parametrize("path", ["nothing", "file", "a\0b", "x" * 5000, "loop"])
