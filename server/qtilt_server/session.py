@@ -216,6 +216,8 @@ class GuidedEngine:
             **(sampling_params.extra_args or {}),
             EXTRA_ARGS_KEY: trace.params.to_extra_args(),
         }
+        # Clients may give several requests one id (X-Request-Id), and vLLM would abort all that have it.
+        request_id = f"{request_id}-{trace.params.trace_id}"
         outputs = self._engine.generate(prompt, sampling_params, request_id, **options)
         return trace.follow(outputs, sampling_params, partial(self._engine.abort, request_id))
 

@@ -178,6 +178,22 @@ def test_a_failed_request_that_no_token_ends_is_aborted(post: Any, idle: Running
     assert metric(idle, "vllm:generation_tokens_total") - generated < LONG
 
 
+def test_a_request_with_the_same_id_as_an_aborted_one_goes_on(
+    client: OpenAI, fragile: RunningServer, idle: RunningServer
+) -> None:
+    """Clients choose ids, a proxy may give all requests one."""
+    same: dict[str, Any] = {"model": idle.model, "extra_headers": {"X-Request-Id": "same"}, "stream": True}
+    healthy = client.completions.create(**same, prompt="beside", max_tokens=LONG // 4, extra_body={"ignore_eos": True})
+    with pytest.raises(openai.APIError, match=REASON):
+        collect(
+            client.completions.create(
+                **same, prompt=f"a{POISON}", max_tokens=LONG, extra_body={**FRAGILE, "ignore_eos": True}
+            )
+        )
+    (choice,) = collect(healthy).choices.values()
+    assert choice.finish_reason == "length"
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,8 @@ def test_only_ordinary_tokens_must_agree(tmp_path):
     check_same_ordinary_tokens(mine, same, tmp_path)
     with pytest.raises(CheckpointError, match="ordinary tokens"):
         check_same_ordinary_tokens(mine, fingerprint_tokenizer(make_tokenizer(("a", "c", "b"))), tmp_path)
+    with pytest.raises(CheckpointError, match=r"ordinary tokens \(0\)"):
+        check_same_ordinary_tokens(replace(mine, ordinary_count=0), same, tmp_path)
 
 
 def test_what_a_killed_save_left_is_removed_and_nothing_else(tmp_path):
