@@ -47,7 +47,7 @@ _REWRITES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\\lbrace(?![A-Za-z])", r"\\{"),
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\mathbf\s*\{?\s*R\s*\}?", r"\\mathbb{R}"),
+        (r"\\mathbf\s*(?:\{\s*R\s*\}|R(?![A-Za-z]))", r"\\mathbb{R}"),
         (r"\\(?:text(?:rm|bf|it|normal|sf)|mbox|hbox|math(?:rm|bf|it|sf)|operatorname)\s*(?=\{)", r"\\text"),
         (r"\\!", ""),
         (r"(?<!\\)(?:\\[,;: ]|~|\\q?quad)", " "),
