@@ -70,12 +70,12 @@ class Rude(StarGraph):
 
 
 def test_a_reward_that_hangs_or_exits_costs_no_other_completion_its_reward(tmp_path: Path) -> None:
-    store, rules = RolloutStore(tmp_path), Rules(max_failed_share=0.2, timeout=0.1)
+    store, rules = RolloutStore(tmp_path), Rules(max_failed_share=0.2, timeout=0.5)
     with StandInServer() as server:
         run(planned(store, 1), store, server, rules, task=Rude())
     assert {rollout.prompt_id[-1] for rollout in store.read()} == set("0345")
     noted = {line["prompt_id"][-1]: line["message"] for line in read_lines(write_failures(store, 1))}
-    assert noted == {"1": "TimeoutError: no reward within 0.1 s (reward.timeout)", "2": "SystemExit: 3"}
+    assert noted == {"1": "TimeoutError: no reward within 0.5 s (reward.timeout)", "2": "SystemExit: 3"}
 
 
 def test_a_graded_reward_that_a_bernoulli_value_has_no_place_for_is_named_when_it_comes(tmp_path: Path) -> None:

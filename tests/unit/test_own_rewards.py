@@ -133,8 +133,8 @@ def test_a_completion_that_the_server_can_not_take_costs_no_other_its_reward(ser
 
 
 def test_a_completion_that_the_server_hangs_on_costs_no_other_its_reward(server: RewardServer) -> None:
-    server.delay, server.slow_on = 2.0, "bad"
-    given = rewards(http_task(server, batch_size=8, timeout=0.3), pairs_of(*"abc", "bad", *"defg"))
+    server.delay, server.slow_on = 9.0, "bad"
+    given = rewards(http_task(server, batch_size=8, timeout=1.0), pairs_of(*"abc", "bad", *"defg"))
     assert [reward for reward in given if isinstance(reward, float)] == [1.0] * 7
     assert "timed out" in str(given[3]).lower()
 

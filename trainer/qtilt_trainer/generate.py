@@ -37,8 +37,9 @@ async def generate(
     arrived is stored before.
     """
     rules = rules or Rules()
-    known = RefusedPrompts(store.directory).ids()
-    plan = [request for request in plan if request.problem.id not in known]
+    refused = RefusedPrompts(store.directory)
+    ids_refused = refused.ids()
+    plan = [request for request in plan if request.problem.id not in ids_refused]
     if not plan:
         return
     model = await client.model()
@@ -48,7 +49,7 @@ async def generate(
         progress_bar(label, "rollout", total) as progress,
         Writer(task, store, model, problems, rules, progress) as writer,
     ):
-        asking = _Asking(client, writer, RefusedPrompts(store.directory), rules, store.prompt_ids())
+        asking = _Asking(client, writer, refused, ids_refused, rules, store.prompt_ids())
         pending = iter(plan)
         workers = [asyncio.create_task(asking.work(pending)) for _ in range(min(concurrency, len(plan)))]
         try:
@@ -63,13 +64,18 @@ class _Asking:
     """What the workers of one `generate` share."""
 
     def __init__(
-        self, client: GuidedClient, writer: Writer, refused: RefusedPrompts, rules: Rules, answered: set[str]
+        self,
+        client: GuidedClient,
+        writer: Writer,
+        refused: RefusedPrompts,
+        ids_refused: set[str],
+        rules: Rules,
+        answered: set[str],
     ) -> None:
-        """answered: prompts that have a stored completion."""
+        """ids_refused: those in `refused`, of earlier processes. answered: prompts that have a stored completion."""
         self._client, self._writer, self._refused, self._rules = client, writer, refused, rules
-        self._ids_refused = refused.ids()
-        """By this process or an earlier one."""
-        self._asked = answered | self._ids_refused
+        self._ids_refused = ids_refused
+        self._asked = answered | ids_refused
 
     async def work(self, pending: Iterator[PlannedRequest]) -> None:
         for request in pending:

@@ -29,7 +29,7 @@ def check_rewards(task: Task, problem: Problem, rules: Rules) -> None:
                 f"task {task.name} can't grade the completion {completion!r} of problem {problem.id}: "
                 f"{reward.message}. A reward must be a number for any text"
             )
-    rules.check(rewards)
+    rules.check_representable(rewards)
 
 
 def check_framing(problems: Sequence[Problem], sampling: Sampling) -> None:

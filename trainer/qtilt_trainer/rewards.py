@@ -48,12 +48,12 @@ class Rules:
         """The same, with a reward for every completion: what `drop` leaves out of the labels counts as lowest."""
         return replace(self, truncated="zero" if self.truncated == "drop" else self.truncated, is_binary=False)
 
-    def check(self, rewards: Iterable[float | RewardFailure | None]) -> None:
+    def check_representable(self, rewards: Iterable[float | RewardFailure | None]) -> None:
         """Raises ValueError for a reward that the value model has no place for: the fit would, after hours."""
-        graded = next((r for r in rewards if isinstance(r, float) and r not in (0.0, 1.0)), None)
-        if self.is_binary and graded is not None:
+        graded = [reward for reward in rewards if isinstance(reward, float) and reward not in (0.0, 1.0)]
+        if self.is_binary and graded:
             raise ValueError(
-                f"a completion has the reward {graded:g}, and a bernoulli value is for rewards 0 and 1: set "
+                f"a completion has the reward {graded[0]:g}, and a bernoulli value is for rewards 0 and 1: set "
                 "value_model.distribution = 'categorical' and delete value_models/ in the run directory; what was "
                 "collected stays"
             )
@@ -81,7 +81,7 @@ class Grader:
             rewards[row] = reward if isinstance(reward, float) else None
             failures[row] = reward.message if isinstance(reward, RewardFailure) else None
         self._store.set_rewards(part, rewards, failures)
-        self._rules.check(rewards)
+        self._rules.check_representable(rewards)
         self._count(part, failures)
 
     def count_stored(self, iteration: int) -> None:

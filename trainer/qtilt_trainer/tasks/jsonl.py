@@ -277,4 +277,4 @@ def _position(task: Jsonl, problem: Problem, purpose: str) -> float:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -78,8 +78,9 @@ def _first(text: str) -> PlainNumber | None:
 
 
 def _last(text: str) -> PlainNumber | None:
-    numbers = [found for found in _written_numbers(text) if _number(text, found) is not None]
-    return _unhedged(text, numbers[-1]) if numbers else None
+    from_the_end = reversed(list(_written_numbers(text)))
+    chosen = next((found for found in from_the_end if _number(text, found) is not None), None)
+    return None if chosen is None else _unhedged(text, chosen)
 
 
 def _unhedged(text: str, chosen: re.Match[str]) -> PlainNumber | None:
