@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from qtilt.compiled import library
 from qtilt.distributions import Bernoulli
 from qtilt.engine import ValueEngine
-from qtilt.fused_forward import Kernels
+from qtilt.forwards.compiled import library
+from qtilt.forwards.fused import Kernels
 from qtilt.value_model import ValueModel
 
 

@@ -180,7 +180,7 @@ class Guide:
         from torch.autograd.profiler import record_function
 
         from qtilt.engine import ValueEngine
-        from qtilt.vllm_plugin.batch import GuidedBatch
+        from qtilt.vllm_plugin.v1.batch import GuidedBatch
 
         guide, forward = GuidedBatch.guide, ValueEngine._forward
 

@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guided_vllm.tiny_models import MAX_MODEL_LEN, backbone_config, make_tokenizer
-from qtilt.backbone import first_layers, read_backbone, read_config
 from qtilt.checkpoint import save_value_model
 from qtilt.distributions import Bernoulli
-from qtilt.low_rank import Base, LowRank, factor_shapes, projections, weights_digest
+from qtilt.model.backbone import first_layers, read_backbone, read_config
+from qtilt.model.low_rank import Base, LowRank, factor_shapes, projections, weights_digest
 from qtilt.value_model import ValueModel, ValueType
 
 RANK = 4

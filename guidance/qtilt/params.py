@@ -1,111 +1,17 @@
-"""What one request asks of guidance, fully resolved: every default filled in and the value-model version fixed.
+"""The public path of what lies in :mod:`qtilt.method.params`."""
 
-Knows nothing of torch or vLLM: the API process imports it, and it travels to the worker in
-``SamplingParams.extra_args[EXTRA_ARGS_KEY]``.
-"""
+from qtilt.method.params import (
+    DEFAULT_TAIL,
+    EXTRA_ARGS_KEY,
+    METHODS,
+    TAILS,
+    GuidanceParams,
+)
 
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
-
-EXTRA_ARGS_KEY = "qtilt"
-METHODS = ("qsharp", "cd")
-TAILS = ("floor", "mean")
-DEFAULT_TAIL: Literal["floor", "mean"] = "mean"
-"""Where neither the request nor the server says otherwise. Why: docs/tails.md."""
-
-
-@dataclass(frozen=True, slots=True)
-class GuidanceParams:
-    """One request's guidance.
-
-    value_model, version: which resident value model scores the candidates.
-    eta: the KL weight η of the paper (Eq. 1), > 0; a larger η is a weaker tilt.
-    top_k: how many of the reference's likeliest tokens are scored each step.
-    method: ``qsharp`` adds ln E[e^{Z/η}], ``cd`` adds E[Z]/η.
-    tail: what tokens that aren't candidates get: ``floor`` v_min/η, ``mean`` the reference-weighted mean of the
-    candidates, so that they keep the reference's probability (:mod:`qtilt.tilt`).
-    guided_tokens: guide this many generated tokens and leave the rest to the reference; None guides all.
-    tolerance: how far each step may be from full guidance in total variation, 0 ≤ ε < 1, so that fewer candidates need
-    scoring; 0 scores all. What is bounded, and the proof: :func:`qtilt.tilt.total_variation_bound`.
-    trace_id: names the KL records of this request in the worker; all children of n > 1 share it.
-
-    Raises ValueError for a value out of its range, naming the field.
-    """
-
-    value_model: str
-    version: int
-    eta: float
-    top_k: int
-    method: str = "qsharp"
-    tail: str = DEFAULT_TAIL
-    guided_tokens: int | None = None
-    tolerance: float = 0.0
-    trace_id: str = ""
-
-    def __post_init__(self) -> None:
-        _require(isinstance(self.value_model, str) and self.value_model != "", self, "value_model", "a non-empty name")
-        _require(_is_int(self.version) and self.version >= 1, self, "version", "an integer of at least 1")
-        _require(_is_number(self.eta) and 0 < self.eta < math.inf, self, "eta", "a finite number above 0")
-        _require(_is_int(self.top_k) and self.top_k >= 1, self, "top_k", "an integer of at least 1")
-        _require(self.method in METHODS, self, "method", f"one of {', '.join(METHODS)}")
-        _require(self.tail in TAILS, self, "tail", f"one of {', '.join(TAILS)}")
-        _require(
-            self.guided_tokens is None or (_is_int(self.guided_tokens) and self.guided_tokens >= 0),
-            self,
-            "guided_tokens",
-            "null or an integer of at least 0",
-        )
-        # A NaN is in no range.
-        _require(
-            _is_number(self.tolerance) and 0 <= self.tolerance < 1, self, "tolerance", "a number from 0 to below 1"
-        )
-        _require(isinstance(self.trace_id, str), self, "trace_id", "a string")
-
-    def guides(self, generated: int) -> bool:
-        """Whether the token that follows ``generated`` generated tokens is drawn from the guided distribution."""
-        return self.guided_tokens is None or generated < self.guided_tokens
-
-    @property
-    def inv_eta(self) -> float:
-        """1/η, at most 1e30: there no return but the highest has any weight left, and the products that follow are
-        still finite.
-        """
-        return min(1 / self.eta, 1e30)
-
-    def to_extra_args(self) -> dict[str, Any]:
-        """The JSON-able form that goes under ``extra_args[EXTRA_ARGS_KEY]``."""
-        return asdict(self)
-
-    @classmethod
-    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> "GuidanceParams | None":
-        """Read a request's guidance back; None when it asked for none.
-
-        Raises ValueError when the entry isn't what :meth:`to_extra_args` writes.
-        """
-        entry = (extra_args or {}).get(EXTRA_ARGS_KEY)
-        if entry is None:
-            return None
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}'] is a {type(entry).__name__}, expected an object")
-        known = {field.name for field in fields(cls)}
-        unknown, missing = set(entry) - known, {"value_model", "version", "eta", "top_k"} - set(entry)
-        if unknown or missing:
-            raise ValueError(
-                f"extra_args['{EXTRA_ARGS_KEY}']: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}"
-            )
-        return cls(**entry)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _require(holds: bool, params: GuidanceParams, field: str, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"guidance.{field} is {getattr(params, field)!r}, allowed: {allowed}")
+__all__ = [
+    "DEFAULT_TAIL",
+    "EXTRA_ARGS_KEY",
+    "METHODS",
+    "TAILS",
+    "GuidanceParams",
+]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from qtilt.checkpoint import Manifest, fingerprint_tokenizer, load_value_model, read_manifest
-from qtilt.exactness import measure_geometry
-from qtilt.low_rank import BaseModels
+from qtilt.forwards.probe import measure_geometry
+from qtilt.model.low_rank import BaseModels
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference
 from qtilt_server.errors import StartupError
 

@@ -5,8 +5,8 @@ import torch
 
 from engine_histories import Histories
 from hf_oracle import CONFIGS, POSITIONS, make_value_model, plain_value_logits
-from qtilt.attention import MOST_SCORES, attend_prefix
 from qtilt.engine import ValueEngine
+from qtilt.forwards.attention import MOST_SCORES, attend_prefix
 
 EXACT_ON_CUDA = {"atol": 1e-4, "rtol": 1e-4}  # float32 sums in another order than the plain forward's
 

@@ -10,10 +10,10 @@ from guided_vllm.tiny_models import REFERENCE_VOCAB, make_tokenizer, make_value_
 from qtilt.checkpoint import fingerprint_tokenizer
 from qtilt.distributions import Bernoulli
 from qtilt.params import GuidanceParams
-from qtilt.vllm_plugin.batch import GuidedBatch, GuidedRow
 from qtilt.vllm_plugin.compatibility import Reference
-from qtilt.vllm_plugin.history import TokenHistory
-from qtilt.vllm_plugin.residents import EngineSettings, Residents
+from qtilt.vllm_plugin.v1.batch import GuidedBatch, GuidedRow
+from qtilt.vllm_plugin.v1.history import TokenHistory
+from qtilt.vllm_plugin.versions import EngineSettings, Residents
 
 END = 17
 

@@ -11,7 +11,7 @@ from guided_vllm.tiny_models import REFERENCE_VOCAB, make_tokenizer, make_value_
 from qtilt.checkpoint import fingerprint_tokenizer
 from qtilt.distributions import Bernoulli
 from qtilt.vllm_plugin.compatibility import Reference
-from qtilt.vllm_plugin.residents import EngineSettings, Residents
+from qtilt.vllm_plugin.versions import EngineSettings, Residents
 
 A_SECOND_OR_SO = 2 * 10**9  # clock cycles
 

@@ -20,7 +20,7 @@ def requests(allowed: str, guide: Guide = lambda index: None) -> list[Ask]:
     """Six that come one after the other. guide: the guidance of each.
 
     The one whose prompt comes in chunks is greedy: without the plugin, a seed would end vLLM's engine there on a CPU
-    (see qtilt.vllm_plugin.seeded_prefill).
+    (see qtilt.vllm_plugin.v1.seeded_prefill).
     """
     sampling = [{}, {}, {"presence_penalty": 0.5}, {"top_k": 30}, {"top_p": 0.9}, {}]
     temperatures, lengths, choices = (1.0, 0.0, 0.0, 1.3, 0.7, 1.0), (7, 50, 9, 11, 13, 12), (1, 1, 1, 1, 1, 2)

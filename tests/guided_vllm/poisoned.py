@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from guided_vllm.tiny_models import TOKENS
 from qtilt.engine import ValueEngine
-from qtilt.packing import PackedStep
+from qtilt.engine.packing import PackedStep
 
 POISON = TOKENS + 3
 """A row of the value model's embedding and a column of the reference's logits that no tokenizer gives: it is never a

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qtilt.compiled import library
+from qtilt.forwards.compiled import library
 
 
 @pytest.fixture(autouse=True)

@@ -28,11 +28,11 @@ from qtilt.tilt import (
     total_variation_bound,
 )
 from qtilt.vllm_plugin import step
-from qtilt.vllm_plugin.batch import GuidedBatch, GuidedRow
 from qtilt.vllm_plugin.compatibility import Reference
-from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import RecordStore
-from qtilt.vllm_plugin.residents import EngineSettings, Residents, ResidentVersion
+from qtilt.vllm_plugin.v1.batch import GuidedBatch, GuidedRow
+from qtilt.vllm_plugin.v1.history import TokenHistory
+from qtilt.vllm_plugin.versions import EngineSettings, Residents, ResidentVersion
 from shortened_guidance import STAGES
 
 pytestmark = pytest.mark.usefixtures("implementation")

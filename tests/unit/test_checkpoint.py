@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from qtilt import checkpoint
 from qtilt.checkpoint import (
     CheckpointError,
     check_same_ordinary_tokens,
@@ -26,6 +25,7 @@ from qtilt.checkpoint import (
     save_value_model,
 )
 from qtilt.distributions import Bernoulli, Categorical
+from qtilt.model import checkpoint
 from qtilt.value_model import ValueModel
 
 
@@ -246,7 +246,7 @@ def test_a_writer_killed_half_way_never_shows_half_a_model(tmp_path):
         import sys, time
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
-        from qtilt import checkpoint
+        from qtilt.model import checkpoint
         from test_checkpoint import make_model, make_tokenizer
         def stall(path):
             print("written", flush=True)

@@ -11,10 +11,10 @@ import torch
 
 from engine_histories import Histories
 from hf_oracle import CONFIGS, DISTRIBUTIONS, POSITIONS, make_backbone, plain_value_logits
-from qtilt.compiled.llama_forward import CompiledForward
 from qtilt.engine import ValueEngine
-from qtilt.exactness import check_packed, measure_geometry
-from qtilt.packing import LastTokens
+from qtilt.engine.packing import LastTokens
+from qtilt.forwards.compiled.llama_forward import CompiledForward
+from qtilt.forwards.probe import check_packed, measure_geometry
 from qtilt.value_model import ValueModel, ValueType
 
 pytestmark = pytest.mark.usefixtures("compiled")

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qtilt.compiled import library
+from qtilt.forwards.compiled import library
 
-LOAD = "from qtilt.compiled import library; library.load()"
+LOAD = "from qtilt.forwards.compiled import library; library.load()"
 
 
 def load_elsewhere(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:

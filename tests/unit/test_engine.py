@@ -8,8 +8,8 @@ from torch import Tensor
 
 from engine_histories import EXACT, Histories
 from hf_oracle import CONFIGS, POSITIONS, VOCABULARY, make_value_model, plain_value_logits
-from qtilt.attention import attend_prefix, attend_prefix_plainly
 from qtilt.engine import ValueEngine
+from qtilt.forwards.attention import attend_prefix, attend_prefix_plainly
 
 
 @pytest.fixture(params=["q", "v"])
@@ -201,7 +201,7 @@ def test_two_models_that_share_a_small_cache_drop_each_others_histories(type: st
 
 
 def test_the_attention_of_devices_without_a_kernel_is_exact_too(type: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("qtilt.packing.attend_prefix", attend_prefix_plainly)
+    monkeypatch.setattr("qtilt.engine.packing.attend_prefix", attend_prefix_plainly)
     Histories(make_value_model("llama-gqa", type)).wander(steps=15)
 
 
@@ -219,8 +219,8 @@ def test_no_attention_call_copies_more_of_a_cache_in_pages_than_it_may(
 
     slots = run.start(3, 60, 9, 30, 1)
     most = together * 60 * geometry.kv_heads * geometry.head_size
-    monkeypatch.setattr("qtilt.packing.COPIED_ELEMENTS", most)
-    monkeypatch.setattr("qtilt.packing.attend_prefix", note)
+    monkeypatch.setattr("qtilt.engine.packing.COPIED_ELEMENTS", most)
+    monkeypatch.setattr("qtilt.engine.packing.attend_prefix", note)
     run.check(*slots)
     assert max(copied_of_calls) == most
 

@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from hf_oracle import CONFIGS, POSITIONS, SIZES, VOCABULARY, make_backbone, make_value_model
-from qtilt import attention
-from qtilt.attention import attend_prefix, attend_prefix_plainly, merge_own_
 from qtilt.distributions import Bernoulli
 from qtilt.engine import ValueEngine
-from qtilt.exactness import measure_geometry
-from qtilt.kv_cache import PAGE_TOKENS, CacheGeometry, KVCache
+from qtilt.engine.cache import PAGE_TOKENS, CacheGeometry, KVCache
+from qtilt.forwards import attention
+from qtilt.forwards.attention import attend_prefix, attend_prefix_plainly, merge_own_
+from qtilt.forwards.probe import measure_geometry
 from qtilt.value_model import ValueModel
 
 ROWS, KV_HEADS, QUERIES, PREFIX, SIZE = 3, 2, 10, 7, 8

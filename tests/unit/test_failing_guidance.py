@@ -13,12 +13,12 @@ from qtilt.checkpoint import fingerprint_tokenizer
 from qtilt.distributions import Bernoulli, Categorical
 from qtilt.params import GuidanceParams
 from qtilt.tilt import Candidates, top_candidates
-from qtilt.vllm_plugin.batch import GuidedBatch, GuidedRow
 from qtilt.vllm_plugin.compatibility import Reference
-from qtilt.vllm_plugin.finite_check import finite_rows
-from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import RecordStore
-from qtilt.vllm_plugin.residents import EngineSettings, Residents, ResidentVersion
+from qtilt.vllm_plugin.v1.batch import GuidedBatch, GuidedRow
+from qtilt.vllm_plugin.v1.finite_check import finite_rows
+from qtilt.vllm_plugin.v1.history import TokenHistory
+from qtilt.vllm_plugin.versions import EngineSettings, Residents, ResidentVersion
 
 pytestmark = pytest.mark.usefixtures("implementation")
 

@@ -24,10 +24,10 @@ from qtilt.params import GuidanceParams
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt.vllm_plugin.failure import not_numbers
 from qtilt.vllm_plugin.records import GuidanceSummary
-from qtilt.vllm_plugin.residents import EngineSettings, Residents
-from qtilt.vllm_plugin.slots import GuidedSlots, SlotRequest
-from qtilt.vllm_plugin.stays import Stay, StayLog
 from qtilt.vllm_plugin.step import RowSettings
+from qtilt.vllm_plugin.v2.slots import GuidedSlots, SlotRequest
+from qtilt.vllm_plugin.v2.stays import Stay, StayLog
+from qtilt.vllm_plugin.versions import EngineSettings, Residents
 
 pytestmark = pytest.mark.usefixtures("implementation")
 

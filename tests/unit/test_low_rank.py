@@ -15,10 +15,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from guided_vllm.tiny_models import make_value_model
 from low_rank_models import RANK, write_language_model, write_low_rank
-from qtilt.backbone import BackboneError, first_layers, read_backbone, read_config
 from qtilt.checkpoint import CheckpointError, load_tokenizer, load_unmerged, load_value_model, read_manifest
 from qtilt.distributions import Bernoulli
-from qtilt.low_rank import BaseModels, weights_digest
+from qtilt.model.backbone import BackboneError, first_layers, read_backbone, read_config
+from qtilt.model.low_rank import BaseModels, weights_digest
 
 FAMILIES = ["llama", "qwen3", "gpt2"]
 LAYERS = 2

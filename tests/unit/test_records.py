@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qtilt.vllm_plugin.failure import not_numbers
-from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import GuidanceSummary, Record, RecordStore
+from qtilt.vllm_plugin.v1.history import TokenHistory
 
 
 def write_steps(record: Record, first: int, *kls: float) -> None:

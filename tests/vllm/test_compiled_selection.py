@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qtilt.compiled import library
+from qtilt.forwards.compiled import library
 from qtilt.vllm_plugin import processor
 
 

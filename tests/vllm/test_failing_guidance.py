@@ -12,7 +12,7 @@ from guided_vllm.poisoned import POISON, broken_forward, poison
 from guided_vllm.served import Served, await_preparation
 from guided_vllm.tiny_models import make_value_model, prompt
 from qtilt.distributions import Bernoulli
-from qtilt.vllm_plugin.residents import ResidentVersion
+from qtilt.vllm_plugin.versions import ResidentVersion
 
 END = 60
 NEVER_POISON = {"logit_bias": {POISON: -100}}

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from engine_histories import Histories
 from hf_oracle import CONFIGS, DISTRIBUTIONS, POSITIONS, make_backbone, make_value_model
-from qtilt.compiled import library
 from qtilt.engine import ValueEngine
-from qtilt.exactness import check_forward
-from qtilt.fused_forward import FusedForward, can_fuse
+from qtilt.forwards.compiled import library
+from qtilt.forwards.fused import FusedForward, can_fuse
+from qtilt.forwards.probe import check_forward
 from qtilt.value_model import ValueModel
 from vllm import _custom_ops
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qtilt.durable import flush
+from qtilt.model.durable import flush
 
 UNFINISHED = ".unfinished"
 """Suffix of a file that is being written; one that stays was left by a process that died."""

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qtilt.backbone import BackboneError, first_layers, read_backbone, read_config, read_tokenizer
 from qtilt.checkpoint import save_value_model
 from qtilt.distributions import distribution_from_config
-from qtilt.low_rank import Base, weights_digest
+from qtilt.model.backbone import BackboneError, first_layers, read_backbone, read_config, read_tokenizer
+from qtilt.model.low_rank import Base, weights_digest
 from qtilt.value_model import ValueModel, ValueType
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qtilt.checkpoint import load_unmerged, load_value_model, read_manifest
-from qtilt.low_rank import Base, LowRank, projections
+from qtilt.model.low_rank import Base, LowRank, projections
 from qtilt.value_model import ValueModel
 
 ADAPTER = "default"
@@ -35,7 +35,7 @@ def load_for_fit(directory: Path, device: torch.device) -> tuple[ValueModel, Low
 def attach(model: ValueModel, rank: int) -> None:
     """Gives each projection a new update that changes nothing yet; it and the head require gradients, all else not."""
     layers = projections(model.backbone)
-    # alpha is the rank: peft scales B·A by alpha/rank, and value models have no such factor (qtilt.low_rank).
+    # alpha is the rank: peft scales B·A by alpha/rank, and value models have no such factor (qtilt.model.low_rank).
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,

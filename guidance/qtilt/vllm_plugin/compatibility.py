@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtilt.checkpoint import Manifest, TokenizerFingerprint, check_same_ordinary_tokens
+from qtilt.model.checkpoint import Manifest, TokenizerFingerprint, check_same_ordinary_tokens
 
 
 @dataclass(frozen=True)

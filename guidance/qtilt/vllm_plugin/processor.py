@@ -30,19 +30,19 @@ from vllm.v1.sample import logits_processor as v1
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.worker.gpu.sample import logits_processor as v2
 
-from qtilt.checkpoint import fingerprint_tokenizer
-from qtilt.compiled import library
-from qtilt.params import GuidanceParams
-from qtilt.vllm_plugin.batch import GuidedBatch, GuidedRow
+from qtilt.forwards.compiled import library
+from qtilt.method.params import GuidanceParams
+from qtilt.model.checkpoint import fingerprint_tokenizer
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt.vllm_plugin.config import PluginConfig
-from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import RecordStore
-from qtilt.vllm_plugin.residents import EngineSettings, Residents, ResidentVersion
-from qtilt.vllm_plugin.seeded_prefill import keep_seeds_through_chunked_prefill
-from qtilt.vllm_plugin.slots import GuidedSlots, SlotRequest
-from qtilt.vllm_plugin.stays import Stay, StayLog
 from qtilt.vllm_plugin.step import RowSettings
+from qtilt.vllm_plugin.v1.batch import GuidedBatch, GuidedRow
+from qtilt.vllm_plugin.v1.history import TokenHistory
+from qtilt.vllm_plugin.v1.seeded_prefill import keep_seeds_through_chunked_prefill
+from qtilt.vllm_plugin.v2.slots import GuidedSlots, SlotRequest
+from qtilt.vllm_plugin.v2.stays import Stay, StayLog
+from qtilt.vllm_plugin.versions import EngineSettings, Residents, ResidentVersion
 from vllm import _custom_ops
 
 logger = init_logger(__name__)

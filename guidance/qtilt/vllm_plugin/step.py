@@ -16,8 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from qtilt.params import GuidanceParams
-from qtilt.tilt import (
+from qtilt.method.params import GuidanceParams
+from qtilt.method.tilt import (
     OFFSETS,
     TAILS,
     Candidates,
@@ -32,8 +32,8 @@ from qtilt.tilt import (
     tilt,
     top_candidates,
 )
-from qtilt.vllm_plugin.finite_check import finite_rows
-from qtilt.vllm_plugin.residents import ResidentVersion
+from qtilt.vllm_plugin.v1.finite_check import finite_rows
+from qtilt.vllm_plugin.versions import ResidentVersion
 
 CERTAIN = 1e30
 """A logit beside which all others have no probability, at any temperature, and which float32 still divides by one."""

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from qtilt.vllm_plugin.answers import answers_errors
-from qtilt.vllm_plugin.batch import GuidedBatch
 from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt.vllm_plugin.processor import GuidanceProcessor
 from qtilt.vllm_plugin.records import GuidanceSummary
-from qtilt.vllm_plugin.residents import PreparationStatus
-from qtilt.vllm_plugin.slots import GuidedSlots
+from qtilt.vllm_plugin.v1.batch import GuidedBatch
+from qtilt.vllm_plugin.v2.slots import GuidedSlots
+from qtilt.vllm_plugin.versions import PreparationStatus
 
 
 class GuidanceWorkerExtension:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtilt.attention import attend_prefix, attend_span, merge_own_
-from qtilt.kv_cache import KVCache
+from qtilt.engine.cache import KVCache
+from qtilt.forwards.attention import attend_prefix, attend_span, merge_own_
 
 # Idle key/value elements of a layer that are read as fast as one more attention call is made.
 IDLE_ELEMENTS = 2**15

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtilt.fused_forward import can_fuse, rotation_table
-from qtilt.kv_cache import CacheGeometry
-from qtilt.packing import PackedStep
+from qtilt.engine.cache import CacheGeometry
+from qtilt.engine.packing import PackedStep
+from qtilt.forwards.fused import can_fuse, rotation_table
 
 MULTIPLE = 16
 """Heads and hidden states must be multiples of so many numbers: whole vectors."""

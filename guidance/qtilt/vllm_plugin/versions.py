@@ -13,12 +13,12 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from qtilt.checkpoint import Manifest, load_value_model, read_manifest
-from qtilt.distributions import ReturnDistribution
-from qtilt.engine import ValueEngine
-from qtilt.fused_forward import Kernels
-from qtilt.kv_cache import CacheGeometry, KVCache
-from qtilt.low_rank import BaseModels
+from qtilt.engine.cache import CacheGeometry, KVCache
+from qtilt.engine.engine import ValueEngine
+from qtilt.forwards.fused import Kernels
+from qtilt.method.distributions import ReturnDistribution
+from qtilt.model.checkpoint import Manifest, load_value_model, read_manifest
+from qtilt.model.low_rank import BaseModels
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
 
 VersionKey = tuple[str, int]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qtilt.backbone import BackboneError, first_layers, read_backbone, read_config
+from qtilt.model.backbone import BackboneError, first_layers, read_backbone, read_config
 
 SHOWN_DIGITS = 12
 """Of a digest, in messages."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qtilt.attention import ATTENTION_NAME, AttentionStep, attend_span, register_attention
-from qtilt.kv_cache import CacheGeometry, KVCache
-from qtilt.packing import LastTokens, PackedStep, Span, pack
+from qtilt.engine.cache import CacheGeometry, KVCache
+from qtilt.engine.packing import LastTokens, PackedStep, Span, pack
+from qtilt.forwards.attention import ATTENTION_NAME, AttentionStep, attend_span, register_attention
 
 # The probe's two packed sequences: of different lengths, so that any mixing between or inside them shows.
 PROBE_LENGTHS = (5, 3)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
-from qtilt.attention import AttentionStep
-from qtilt.cpu_linear import linear
+from qtilt.forwards.attention import AttentionStep
+from qtilt.forwards.cpu_linear import linear
 
 FUSED = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 """The classes of transformers that compute what :class:`FusedForward` does.

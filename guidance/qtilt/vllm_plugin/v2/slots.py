@@ -28,14 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtilt.device_copy import copy_to_device
-from qtilt.packing import LastTokens, Span
-from qtilt.params import GuidanceParams
-from qtilt.shared_prefixes import SHORTEST
+from qtilt.engine.device_copy import copy_to_device
+from qtilt.engine.packing import LastTokens, Span
+from qtilt.engine.prefixes import SHORTEST
+from qtilt.method.params import GuidanceParams
 from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
-from qtilt.vllm_plugin.residents import ResidentVersion
-from qtilt.vllm_plugin.stays import Stay, StepTable
 from qtilt.vllm_plugin.step import RowSettings, StepSettings, end_unless, guide_step, scores_in_stages
+from qtilt.vllm_plugin.v2.stays import Stay, StepTable
+from qtilt.vllm_plugin.versions import ResidentVersion
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtilt.device_copy import copy_to_device
-from qtilt.params import GuidanceParams
+from qtilt.engine.device_copy import copy_to_device
+from qtilt.method.params import GuidanceParams
 from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers, of_exception
-from qtilt.vllm_plugin.finite_check import FiniteCheck
-from qtilt.vllm_plugin.history import TokenHistory
 from qtilt.vllm_plugin.records import Record
-from qtilt.vllm_plugin.residents import ResidentVersion
 from qtilt.vllm_plugin.step import CERTAIN, RowSettings, StepSettings, guide_step, scores_in_stages
+from qtilt.vllm_plugin.v1.finite_check import FiniteCheck
+from qtilt.vllm_plugin.v1.history import TokenHistory
+from qtilt.vllm_plugin.versions import ResidentVersion
 
 logger = logging.getLogger("vllm.qtilt.batch")  # vLLM configures the loggers below its own name only
 

@@ -17,16 +17,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qtilt.compiled import library
-from qtilt.compiled.llama_forward import CompiledForward, can_compile, candidate_logits
-from qtilt.cpu_linear import onednn_linears, slow_linears
-from qtilt.device_copy import copy_to_device
-from qtilt.exactness import check_forward, check_packed, engine_attention, measure_geometry
-from qtilt.fused_forward import FusedForward, Kernels, can_fuse
-from qtilt.kv_cache import CacheGeometry, KVCache
-from qtilt.packing import LastTokens, PackedAttention, PackedStep, Span, pack
-from qtilt.shared_prefixes import SharedPrefixes
-from qtilt.value_model import ValueModel
+from qtilt.engine.cache import CacheGeometry, KVCache
+from qtilt.engine.device_copy import copy_to_device
+from qtilt.engine.packing import LastTokens, PackedAttention, PackedStep, Span, pack
+from qtilt.engine.prefixes import SharedPrefixes
+from qtilt.forwards.compiled import library
+from qtilt.forwards.compiled.llama_forward import CompiledForward, can_compile, candidate_logits
+from qtilt.forwards.cpu_linear import onednn_linears, slow_linears
+from qtilt.forwards.fused import FusedForward, Kernels, can_fuse
+from qtilt.forwards.probe import check_forward, check_packed, engine_attention, measure_geometry
+from qtilt.model.value_model import ValueModel
 
 
 @dataclass(slots=True)

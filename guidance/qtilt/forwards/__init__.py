@@ -1,0 +1,1 @@
+"""Ways to run a value model's backbone over one packed step."""

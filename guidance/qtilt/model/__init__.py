@@ -1,0 +1,1 @@
+"""The value model, and the directory it is kept in."""
