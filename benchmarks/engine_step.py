@@ -20,6 +20,7 @@ from qtilt.distributions import Bernoulli
 from qtilt.engine import ValueEngine
 from qtilt.forwards.compiled import library
 from qtilt.forwards.fused import Kernels
+from qtilt.forwards.packing import LastTokens
 from qtilt.value_model import ValueModel
 
 
@@ -83,18 +84,23 @@ def guided_step(backbone: LlamaModel, type: str, columns: int, arguments: argpar
     model = ValueModel.from_backbone(backbone, type, Bernoulli(), head_std=0.1)
     settings = {"fused": lambda: {"kernels": vllm_kernels()}, "compiled": compiled, "transformers": dict}
     engine = ValueEngine(model, arguments.rows, model.max_positions - 1, **settings[arguments.forward]())
-    assert engine.forward == arguments.forward, f"it is {engine.forward} that runs this backbone here"
-    slots = [engine.acquire() for _ in range(arguments.rows)]
-    lengths = torch.linspace(arguments.length / 2, 3 * arguments.length / 2, arguments.rows).int().tolist()
-    histories = [torch.randint(arguments.vocab, (length,)).tolist() for length in lengths]
+    assert engine.forward.name == arguments.forward, f"it is {engine.forward.name} that runs this backbone here"
+    lengths = torch.linspace(arguments.length / 2, 3 * arguments.length / 2, arguments.rows).long()
+    tokens_SP = torch.randint(arguments.vocab, (arguments.rows, engine.cache.max_length)).to(arguments.device)
     candidates_BK: Tensor = torch.randint(arguments.vocab, (arguments.rows, columns), device=arguments.device)
-    engine.value_logits(slots, histories, candidates_BK)
+    slots_B = torch.arange(arguments.rows)
+    for slot in range(arguments.rows):
+        engine.acquire(slot)
 
     def step() -> None:
-        for history in histories:
-            history.append(1)
-        engine.value_logits(slots, histories, candidates_BK)
+        lengths.add_(1)
+        spans = engine.feed(slots_B.numpy(), lengths.numpy(), tokens_SP)
+        last = [slots_B, lengths - 1, torch.ones_like(slots_B)]
+        engine.score(
+            LastTokens(*(each.to(arguments.device) for each in last), int(lengths.max())), candidates_BK, spans
+        )
 
+    step()
     return step
 
 

@@ -180,9 +180,9 @@ class Guide:
         from torch.autograd.profiler import record_function
 
         from qtilt.engine import ValueEngine
-        from qtilt.vllm_plugin.v1.batch import GuidedBatch
+        from qtilt.vllm_plugin.guided import GuidedBatch
 
-        guide, forward = GuidedBatch.guide, ValueEngine._forward
+        guide, forward = GuidedBatch.guide, ValueEngine._run
 
         @functools.wraps(guide)
         def measured(*arguments: Any, **keywords: Any) -> Any:
@@ -200,7 +200,7 @@ class Guide:
             with record_function(BACKBONE):
                 return forward(*arguments)
 
-        GuidedBatch.guide, ValueEngine._forward = measured, in_range
+        GuidedBatch.guide, ValueEngine._run = measured, in_range
 
 
 def run_steps(served: "VllmSystem", steps: int) -> float:

@@ -1,15 +1,46 @@
 """Histories that run on a value engine as requests do, each step checked against plain Hugging Face forwards."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from hf_oracle import POSITIONS, VOCABULARY, plain_value_logits
 from qtilt.engine import ValueEngine
+from qtilt.engine.arrays import copy_to_device
+from qtilt.forwards.packing import LastTokens
 from qtilt.value_model import ValueModel
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def acquire(engine: ValueEngine, known: Sequence[int] = ()) -> int:
+    """The lowest free slot, for a history that begins with these tokens."""
+    slot = min(engine.cache._free)
+    engine.acquire(slot, known)
+    return slot
+
+
+def value_logits(
+    engine: ValueEngine, slots: Sequence[int], histories: Sequence[Sequence[int]], candidates_BK: Tensor
+) -> Tensor:
+    """One step as the vLLM plugin runs it: logits of Z for the candidates after each history, float32 ``[B, K, A]``."""
+    table_SP = np.zeros((engine.cache.slots, engine.cache.max_length), dtype=np.int32)
+    for slot, history in zip(slots, histories, strict=True):
+        table_SP[slot, : len(history)] = history
+    (tokens_SP,) = copy_to_device(candidates_BK.device, table_SP)
+    slots_B, lengths_B = np.array(slots), np.array([len(history) for history in histories])
+    parts = []
+    for part in engine.cache.parts(lengths_B):
+        spans = engine.feed(slots_B[part], lengths_B[part], tokens_SP)
+        rows_3B = np.array([slots_B[part], lengths_B[part] - 1, [history[-1] for history in histories[part]]])
+        ((last_slots_B, positions_B, tokens_B),) = copy_to_device(candidates_BK.device, rows_3B)
+        last = LastTokens(last_slots_B, positions_B, tokens_B, int(lengths_B[part].max()))
+        parts.append(engine.score(last, candidates_BK[part], spans))
+    return torch.cat(parts)
 
 
 class Histories:
@@ -33,17 +64,21 @@ class Histories:
         return [self.random.randrange(VOCABULARY) for _ in range(count)]
 
     def start(self, *lengths: int) -> list[int]:
-        slots = [self.engine.acquire() for _ in lengths]
-        self.tokens.update({slot: self.draw(length) for slot, length in zip(slots, lengths, strict=True)})
-        return slots
+        return [self.start_with(self.draw(length)) for length in lengths]
+
+    def start_with(self, tokens: list[int]) -> int:
+        """A history of these tokens, in the lowest free slot."""
+        slot = acquire(self.engine, tokens)
+        self.tokens[slot] = tokens
+        return slot
 
     def grow(self, slot: int, count: int) -> None:
         self.tokens[slot] = [*self.tokens[slot], *self.draw(count)]
 
     def branch(self, slot: int, kept: int, count: int) -> None:
         """Go another way after ``kept`` tokens."""
-        if kept < self.engine.covered(slot):
-            self.engine.rewind(slot, kept)
+        if kept < self.engine.cache.covered_S[slot]:
+            self.engine.cache.rewind(slot, kept)
         self.tokens[slot] = [*self.tokens[slot][:kept], *self.draw(count)]
 
     def stop(self, slot: int) -> None:
@@ -53,11 +88,12 @@ class Histories:
     def check(self, *slots: int, columns: int = 5) -> None:
         histories = [self.tokens[slot] for slot in slots]
         candidates_BK = torch.tensor([self.draw(columns) for _ in slots], device=self.model.backbone.device)
-        got_BKA = self.engine.value_logits(slots, histories, candidates_BK)
+        got_BKA = value_logits(self.engine, slots, histories, candidates_BK)
         expected_BKA = plain_value_logits(self.model, histories, candidates_BK)
         torch.testing.assert_close(got_BKA, expected_BKA, **self.exact)
-        if self.engine.cache.fits([len(history) for history in histories]):
-            assert [self.engine.covered(slot) for slot in slots] == [len(history) for history in histories]
+        lengths = [len(history) for history in histories]
+        if len(self.engine.cache.parts(np.array(lengths))) == 1:
+            assert self.engine.cache.covered_S[list(slots)].tolist() == lengths
 
     def wander(self, steps: int) -> None:
         """Check every step while histories start, grow, branch, pause and stop at random."""

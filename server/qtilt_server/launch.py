@@ -82,6 +82,7 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
         "guidance is served over HTTP: remove --headless": args.headless,
         "guidance is served over HTTP, not gRPC: remove --grpc": args.grpc,
         "guidance compares tokenizers and needs one: remove --skip-tokenizer-init": args.skip_tokenizer_init,
+        "value models don't survive vLLM's sleep mode: remove --enable-sleep-mode": args.enable_sleep_mode,
         "vLLM takes one worker extension and guidance is it: remove --worker-extension-cls": bool(
             args.worker_extension_cls
         ),

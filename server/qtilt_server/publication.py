@@ -142,6 +142,7 @@ def resident_version(name: str, version: int, path: str, manifest: Manifest, ref
         distribution=manifest.distribution.to_config(),
         scorable_tokens=scorable_tokens(manifest, reference),
         rollouts=rollouts if isinstance(rollouts, dict) else {},
+        adapter=manifest.adapter,
     )
 
 

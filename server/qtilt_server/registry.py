@@ -20,7 +20,8 @@ class ResidentVersion:
     """One version in the worker.
 
     path: as clients may see it. scorable_tokens: ids below this can be scored. rollouts: sampling parameters of the
-    roll-outs it was fitted on. leases: guided requests that use it now. failed: guided requests it has failed.
+    roll-outs it was fitted on. adapter: the LoRA adapter that these were of, None for the reference itself. leases:
+    guided requests that use it now. failed: guided requests it has failed.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ResidentVersion:
     distribution: dict[str, Any]
     scorable_tokens: int
     rollouts: dict[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
     leases: int = 0
     failed: int = 0
     draining: bool = False

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -204,12 +205,16 @@ class GuidedEngine:
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As vLLM's, for a prompt of tokens. Raises VLLMValidationError (HTTP 400) for any other kind."""
+        """As vLLM's, for a prompt of tokens and the policy that the value model was fitted to.
+
+        Raises VLLMValidationError (HTTP 400) for any other.
+        """
         kind = prompt.get("type") if isinstance(prompt, dict) else type(prompt).__name__
         if kind != "token":
             raise VLLMValidationError(
                 f"guidance needs a prompt of text or token ids, this one is of kind {kind!r}", parameter="guidance"
             )
+        self._check_adapter(options.get("lora_request"))
         self._check_sampling(sampling_params)
         trace = self._session.open_trace()
         sampling_params.extra_args = {
@@ -220,6 +225,20 @@ class GuidedEngine:
         request_id = f"{request_id}-{trace.params.trace_id}"
         outputs = self._engine.generate(prompt, sampling_params, request_id, **options)
         return trace.follow(outputs, sampling_params, partial(self._engine.abort, request_id))
+
+    def _check_adapter(self, lora_request: LoRARequest | None) -> None:
+        asked, version = lora_request.lora_name if lora_request is not None else None, self._session.version
+        if asked != version.adapter:
+            raise VLLMValidationError(
+                f"{version.label} was fitted to {_policy(version.adapter)}, and this request asks for "
+                f"{_policy(asked)}: its values are of another policy; take a value model whose value_model.json names "
+                "the request's adapter",
+                parameter="guidance.value_model",
+            )
+
+
+def _policy(adapter: str | None) -> str:
+    return "the reference model without an adapter" if adapter is None else f"the LoRA adapter {adapter!r}"
 
 
 _background: set["asyncio.Task[None]"] = set()

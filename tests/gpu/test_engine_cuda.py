@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine_histories import Histories
+from engine_histories import Histories, acquire, value_logits
 from hf_oracle import CONFIGS, POSITIONS, make_value_model, plain_value_logits
 from qtilt.engine import ValueEngine
 from qtilt.forwards.attention import MOST_SCORES, attend_prefix
@@ -45,7 +45,7 @@ def test_bfloat16_is_as_close_to_float32_as_the_plain_forward_is(type: str):
     expected_BKA = plain_value_logits(exact, histories, candidates_BK)
     plain_error = (plain_value_logits(half, histories, candidates_BK) - expected_BKA).abs().max()
     engine = ValueEngine(half, 2, POSITIONS - 1)
-    got_BKA = engine.value_logits([engine.acquire(), engine.acquire()], histories, candidates_BK)
+    got_BKA = value_logits(engine, [acquire(engine), acquire(engine)], histories, candidates_BK)
     assert (got_BKA - expected_BKA).abs().max() < 2 * plain_error + 0.05
 
 
@@ -87,9 +87,9 @@ def test_a_step_never_waits_for_the_device(family: str, type: str, kv_fraction: 
         for new in (0, 1, 0, 4):
             for slot in slots:
                 run.grow(slot, new)
-            run.engine.value_logits(slots, [run.tokens[slot] for slot in slots], candidates_BK)
-        run.engine.cache.copy(slots[2], run.engine.acquire(), 40)
-        run.engine.rewind(slots[2], 1)
+            value_logits(run.engine, slots, [run.tokens[slot] for slot in slots], candidates_BK)
+        run.engine.cache.copy(slots[2], acquire(run.engine), 40)
+        run.engine.cache.rewind(slots[2], 1)
         run.engine.release(slots[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")

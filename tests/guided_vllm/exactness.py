@@ -274,3 +274,29 @@ def test_aborted_requests_leave_the_others_exact(served: Served) -> None:
         served.check(answer)
     for guidance in doomed:
         assert served.rpc("qtilt_take_records", guidance.trace_id, []) == []
+
+
+@covers("a version that isn't resident", refused="its request ends with an error")
+@pytest.mark.parametrize(("change", "names"), [({"version": 9}, "v-bernoulli@9"), ({"top_k": 129}, "at most 128")])
+def test_what_the_server_must_not_let_through_ends_its_request_and_no_other(
+    served: Served, change: dict[str, int], names: str
+) -> None:
+    """Never unguided: an evicted version, say. Long prompts come in chunks, and what no token ends runs on."""
+    impossible = [replace(served.guide("v-bernoulli"), **change) for _ in range(3)]
+    stops = {"stop_token_ids": [60]}
+    asks = [
+        Ask(prompt(8, seed=95), impossible[0], sampling=stops),
+        Ask(prompt(70, seed=96), impossible[1], sampling=stops, arrives=1),
+        Ask(prompt(9, seed=97), impossible[2], max_tokens=5),
+        Ask(prompt(6, seed=98), served.guide("v-bernoulli"), arrives=1),
+        Ask(prompt(6, seed=99), None),
+    ]
+    answers = drive(served.engine, asks)
+    for guidance, answer, tokens in zip(impossible, answers, (1, 1, 5), strict=False):
+        returned = [choice.token_ids for choice in answer.choices]
+        assert [len(token_ids) for token_ids in returned] == [tokens]
+        assert names in served.rpc("qtilt_failures")[guidance.trace_id]["reason"]
+        (outcome,) = served.rpc("qtilt_take_records", guidance.trace_id, returned)
+        assert names in outcome["reason"]
+    for answer in answers[3:]:
+        served.check(answer)

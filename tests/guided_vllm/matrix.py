@@ -34,6 +34,7 @@ FEATURES = [
     "two value models at once",
     "two versions at once, during a swap",
     "aborted requests",
+    "a version that isn't resident",
     "structured output (JSON schema)",
     "min-p",
     "top-p",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from guided_vllm.tiny_models import TOKENS
 from qtilt.engine import ValueEngine
-from qtilt.engine.packing import PackedStep
+from qtilt.forwards.packing import PackedStep
 
 POISON = TOKENS + 3
 """A row of the value model's embedding and a column of the reference's logits that no tokenizer gives: it is never a
@@ -46,15 +46,15 @@ def broken_layer(layer: nn.Module) -> Iterator[None]:
 @contextmanager
 def broken_forward(engine: ValueEngine) -> Iterator[None]:
     """A compiled forward that raises in the block, once it has written to the cache."""
-    compiled = engine._compiled
-    assert compiled is not None
+    compiled = engine.forward
+    assert compiled.name == "compiled"
 
     def break_off(step: PackedStep) -> Tensor:
         compiled(step)
         raise RuntimeError("the forward broke off")
 
-    engine._compiled = break_off  # type: ignore[assignment]
+    engine.forward = break_off  # type: ignore[assignment]
     try:
         yield
     finally:
-        engine._compiled = compiled
+        engine.forward = compiled

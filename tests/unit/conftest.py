@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from qtilt.forwards.compiled import library
+from qtilt.forwards.compiled import tilt as by_cpp
+from qtilt.method import tilt as by_torch
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +24,10 @@ def compiled(_plain: None) -> Path:
 
 @pytest.fixture(params=["torch", "compiled"])
 def implementation(request: pytest.FixtureRequest) -> str:
-    """Each of the two."""
+    """Each of the two. What a test module imports of the tilt is then what is compiled."""
     if request.param == "compiled":
         request.getfixturevalue("compiled")
+        for name, value in list(vars(request.module).items()):
+            if getattr(value, "__module__", None) == by_torch.__name__ and hasattr(by_cpp, value.__name__):
+                request.getfixturevalue("monkeypatch").setattr(request.module, name, getattr(by_cpp, value.__name__))
     return str(request.param)

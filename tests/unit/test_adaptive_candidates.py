@@ -12,9 +12,8 @@ from torch import Tensor
 
 import shortened_guidance
 from guided_vllm.oracle import value_oracle
-from guided_vllm.poisoned import POISON, poison
-from guided_vllm.tiny_models import REFERENCE_VOCAB, TOKENS, make_tokenizer, make_value_model, prompt
-from qtilt.checkpoint import fingerprint_tokenizer
+from guided_vllm.poisoned import poison
+from guided_vllm.tiny_models import REFERENCE_VOCAB, TOKENS, make_value_model, prompt
 from qtilt.distributions import Bernoulli, Categorical, ReturnDistribution
 from qtilt.params import GuidanceParams
 from qtilt.tilt import (
@@ -28,11 +27,8 @@ from qtilt.tilt import (
     total_variation_bound,
 )
 from qtilt.vllm_plugin import step
-from qtilt.vllm_plugin.compatibility import Reference
-from qtilt.vllm_plugin.records import RecordStore
-from qtilt.vllm_plugin.v1.batch import GuidedBatch, GuidedRow
-from qtilt.vllm_plugin.v1.history import TokenHistory
-from qtilt.vllm_plugin.versions import EngineSettings, Residents, ResidentVersion
+from qtilt.vllm_plugin.versions import ResidentVersion
+from running_batch import RunningBatch, make_residents
 from shortened_guidance import STAGES
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -187,20 +183,20 @@ SLOTS, TOP_K, ETA = 8, 20, 0.2
 WITH = {"tolerance": 0.02}
 
 
-class Serving:
+class Serving(RunningBatch):
     """One version in a batch; a step draws the likeliest token of every row."""
 
     def __init__(self, directory: Path, type_: str = "v", distribution: ReturnDistribution | None = None) -> None:
+        super().__init__(SLOTS)
         self.directory = directory
         if not directory.exists():
             make_value_model(directory, type_, distribution or Bernoulli(), "llama", seed=1)
-        reference = Reference(fingerprint_tokenizer(make_tokenizer()), REFERENCE_VOCAB, 64)
-        residents = Residents(reference, EngineSettings(SLOTS, 64, torch.float32, torch.device("cpu")))
-        self.version: ResidentVersion = residents.load_at_start("value", str(directory))
+        self.version: ResidentVersion = make_residents(SLOTS).load_at_start("value", str(directory))
         self.forwards: list[tuple[int, int]] = []
         self.version.engine.score = self._counted(self.version.engine.score)  # type: ignore[method-assign]
-        self.store, self.batch = RecordStore(), GuidedBatch()
-        self.rows: dict[int, GuidedRow] = {}
+        self.rows: dict[int, tuple[GuidanceParams, float]] = {}
+        for slot in range(SLOTS):
+            self.add_unguided(slot, prompt(5, seed=slot))
 
     def _counted(self, score: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def counted(last: object, candidates_BK: Tensor, spans: object = ()) -> Tensor:
@@ -209,28 +205,21 @@ class Serving:
 
         return counted
 
-    def put(self, index: int, prompt_ids: list[int] | None = None, temperature: float = 1.0, **more: object) -> None:
-        settings = {"eta": ETA, "top_k": TOP_K, "trace_id": str(index)} | more
-        params, output = GuidanceParams("value", 1, **settings), []
-        history = TokenHistory(prompt_ids or prompt(5, seed=index), output, self.version.manifest.vocab_size)
-        record = self.store.open(params.trace_id, output, None)
-        row = GuidedRow(params, temperature, output, history, self.version, record, ending_token=17)
-        self.batch.put(index, row)
-        self.rows[index] = row
+    def put(self, slot: int, prompt_ids: list[int] | None = None, temperature: float = 1.0, **more: object) -> None:
+        settings = {"eta": ETA, "top_k": TOP_K, "trace_id": str(slot)} | more
+        prompt_ids = prompt_ids or prompt(5, seed=slot)
+        request = self.add(slot, self.version, prompt_ids, temperature=temperature, **settings)
+        self.rows[slot] = request.params, temperature
 
-    def step(self, logits_BV: Tensor) -> Tensor:
+    def step_of_all(self, logits_BV: Tensor) -> Tensor:
         self.forwards.clear()
-        guided_BV = self.batch.guide(logits_BV.clone())
-        for index, row in self.rows.items():
-            row.output_token_ids.append(int(guided_BV[index, :POISON].argmax()))
-        return guided_BV
+        return self.draw(logits_BV)
 
-    def candidates(self, index: int) -> float:
+    def candidates(self, slot: int) -> float:
         """Of the steps until now, in the mean."""
-        tokens = self.rows[index].output_token_ids
-        (summary,) = self.store.take(str(index), [tokens], more_to_come=True)
-        assert summary["guided_tokens"] == len(tokens)  # type: ignore[typeddict-item]
-        return float(summary["candidates"])  # type: ignore[typeddict-item]
+        summary = self.summary(self.drawn(slot), str(slot))
+        assert summary["guided_tokens"] == len(self.drawn(slot))
+        return summary["candidates"]
 
 
 @pytest.fixture
@@ -247,11 +236,13 @@ def expected_scored(
     serving: Serving, index: int, logits_V: Tensor, stages: tuple[int, ...]
 ) -> tuple[list[float], dict[int, float], list[int]]:
     """Reference, all offsets, and the scored candidates of the next step, by forwards of Hugging Face."""
-    row, params = serving.rows[index], serving.rows[index].params
+    params, temperature = serving.rows[index]
     ranked = logits_V[:TOKENS].argsort(descending=True).tolist()[: params.top_k]
-    offsets_K, lowest = value_oracle(serving.directory).offsets(row.history[:], ranked, params.eta, params.method)
+    offsets_K, lowest = value_oracle(serving.directory).offsets(
+        serving.requests.tokens(index), ranked, params.eta, params.method
+    )
     offsets = dict(zip(ranked, offsets_K.tolist(), strict=True))
-    scaled_V = logits_V.double() / (row.temperature or 1.0)
+    scaled_V = logits_V.double() / (temperature or 1.0)
     reference = (scaled_V - scaled_V.max()).exp().tolist()
     highest = serving.version.distribution.v_max / params.eta
     scored = shortened_guidance.scored_in_stages(
@@ -261,11 +252,25 @@ def expected_scored(
         lowest,
         highest,
         params.tolerance,
-        greedy=row.temperature == 0,
+        greedy=temperature == 0,
         tail=params.tail,
         stages=stages,
     )
     return reference, offsets, scored
+
+
+def forwards_of_stages(
+    stages: tuple[int, ...],
+    counts: dict[int, list[int]],
+    settings: list[tuple[float, float, int]],
+    top_k: int,
+) -> list[tuple[int, int]]:
+    """Rows and candidates of the last step's forwards for requests of this top_k: they are scored together."""
+    ends = [*(end for end in stages if end < top_k), top_k]
+    scored = [counts[index][-1] for index, (_, _, of_request) in enumerate(settings) if of_request == top_k]
+    widths = [end - start for start, end in itertools.pairwise([0, *ends])]
+    going_on = [sum(count > before for count in scored) for before in (0, *ends)]
+    return [(rows, width) for rows, width in zip(going_on, widths, strict=False) if rows]
 
 
 @pytest.mark.parametrize("distribution", [Bernoulli(), Categorical(0.2, 1.2, 11)], ids=["bernoulli", "categorical"])
@@ -292,13 +297,13 @@ def test_stages_score_what_the_bound_asks_for_and_sampling_is_within_the_toleran
     for number in range(12):
         logits_BV = logits(len(settings), seed=number)
         expected = {index: expected_scored(serving, index, logits_BV[index], stages) for index in counts}
-        guided_BV = serving.step(logits_BV)
+        guided_BV = serving.step_of_all(logits_BV)
         for index, (reference, true_offsets, scored) in expected.items():
             temperature, tolerance, _ = settings[index]
             counts[index].append(len(scored))
-            lowest = distribution.v_min / serving.rows[index].params.eta
+            lowest = distribution.v_min / serving.rows[index][0].eta
             of_scored = {token: true_offsets[token] for token in scored}
-            tail = serving.rows[index].params.tail
+            tail = serving.rows[index][0].tail
             exact = shortened_guidance.guided(reference, of_scored, lowest, tail)
             got_V = (guided_BV[index].double() / (temperature or 1.0)).softmax(-1)
             torch.testing.assert_close(got_V, torch.tensor(exact, dtype=torch.float64), rtol=1e-4, atol=1e-5)
@@ -308,10 +313,8 @@ def test_stages_score_what_the_bound_asks_for_and_sampling_is_within_the_toleran
                 assert distance <= tolerance + 1e-5
             else:
                 assert int(got_V.argmax()) == full.index(max(full))
-        going_on = [sum(each[-1] > before for each in counts.values()) for before in (0, *ends)]
-        widths = [end - start for start, end in itertools.pairwise([0, *ends])]
         assert serving.forwards == [
-            (rows, width) for rows, width in zip(going_on, widths, strict=False) if rows and width
+            forward for top_k in (20, 5, 1) for forward in forwards_of_stages(stages, counts, settings, top_k)
         ]
     assert set(ends) == {count for index in (0, 1, 2, 3) for count in counts[index]}
     assert set(counts[4]) == ({2, 5} if stages[0] == 2 else {5})
@@ -329,7 +332,7 @@ def test_rows_without_a_tolerance_are_bit_identical_beside_rows_with_one(serving
         serving.put(index, **WITH)
     for number in range(8):
         logits_BV = logits(6, seed=number)
-        guided_BV, expected_BV = serving.step(logits_BV), alone.step(logits_BV)
+        guided_BV, expected_BV = serving.step_of_all(logits_BV), alone.step_of_all(logits_BV)
         assert alone.forwards == [(2, TOP_K)]
         assert (2, TOP_K) in serving.forwards
         assert torch.equal(guided_BV[[1, 3, 5]], expected_BV[[1, 3, 5]])
@@ -346,7 +349,7 @@ def test_a_row_is_scored_as_it_would_be_alone(serving: Serving, tmp_path: Path) 
         serving.put(index, **more)
     for number in range(8):
         logits_BV = logits(4, seed=number)
-        guided_BV, expected_BV = serving.step(logits_BV), alone.step(logits_BV)
+        guided_BV, expected_BV = serving.step_of_all(logits_BV), alone.step_of_all(logits_BV)
         torch.testing.assert_close(guided_BV[2], expected_BV[2], rtol=1e-5, atol=1e-5)
     assert serving.candidates(2) == alone.candidates(2)
     assert serving.candidates(0) > TOP_K
@@ -358,7 +361,7 @@ def test_a_q_type_value_model_scores_all_candidates_at_once(tmp_path: Path) -> N
         serving.put(index, tolerance=0.9 if index else 0.0)
         without.put(index)
     for number in range(3):
-        assert torch.equal(serving.step(logits(3, seed=number)), without.step(logits(3, seed=number)))
+        assert torch.equal(serving.step_of_all(logits(3, seed=number)), without.step_of_all(logits(3, seed=number)))
         assert serving.forwards == [(3, TOP_K)]
     assert serving.candidates(1) == TOP_K
 
@@ -370,7 +373,7 @@ def test_masked_candidates_are_neither_scored_nor_counted(serving: Serving) -> N
     allowed = torch.arange(2, 32, 6)
     masked_BV = torch.full_like(logits_BV, -torch.inf).index_copy(1, allowed, logits_BV[:, allowed])
     masked_BV[:, 1] = torch.nan
-    guided_BV = serving.step(masked_BV)
+    guided_BV = serving.step_of_all(masked_BV)
     assert torch.equal(guided_BV.isneginf(), masked_BV.isneginf())
     assert torch.equal(guided_BV.isnan(), masked_BV.isnan())
     assert serving.candidates(0) == serving.candidates(1) == len(allowed)
@@ -389,13 +392,11 @@ def test_a_nan_ends_its_row_in_whatever_stage_and_no_other(tmp_path: Path) -> No
         ranked = [*range(rank), 50, *range(rank, TOP_K - 1)]
         logits_BV[row, ranked] = 3 - torch.arange(TOP_K) * 0.1
     logits_BV[3, 0] = 30.0
-    guided_BV = serving.step(logits_BV)
+    guided_BV = serving.step_of_all(logits_BV)
     assert [bool(row.softmax(-1)[17] == 1) for row in guided_BV] == [True, True, True, False]
     assert serving.forwards == [(4, 2), (2, 18)]
-    failures = [bool(serving.store.take(str(index), [[17]], more_to_come=True)[0].get("kind")) for index in range(4)]
-    assert failures == [False] * 4  # the host doesn't know yet
-    serving.batch.settle(wait=True)
-    failures = [bool(serving.store.take(str(index), [[17]], more_to_come=True)[0].get("kind")) for index in range(4)]
+    assert serving.records.failures() == {}, "the host doesn't know yet"
+    failures = ["kind" in serving.outcome([17], str(slot)) for slot in range(4)]
     assert failures == [True, True, True, False]
 
 
@@ -411,8 +412,7 @@ def test_an_exception_fails_only_the_rows_that_are_scored_the_same_way(serving: 
 
     serving.version.engine.score = broken  # type: ignore[method-assign, assignment]
     logits_BV = logits(2, seed=0, spread=0.3)
-    guided_BV = serving.step(logits_BV)
+    guided_BV = serving.step_of_all(logits_BV)
     assert guided_BV[1].softmax(-1)[17] == 1
     assert guided_BV[0].softmax(-1)[17] < 1
-    assert serving.rows[0].failure is None
-    assert serving.rows[1].failure == {"kind": "exception", "reason": "MemoryError: in the second stage"}
+    assert serving.records.failures() == {"1": {"kind": "exception", "reason": "MemoryError: in the second stage"}}

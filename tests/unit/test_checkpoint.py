@@ -68,6 +68,12 @@ def test_a_saved_model_predicts_the_same_when_loaded(tmp_path, type, distributio
     assert head["weight"].shape == (distribution.num_logits * (8 if type == "q" else 1), 16)
 
 
+def test_the_adapter_it_was_fitted_to_is_kept(tmp_path):
+    save_value_model(make_model(), tmp_path / "adapted", make_tokenizer(), adapter="support")
+    save_value_model(make_model(), tmp_path / "plain", make_tokenizer())
+    assert [read_manifest(tmp_path / name).adapter for name in ("adapted", "plain")] == ["support", None]
+
+
 def test_the_backbone_is_a_plain_transformers_checkpoint(saved):
     assert isinstance(AutoModel.from_pretrained(saved / "backbone"), LlamaModel)
 
@@ -132,6 +138,8 @@ BROKEN = {
     "value_model.json: can't be read": lambda d: (d / "value_model.json").unlink(),
     "value_model.json: not valid JSON": lambda d: truncate(d / "value_model.json"),
     "value_model.json: holds a list": lambda d: (d / "value_model.json").write_text("[]"),
+    "value_model.json: adapter is 7, expected the name": lambda d: edit_manifest(d, adapter=7),
+    "value_model.json: adapter is ''": lambda d: edit_manifest(d, adapter=""),
     "value_model.json: format_version is 3": lambda d: edit_manifest(d, format_version=3),
     "value_model.json: format_version is True": lambda d: edit_manifest(d, format_version=True),
     "value_model.json: type is 'x'": lambda d: edit_manifest(d, type="x"),

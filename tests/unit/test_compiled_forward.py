@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from engine_histories import Histories
+from engine_histories import Histories, acquire, value_logits
 from hf_oracle import CONFIGS, DISTRIBUTIONS, POSITIONS, make_backbone, plain_value_logits
 from qtilt.engine import ValueEngine
-from qtilt.engine.packing import LastTokens
 from qtilt.forwards.compiled.llama_forward import CompiledForward
-from qtilt.forwards.probe import check_packed, measure_geometry
+from qtilt.forwards.packing import LastTokens
+from qtilt.forwards.probe import check_forward, measure_geometry
 from qtilt.value_model import ValueModel, ValueType
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -56,7 +57,7 @@ def make_model(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whatever_happens_between_steps(family: str, value_type: ValueType, kv_fraction: float) -> None:
     run = Histories(make_model(family, value_type), exact=EXACT, kv_fraction=kv_fraction)
-    assert run.engine.forward == "compiled"
+    assert run.engine.forward.name == "compiled"
     run.wander(steps=25)
 
 
@@ -68,7 +69,7 @@ def test_heads_of_any_number_and_size_with_every_bias(head_dim: int, heads: tupl
     biases = {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}
     for value_type in ("q", "v"):
         run = Histories(make_model("llama", value_type, distribution, **sizes, **biases), exact=EXACT)
-        assert run.engine.forward == "compiled"
+        assert run.engine.forward.name == "compiled"
         run.check(*run.start(POSITIONS - 1, 40, 1, 33))
         for slot in run.tokens:
             if len(run.tokens[slot]) < POSITIONS - 1:
@@ -94,14 +95,14 @@ def test_long_catch_ups_take_several_forwards() -> None:
 def test_drafts_of_one_history_are_rows_of_one_step() -> None:
     model = make_model("mistral")
     engine = ValueEngine(model, 2, POSITIONS - 1)
-    slot = engine.acquire()
+    slot = acquire(engine)
     history, drafts = [5, 9, 2, 40, 7], [11, 3, 60]
     candidates_BK = torch.tensor([[1, 2]]).expand(len(drafts) + 1, -1)
-    engine.value_logits([slot], [history[:-1]], candidates_BK[:1])
+    value_logits(engine, [slot], [history[:-1]], candidates_BK[:1])
     tokens_B = torch.tensor([history[-1], *drafts])
     positions_B = len(history) - 1 + torch.arange(len(tokens_B))
     last = LastTokens(torch.full_like(tokens_B, slot), positions_B, tokens_B, int(positions_B[-1]) + 1, has_drafts=True)
-    engine.cache.reserve(slot, last.longest)
+    engine.cache.hold(np.array([slot]), np.array([last.longest]))
     histories = [history + drafts[:count] for count in range(len(drafts) + 1)]
     torch.testing.assert_close(
         engine.score(last, candidates_BK), plain_value_logits(model, histories, candidates_BK), **EXACT
@@ -113,12 +114,12 @@ def test_drafts_of_one_history_are_rows_of_one_step() -> None:
 def test_what_is_no_number_reaches_no_other_history(value_type: ValueType, kv_fraction: float) -> None:
     model = make_model("llama", value_type)
     broken = 13
-    model.backbone.get_input_embeddings().weight.data[broken] = torch.nan
     engine = ValueEngine(model, 3, POSITIONS - 1, kv_fraction=kv_fraction)
-    slots = [engine.acquire() for _ in range(3)]
+    model.backbone.get_input_embeddings().weight.data[broken] = torch.nan
+    slots = [acquire(engine) for _ in range(3)]
     histories = [[1, 2, 3], [4, broken, 6, 7], [8] * 20]
     candidates_BK = torch.tensor([[1, 2], [1, 2], [broken, 3]])
-    got_BKA = engine.value_logits(slots, histories, candidates_BK)
+    got_BKA = value_logits(engine, slots, histories, candidates_BK)
     assert got_BKA[1].isnan().all()
     assert got_BKA[2, 0].isnan().all() == (value_type == "v")
     torch.testing.assert_close(got_BKA[:1], plain_value_logits(model, histories[:1], candidates_BK[:1]), **EXACT)
@@ -126,8 +127,8 @@ def test_what_is_no_number_reaches_no_other_history(value_type: ValueType, kv_fr
         got_BKA[2:, 1:], plain_value_logits(model, histories[2:], candidates_BK[2:, 1:]), **EXACT
     )
     engine.release(slots[1])
-    slot = engine.acquire()
-    again_BKA = engine.value_logits([slot], [[9] * 30], candidates_BK[:1])
+    slot = acquire(engine)
+    again_BKA = value_logits(engine, [slot], [[9] * 30], candidates_BK[:1])
     torch.testing.assert_close(again_BKA, plain_value_logits(model, [[9] * 30], candidates_BK[:1]), **EXACT)
 
 
@@ -137,7 +138,7 @@ def test_candidates_that_are_no_tokens_are_refused(value_type: ValueType, candid
     run = Histories(make_model("llama", value_type))
     slots = run.start(5)
     with pytest.raises(IndexError, match=f"{candidate} isn't from 0 to 60"):
-        run.engine.value_logits(slots, [run.tokens[slots[0]]], torch.tensor([[1, candidate]]))
+        value_logits(run.engine, slots, [run.tokens[slots[0]]], torch.tensor([[1, candidate]]))
 
 
 def test_a_model_that_computes_something_else_is_refused() -> None:
@@ -147,19 +148,19 @@ def test_a_model_that_computes_something_else_is_refused() -> None:
     backbone.layers[0].input_layernorm.weight.data *= 2  # type: ignore[union-attr, operator]
     backbone.layers[1].mlp.down_proj.weight.data *= 2  # type: ignore[union-attr, operator]
     with pytest.raises(ValueError, match="computes something else"):
-        check_packed(backbone, compiled, geometry)
+        check_forward(backbone, compiled, geometry, 8)
 
 
 @pytest.mark.parametrize(("family", "sizes"), [("llama", {"head_dim": 24}), ("llama", {"hidden_act": "gelu"})])
 def test_other_models_run_as_before(family: str, sizes: dict[str, Any]) -> None:
     run = Histories(make_model(family, **sizes), exact=EXACT)
-    assert run.engine.forward == "transformers"
+    assert run.engine.forward.name == "transformers"
     run.wander(steps=5)
 
 
 def test_half_precision_runs_as_before() -> None:
     model = make_model("llama").to(torch.bfloat16)
-    assert ValueEngine(model, 1, 8).forward == "transformers"
+    assert ValueEngine(model, 1, 8).forward.name == "transformers"
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this CPU runs the tests so anyway")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine_histories import EXACT, Histories
+from engine_histories import EXACT, Histories, acquire, value_logits
 from hf_oracle import CONFIGS, POSITIONS, VOCABULARY, make_value_model, plain_value_logits
 from qtilt.engine import ValueEngine
 from qtilt.forwards.attention import attend_prefix, attend_prefix_plainly
@@ -43,9 +43,9 @@ def test_a_row_scores_the_same_alone_and_beside_others(type: str):
     alone, beside = Histories(model), Histories(model)
     histories = [alone.draw(length) for length in (4, 30, 11)]
     candidates_BK = torch.tensor([alone.draw(5) for _ in histories])
-    together = beside.engine.value_logits([beside.engine.acquire() for _ in histories], histories, candidates_BK)
+    together = value_logits(beside.engine, [acquire(beside.engine) for _ in histories], histories, candidates_BK)
     for history, candidates_K, expected_KA in zip(histories, candidates_BK, together, strict=True):
-        got_BKA = alone.engine.value_logits([alone.engine.acquire()], [history], candidates_K[None])
+        got_BKA = value_logits(alone.engine, [acquire(alone.engine)], [history], candidates_K[None])
         torch.testing.assert_close(got_BKA[0], expected_KA, **EXACT)
 
 
@@ -77,7 +77,7 @@ def test_released_slots_start_anew_and_the_lowest_goes_first(histories: Historie
     histories.stop(slots[1])
     reused = histories.start(4, 6)
     assert reused == slots[:2]
-    assert [histories.engine.covered(slot) for slot in reused] == [0, 0]
+    assert [histories.engine.cache.covered_S[slot] for slot in reused] == [0, 0]
     histories.check(slots[2], *reused)
 
 
@@ -96,8 +96,8 @@ def test_what_a_broken_history_leaves_in_a_slot_reaches_nobody(type: str):
     run = Histories(make_value_model("llama-gqa", type))
     long, short = run.start(20, 3)
     run.check(long, short)
-    run.engine.cache.keys_LNGPD[:, short, :, 2] = torch.nan
-    run.engine.cache.values_LNGPD[:, short, :, 2] = torch.nan
+    run.engine.cache.memory.keys_LNGPD[:, short, :, 2] = torch.nan
+    run.engine.cache.memory.values_LNGPD[:, short, :, 2] = torch.nan
     run.stop(short)
     run.start(1)
     run.check(long, *(slot for slot in run.tokens if slot != long))
@@ -107,8 +107,8 @@ def test_what_a_broken_history_leaves_in_its_pages_reaches_nobody(type: str):
     run = Histories(make_value_model("llama-gqa", type), kv_fraction=0.5)
     broken, short, long = run.start(30, 3, 60)
     run.check(broken)
-    run.engine.cache.keys_LNGPD[:, run.engine.cache.pages.of(broken)] = torch.nan
-    run.engine.cache.values_LNGPD[:, run.engine.cache.pages.of(broken)] = torch.nan
+    run.engine.cache.memory.keys_LNGPD[:, run.engine.cache.pages.of(broken)] = torch.nan
+    run.engine.cache.memory.values_LNGPD[:, run.engine.cache.pages.of(broken)] = torch.nan
     run.check(short, long)
 
 
@@ -118,7 +118,7 @@ def test_a_catch_up_longer_than_one_forward_allows_takes_several(histories: Hist
     tokens_of_forwards = forwards_of(run)
     slots = run.start(13, 2, 1, 6)
     candidates_BK = torch.tensor([run.draw(3) for _ in slots])
-    got_BKA = run.engine.value_logits(slots, list(run.tokens.values()), candidates_BK)
+    got_BKA = value_logits(run.engine, slots, list(run.tokens.values()), candidates_BK)
     # A row's last token isn't put off, however many rows there are.
     candidates = candidates_BK.numel() if run.model.type == "v" else 0
     assert max(tokens_of_forwards) <= max(limit, len(slots)) + candidates
@@ -139,8 +139,7 @@ def test_two_models_share_one_cache_and_a_swap_recomputes_nothing(type: str):
         old.check(started_before)
         old.grow(started_before, 1)
         new.grow(started_after, 1)
-    with pytest.raises(ValueError, match="not one this engine acquired"):
-        new.engine.covered(started_before)
+    assert not new.engine.holds(started_before)
     old.stop(started_before)
     (reused,) = new.start(5)
     assert reused == started_before
@@ -169,7 +168,7 @@ def test_random_histories_stay_exact_with_less_memory_than_they_need(family: str
         run.stop(slot)
     pages = run.engine.cache.pages
     assert pages.free == pages.total == max(pages.per_slot, math.ceil(fraction * 6 * pages.per_slot))
-    assert not run.engine.cache.keys_LNGPD.any()
+    assert not run.engine.cache.memory.keys_LNGPD.any()
 
 
 def test_what_was_used_least_recently_is_dropped_and_computed_again(histories: Histories):
@@ -181,10 +180,10 @@ def test_what_was_used_least_recently_is_dropped_and_computed_again(histories: H
     assert run.engine.cache.pages.free == 0
     run.grow(third, 30)  # a third page
     run.check(third)
-    assert [run.engine.covered(slot) for slot in slots] == [0, 60, 70]
+    assert [run.engine.cache.covered_S[slot] for slot in slots] == [0, 60, 70]
     run.check(second)
     run.check(first)
-    assert [run.engine.covered(slot) for slot in slots] == [50, 60, 0]
+    assert [run.engine.cache.covered_S[slot] for slot in slots] == [50, 60, 0]
     run.check(*slots)
 
 
@@ -201,7 +200,7 @@ def test_two_models_that_share_a_small_cache_drop_each_others_histories(type: st
 
 
 def test_the_attention_of_devices_without_a_kernel_is_exact_too(type: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("qtilt.engine.packing.attend_prefix", attend_prefix_plainly)
+    monkeypatch.setattr("qtilt.forwards.packed_attention.attend_prefix", attend_prefix_plainly)
     Histories(make_value_model("llama-gqa", type)).wander(steps=15)
 
 
@@ -219,8 +218,8 @@ def test_no_attention_call_copies_more_of_a_cache_in_pages_than_it_may(
 
     slots = run.start(3, 60, 9, 30, 1)
     most = together * 60 * geometry.kv_heads * geometry.head_size
-    monkeypatch.setattr("qtilt.engine.packing.COPIED_ELEMENTS", most)
-    monkeypatch.setattr("qtilt.engine.packing.attend_prefix", note)
+    monkeypatch.setattr("qtilt.forwards.packed_attention.COPIED_ELEMENTS", most)
+    monkeypatch.setattr("qtilt.forwards.packed_attention.attend_prefix", note)
     run.check(*slots)
     assert max(copied_of_calls) == most
 
@@ -243,9 +242,9 @@ def test_one_forward_a_step_with_what_the_cache_lacks_and_the_last_token_of_each
     run.check(first, second)
     tokens_of_forwards = forwards_of(run)
     run.grow(first, 3)
-    run.engine.value_logits([first, second], [run.tokens[first], run.tokens[second]], torch.zeros(2, 5).long())
+    value_logits(run.engine, [first, second], [run.tokens[first], run.tokens[second]], torch.zeros(2, 5).long())
     assert tokens_of_forwards == [3 + 1 + (2 * 5 if type == "v" else 0)]
-    run.engine.value_logits([first, second], [run.tokens[first], run.tokens[second]], torch.zeros(2, 5).long())
+    value_logits(run.engine, [first, second], [run.tokens[first], run.tokens[second]], torch.zeros(2, 5).long())
     assert tokens_of_forwards[1:] == [2 + (2 * 5 if type == "v" else 0)]
 
 
@@ -255,11 +254,10 @@ def test_a_history_that_begins_as_another_computes_the_rest_only(histories: Hist
     (other,) = run.start(30)
     run.check(other)
     prompt = run.draw(40)
-    slots = run.start(40, 45, 41, 20)
-    run.tokens[slots[0]] = prompt
-    run.tokens[slots[1]] = [*prompt, *run.draw(5)]
-    run.tokens[slots[2]] = [*prompt[:25], *run.draw(16)]
-    run.tokens[slots[3]] = run.tokens[other][:20]
+    slots = [
+        run.start_with(tokens)
+        for tokens in (prompt, [*prompt, *run.draw(5)], [*prompt[:25], *run.draw(16)], run.tokens[other][:20])
+    ]
     tokens_of_forwards = forwards_of(run)
     if beside:
         run.check(*slots, other)
@@ -276,16 +274,16 @@ def test_a_history_that_begins_as_another_computes_the_rest_only(histories: Hist
 
 
 def test_histories_with_little_or_nothing_in_common_share_nothing(histories: Histories):
-    slots = histories.start(15, 15, 40)
-    histories.tokens[slots[1]] = list(histories.tokens[slots[0]])
+    slots = histories.start(15, 40)
+    slots.append(histories.start_with(histories.tokens[slots[0]]))
     tokens_of_forwards = forwards_of(histories)
     histories.check(*slots)
     assert sum(tokens_of_forwards) == 15 + 15 + 40 + (15 if histories.model.type == "v" else 0)
 
 
 def test_a_prefix_is_not_taken_from_a_history_that_was_rewound_before_it(histories: Histories):
-    first, second = histories.start(30, 30)
-    histories.tokens[second] = list(histories.tokens[first])
+    (first,) = histories.start(30)
+    second = histories.start_with(histories.tokens[first])
     histories.check(first)
     histories.branch(first, kept=20, count=4)
     tokens_of_forwards = forwards_of(histories)
@@ -298,18 +296,9 @@ def test_candidates_are_never_cached():
     run = Histories(make_value_model("gpt2", "v"))
     first, second = run.start(6, 9)
     run.check(first, second, columns=20)
-    assert run.engine.cache.keys_LNGPD[:, first, :, 5].all()
-    assert not run.engine.cache.keys_LNGPD[:, first, :, 6:].any()
-    assert not run.engine.cache.keys_LNGPD[:, second, :, 9:].any()
-
-
-def test_an_empty_history_is_refused(histories: Histories):
-    with pytest.raises(ValueError, match="is empty, one token is the least"):
-        histories.check(*histories.start(0))
-
-
-def test_no_rows_give_no_logits(histories: Histories):
-    assert histories.engine.value_logits([], [], torch.zeros(0, 5).long()).shape == (0, 5, 1)
+    assert run.engine.cache.memory.keys_LNGPD[:, first, :, 5].all()
+    assert not run.engine.cache.memory.keys_LNGPD[:, first, :, 6:].any()
+    assert not run.engine.cache.memory.keys_LNGPD[:, second, :, 9:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -323,7 +312,7 @@ def test_half_precision_is_as_close_to_float32_as_the_plain_forward_is(family: s
     half.load_state_dict(exact.state_dict())
     plain_error = (plain_value_logits(half, histories, candidates_BK) - expected_BKA).abs().max()
     engine = ValueEngine(half, 2, POSITIONS - 1)
-    got_BKA = engine.value_logits([engine.acquire(), engine.acquire()], histories, candidates_BK)
+    got_BKA = value_logits(engine, [acquire(engine), acquire(engine)], histories, candidates_BK)
     assert (got_BKA - expected_BKA).abs().max() < 2 * plain_error + 0.05
 
 
@@ -336,44 +325,32 @@ def test_the_backbone_keeps_its_own_attention_outside_the_engine(histories: Hist
     assert torch.equal(model.taken_logits(ids_1T).detach(), before)
 
 
-def call(histories: Histories, slots: list[int], tokens: list[list[int]], columns: int = 2) -> Tensor:
-    return histories.engine.value_logits(slots, tokens, torch.zeros(len(tokens), columns).long())
-
-
-def test_wrong_calls_say_what_is_wrong(histories: Histories):
-    first, second = histories.start(4, 4)
-    with pytest.raises(ValueError, match="not distinct"):
-        call(histories, [first, first], [[1], [1]])
-    with pytest.raises(ValueError, match="2 slots, 1 histories and 1 rows of candidates"):
-        call(histories, [first, second], [[1]])
-    with pytest.raises(ValueError, match="not one this engine acquired"):
-        call(histories, [5], [[1]])
-    with pytest.raises(ValueError, match="token ids from -1 to 3"):
-        call(histories, [first], [[3, -1]])
-    with pytest.raises(ValueError, match=f"to {VOCABULARY}, the value model's are 0 to {VOCABULARY - 1}"):
-        call(histories, [first], [[3, VOCABULARY]])
-    with pytest.raises(ValueError, match=f"has {POSITIONS} tokens, expected 0"):
-        call(histories, [first], [[1] * POSITIONS])
-    histories.check(first)
-    with pytest.raises(ValueError, match=r"has 3 tokens, expected 4 .*rewind first"):
-        call(histories, [first], [histories.tokens[first][:3]])
+def test_a_slot_is_rewound_to_what_it_holds_only(histories: Histories):
+    (slot,) = histories.start(4)
+    histories.check(slot)
     with pytest.raises(ValueError, match="holds 4 tokens and cannot be rewound to 5"):
-        histories.engine.rewind(first, 5)
-    histories.check(first, second)  # nothing above changed a slot
+        histories.engine.cache.rewind(slot, 5)
+    histories.check(slot)
+
+
+def test_tokens_that_the_value_model_lacks_are_read_as_its_last(histories: Histories):
+    slot = histories.start_with([1, VOCABULARY - 1, 2, VOCABULARY - 1, 5])
+    expected_BKA = plain_value_logits(histories.model, [histories.tokens[slot]], torch.tensor([[3, 4]]))
+    tokens = [1, VOCABULARY, 2, VOCABULARY + 7, 5]
+    got_BKA = value_logits(histories.engine, [slot], [tokens], torch.tensor([[3, 4]]))
+    torch.testing.assert_close(got_BKA, expected_BKA, **EXACT)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_last_position_is_left_for_the_candidates_of_a_v_type(family: str, type: str):
     engine = ValueEngine(make_value_model(family, type), 1, POSITIONS)
-    slot, candidates_BK = engine.acquire(), torch.tensor([[3, 5]])
+    slot, candidates_BK = acquire(engine), torch.tensor([[3, 5]])
     longest = Histories(engine.model).draw(POSITIONS if type == "q" else POSITIONS - 1)
-    got_BKA = engine.value_logits([slot], [longest], candidates_BK)
+    got_BKA = value_logits(engine, [slot], [longest], candidates_BK)
     torch.testing.assert_close(got_BKA, plain_value_logits(engine.model, [longest], candidates_BK), **EXACT)
-    with pytest.raises(ValueError, match=f"has {len(longest) + 1} tokens"):
-        engine.value_logits([slot], [[*longest, 1]], candidates_BK)
 
 
-def test_more_histories_than_slots_are_refused(histories: Histories):
-    histories.start(*[1] * 6)
-    with pytest.raises(ValueError, match="all 6 cache slots are in use"):
-        histories.engine.acquire()
+def test_a_slot_in_use_is_refused(histories: Histories):
+    (slot,) = histories.start(1)
+    with pytest.raises(ValueError, match=f"cache slot {slot} of 6 is in use"):
+        histories.engine.acquire(slot)

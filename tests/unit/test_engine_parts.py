@@ -1,7 +1,9 @@
 """The attention over a prefix and its merge with the own key; which backbones and caches the engine refuses."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,12 +19,14 @@ from transformers import (
     Qwen2Config,
 )
 
+from engine_histories import acquire, value_logits
 from hf_oracle import CONFIGS, POSITIONS, SIZES, VOCABULARY, make_backbone, make_value_model
 from qtilt.distributions import Bernoulli
 from qtilt.engine import ValueEngine
-from qtilt.engine.cache import PAGE_TOKENS, CacheGeometry, KVCache
+from qtilt.engine.cache import KVCache
 from qtilt.forwards import attention
 from qtilt.forwards.attention import attend_prefix, attend_prefix_plainly, merge_own_
+from qtilt.forwards.memory import PAGE_TOKENS, CacheGeometry
 from qtilt.forwards.probe import measure_geometry
 from qtilt.value_model import ValueModel
 
@@ -173,6 +177,42 @@ def test_half_precision_hides_no_other_function():
         measure_geometry(backbone, POSITIONS)
 
 
+PACKED = "qtilt.forwards.packed_attention"
+SPOILT: dict[str, tuple[str, Any]] = {
+    "a candidate doesn't see itself": (f"{PACKED}.merge_own_", lambda *args: None),
+    "padding is seen": (
+        f"{PACKED}.prefix_mask",
+        lambda *args: torch.zeros(len(args[0]), 1, 1, args[1]),
+    ),
+    "a later span sees what follows it": (f"{PACKED}._visible", lambda span, device: torch.ones(1, 1).bool()),
+    "pages are read in another order": (
+        "qtilt.forwards.memory.PageMemory._read",
+        lambda memory, content_NGPD, window, length: (
+            content_NGPD[memory.table_SM.flip(1)[window, : math.ceil(length / memory.page_size)]]
+            .transpose(1, 2)
+            .flatten(2, 3)[:, :, :length]
+        ),
+    ),
+    "heads read the keys of another group": (
+        f"{PACKED}.attend_prefix",
+        lambda query_WGQD, *rest: (
+            tuple(out.flip(1) for out in attend_prefix(query_WGQD.flip(1), *rest)[:1])
+            + attend_prefix(query_WGQD, *rest)[1:]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("place", "spoilt"), SPOILT.values(), ids=SPOILT)
+def test_a_forward_that_attends_to_something_else_is_refused_when_it_is_made(
+    place: str, spoilt: Any, monkeypatch: pytest.MonkeyPatch
+):
+    ValueEngine(make_value_model("llama-gqa", "v"), 2, POSITIONS)
+    monkeypatch.setattr(place, spoilt)
+    with pytest.raises(ValueError, match="run by transformers, computes something else"):
+        ValueEngine(make_value_model("llama-gqa", "v"), 2, POSITIONS)
+
+
 def test_a_sliding_window_no_history_outgrows_is_accepted():
     backbone = make_backbone(MistralConfig(sliding_window=POSITIONS, **HEADS, **SIZES))
     assert measure_geometry(backbone, POSITIONS).kv_heads == 2
@@ -185,7 +225,11 @@ def test_the_cache_has_the_shape_the_backbone_asks_for(family: str):
     attention = model.backbone.config
     kv_heads = getattr(attention, "num_key_value_heads", attention.num_attention_heads)
     head_size = getattr(attention, "head_dim", attention.hidden_size // attention.num_attention_heads)
-    assert engine.cache.keys_LNGPD.shape == engine.cache.values_LNGPD.shape == (3, 3 + 1, kv_heads, 40, head_size)
+    assert (
+        engine.cache.memory.keys_LNGPD.shape
+        == engine.cache.memory.values_LNGPD.shape
+        == (3, 3 + 1, kv_heads, 40, head_size)
+    )
 
 
 def test_positions_must_cover_the_longest_history():
@@ -223,9 +267,10 @@ def test_held_pages_are_those_of_slots_in_use(fraction: float, held: int):
     """In one piece a page is a slot; else one has two pages, of 32 positions each, and the other one."""
     cache = KVCache(CacheGeometry(1, 1, 2, torch.float32, torch.device("cpu")), 4, 64, fraction)
     assert cache.held_pages == 0
-    slots = [cache.acquire() for _ in range(2)]
+    slots = [0, 1]
     for slot, length in zip(slots, [33, 5], strict=True):
-        cache.reserve(slot, length)
+        cache.acquire(slot)
+        cache.hold(np.array([slot]), np.array([length]))
     assert cache.held_pages == held
     for slot in slots:
         cache.release(slot)
@@ -248,16 +293,16 @@ def paged_cache(slots: int, dtype: torch.dtype = torch.float32) -> KVCache:
 
 def hold(cache: KVCache, slot: int, length: int) -> None:
     """Random keys and values, none of them 0."""
-    cache.reserve(slot, length)
+    cache.acquire(slot)
+    cache.hold(np.array([slot]), np.array([length]))
     for layer in range(cache.geometry.layers):
         keys_CGD, values_CGD = torch.rand(2, length, 3, 5).add(1).to(cache.geometry.dtype)
-        cache.write_span(layer, slot, 0, keys_CGD, values_CGD)
-    cache.advance(slot, length)
+        cache.memory.write_span(layer, slot, 0, keys_CGD, values_CGD)
 
 
 def operations_on_history(what: str, pages: int) -> int:
     cache = paged_cache(slots=3)
-    first, second = cache.acquire(), cache.acquire()
+    first, second = 0, 1
     hold(cache, first, pages * PAGE_TOKENS + 7)
     with Operations() as operations:
         if what == "copy":
@@ -279,12 +324,12 @@ def test_a_long_history_in_pages_is_copied_and_forgotten_in_as_few_operations_as
 @pytest.mark.parametrize("length", [PAGE_TOKENS - 1, 3 * PAGE_TOKENS, 3 * PAGE_TOKENS + 5])
 def test_a_copy_in_pages_has_the_tokens_asked_for_and_nothing_beyond(length: int, dtype: torch.dtype):
     cache = paged_cache(3, dtype)
-    source, target = cache.acquire(), cache.acquire()
+    source, target = 0, 1
     hold(cache, source, 4 * PAGE_TOKENS)
     cache.copy(source, target, length)
     for layer in range(2):
-        expected = cache.read(layer, torch.tensor([source]), length)
-        held = cache.read(layer, torch.tensor([target]), 5 * PAGE_TOKENS)
+        expected = cache.memory.read(layer, torch.tensor([source]), length)
+        held = cache.memory.read(layer, torch.tensor([target]), 5 * PAGE_TOKENS)
         for got_1GPD, expected_1GPD in zip(held, expected, strict=True):
             assert torch.equal(got_1GPD[:, :, :length], expected_1GPD)
             assert not got_1GPD[:, :, length:].any()
@@ -294,27 +339,27 @@ def test_a_copy_in_pages_has_the_tokens_asked_for_and_nothing_beyond(length: int
 @pytest.mark.parametrize("length", [5, 3 * PAGE_TOKENS, 3 * PAGE_TOKENS + 5])
 def test_pages_given_back_are_zero_and_the_others_as_they_were(length: int, kept: int):
     cache = paged_cache(3)
-    cut, other = cache.acquire(), cache.acquire()
+    cut, other = 0, 1
     for slot in (cut, other):
         hold(cache, slot, length)
     pages, others = cache.pages.of(cut).copy(), cache.pages.of(other)
-    before = cache.keys_LNGPD.clone(), cache.values_LNGPD.clone()
+    before = cache.memory.keys_LNGPD.clone(), cache.memory.values_LNGPD.clone()
     kept = min(kept, length)
     cache.rewind(cut, kept)
     given_back = pages[math.ceil(kept / PAGE_TOKENS) :]
-    for content_LNGPD, before_LNGPD in zip((cache.keys_LNGPD, cache.values_LNGPD), before, strict=True):
+    for content_LNGPD, before_LNGPD in zip((cache.memory.keys_LNGPD, cache.memory.values_LNGPD), before, strict=True):
         assert not content_LNGPD[:, given_back].any()
         for held in (others, pages[: len(pages) - len(given_back)]):
             assert torch.equal(content_LNGPD[:, held], before_LNGPD[:, held])
     for slot in (cut, other):
         cache.release(slot)
-    assert not cache.keys_LNGPD.any()
-    assert not cache.values_LNGPD.any()
+    assert not cache.memory.keys_LNGPD.any()
+    assert not cache.memory.values_LNGPD.any()
 
 
 def test_dropout_is_off_in_the_engine():
     backbone = make_backbone(LlamaConfig(attention_dropout=0.9, attn_implementation="eager", **HEADS, **SIZES)).train()
     engine = ValueEngine(ValueModel.from_backbone(backbone, "v", Bernoulli(), head_std=0.5), 1, 8)
-    slot, candidates_BK = engine.acquire(), torch.tensor([[4, 4]])
-    first = engine.value_logits([slot], [[1, 2, 3]], candidates_BK)
-    torch.testing.assert_close(engine.value_logits([slot], [[1, 2, 3]], candidates_BK), first)
+    slot, candidates_BK = acquire(engine), torch.tensor([[4, 4]])
+    first = value_logits(engine, [slot], [[1, 2, 3]], candidates_BK)
+    torch.testing.assert_close(value_logits(engine, [slot], [[1, 2, 3]], candidates_BK), first)

@@ -8,67 +8,41 @@ import torch
 from torch import Tensor
 
 from guided_vllm.poisoned import POISON, broken_layer, poison
-from guided_vllm.tiny_models import REFERENCE_VOCAB, make_tokenizer, make_value_model, prompt
-from qtilt.checkpoint import fingerprint_tokenizer
+from guided_vllm.tiny_models import REFERENCE_VOCAB, make_value_model, prompt
 from qtilt.distributions import Bernoulli, Categorical
-from qtilt.params import GuidanceParams
 from qtilt.tilt import Candidates, top_candidates
-from qtilt.vllm_plugin.compatibility import Reference
-from qtilt.vllm_plugin.records import RecordStore
-from qtilt.vllm_plugin.v1.batch import GuidedBatch, GuidedRow
-from qtilt.vllm_plugin.v1.finite_check import finite_rows
-from qtilt.vllm_plugin.v1.history import TokenHistory
-from qtilt.vllm_plugin.versions import EngineSettings, Residents, ResidentVersion
+from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers
+from qtilt.vllm_plugin.guided import GuidedRequest
+from qtilt.vllm_plugin.step import finite_rows
+from running_batch import END, RunningBatch, make_residents
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
 SLOTS = 6
-END = 17
 HEALTHY, POISONED = prompt(4, seed=1), [*prompt(3, seed=2), POISON, 5]
 
 
-class Serving:
+class Serving(RunningBatch):
     """Two versions in a batch, ``damaged`` and ``healthy``, of equal geometry: they share a cache."""
 
     def __init__(self, directory: Path, type_: str) -> None:
-        reference = Reference(fingerprint_tokenizer(make_tokenizer()), REFERENCE_VOCAB, 64)
-        residents = Residents(reference, EngineSettings(SLOTS, 64, torch.float32, torch.device("cpu")))
+        super().__init__(SLOTS)
+        residents = make_residents(SLOTS)
         paths = {
             name: make_value_model(directory / name, type_, Bernoulli(), "gpt2", seed=seed)
             for seed, name in enumerate(("damaged", "healthy"))
         }
         poison(paths["damaged"])
         self.versions = {name: residents.load_at_start(name, str(path)) for name, path in paths.items()}
-        self.store = RecordStore()
-        self.batch = GuidedBatch()
-        self.outputs: dict[int, list[int]] = {}
+        for slot in range(SLOTS):
+            self.add_unguided(slot, HEALTHY)
 
-    def put(self, index: int, name: str, prompt_ids: list[int], ending_token: int | None = END) -> GuidedRow:
-        version, output = self.versions[name], []
-        params = GuidanceParams(name, 1, 0.1, 5, trace_id=f"{name}-{index}")
-        row = GuidedRow(
-            params,
-            1.0,
-            output,
-            TokenHistory(prompt_ids, output, version.manifest.vocab_size),
-            version,
-            self.store.open(params.trace_id, output, None),
-            ending_token,
-        )
-        self.batch.put(index, row)
-        self.outputs[index] = output
-        return row
-
-    def step(self, logits_BV: Tensor) -> Tensor:
-        """One step, and a token for every row: the likeliest, but never the poison."""
-        guided_BV = self.batch.guide(logits_BV.clone())
-        for index, output in self.outputs.items():
-            output.append(int(guided_BV[index, :POISON].argmax()))
-        return guided_BV
+    def put(self, slot: int, name: str, prompt_ids: list[int], ending_token: int | None = END) -> GuidedRequest:
+        trace_id = f"{name}-{slot}"
+        return self.add(slot, self.versions[name], prompt_ids, ending_token=ending_token, trace_id=trace_id)
 
     def leave(self) -> None:
-        for index in self.outputs:
-            self.batch.put(index, None)
+        self.batch.keep_only([])
         assert self.versions["healthy"].engine.cache.free_slots == SLOTS
         assert all(version.rows == 0 for version in self.versions.values())
 
@@ -98,17 +72,17 @@ def test_only_rows_with_nan_values_end_and_the_others_are_bit_identical(serving:
     alone = Serving(tmp_path / "alone", serving.versions["damaged"].manifest.type)
     alone.put(1, "damaged", HEALTHY)
     alone.put(2, "healthy", POISONED)
-    for count in range(4):
-        guided_BV, expected_BV = serving.step(logits(4)), alone.step(logits(4))
+    for _ in range(4):
+        guided_BV, expected_BV = serving.draw(logits(4)), alone.draw(logits(4))
         assert_ends(guided_BV[0])
         torch.testing.assert_close(guided_BV[1:3], expected_BV[1:3], rtol=1e-5, atol=1e-5)
         assert not torch.equal(guided_BV[1], logits(4)[1])
         assert torch.equal(guided_BV[3], logits(4)[3])
-        assert serving.versions["healthy"].engine.cache.free_slots == SLOTS - (3 if count == 0 else 2)
-    tokens = serving.outputs
-    assert serving.store.take("damaged-0", [tokens[0]])[0]["kind"] == "nan"
+        serving.batch.look_for_failures()
+        assert serving.versions["healthy"].engine.cache.free_slots == SLOTS - 2
+    assert serving.records.take("damaged-0", [serving.drawn(0)])[0]["kind"] == "nan"
     for trace_id, index in (("damaged-1", 1), ("healthy-2", 2)):
-        (ours,), (expected,) = (which.store.take(trace_id, [tokens[index]]) for which in (serving, alone))
+        (ours,), (expected,) = (which.records.take(trace_id, [serving.drawn(index)]) for which in (serving, alone))
         assert ours["guided_tokens"] == 4
         assert ours["kl"] == pytest.approx(expected["kl"], rel=1e-5)
     serving.leave()
@@ -116,11 +90,11 @@ def test_only_rows_with_nan_values_end_and_the_others_are_bit_identical(serving:
 
 
 def test_a_row_that_no_token_ends_is_left_to_the_reference(serving: Serving) -> None:
-    row = serving.put(0, "damaged", POISONED, ending_token=None)
+    serving.put(0, "damaged", POISONED, ending_token=None)
     for _ in range(3):
-        assert torch.equal(serving.step(logits(1)), logits(1))
-    assert row.failure is not None
-    assert serving.store.failures() == {"damaged-0": row.failure}
+        assert torch.equal(serving.draw(logits(1)), logits(1))
+    serving.batch.look_for_failures()
+    assert serving.records.failures() == {"damaged-0": not_numbers()}
     serving.leave()
 
 
@@ -129,20 +103,21 @@ def test_a_masked_token_ends_a_failed_row_all_the_same(serving: Serving) -> None
     masked_BV = logits(1)
     masked_BV[0, END] = -torch.inf
     for _ in range(2):
-        assert_ends(serving.step(masked_BV)[0])
+        assert_ends(serving.draw(masked_BV)[0])
     serving.leave()
 
 
 def test_a_row_that_failed_once_is_not_guided_again(serving: Serving) -> None:
     """Values that were NaN in one step only: the row goes on failing although the next ones are numbers."""
-    row = serving.put(0, "damaged", HEALTHY)
+    serving.put(0, "damaged", HEALTHY)
     head = serving.versions["damaged"].engine.model.head.bias
     healthy_bias = head.detach().clone()
     head.data.fill_(torch.nan)
-    assert_ends(serving.step(logits(1))[0])
+    assert_ends(serving.draw(logits(1))[0])
     head.data.copy_(healthy_bias)
-    assert_ends(serving.step(logits(1))[0])
-    assert row.slot is None
+    serving.batch.look_for_failures()
+    assert_ends(serving.draw(logits(1))[0])
+    assert not serving.versions["damaged"].engine.holds(0)
     serving.leave()
 
 
@@ -150,17 +125,16 @@ def test_an_exception_ends_the_rows_of_that_version_and_no_other(
     serving: Serving, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     damaged = serving.versions["damaged"]
-    failing = [serving.put(index, "damaged", HEALTHY) for index in (0, 2)]
+    serving.put(0, "damaged", HEALTHY)
+    serving.put(2, "damaged", HEALTHY, ending_token=None)
     serving.put(1, "healthy", HEALTHY)
     alone = Serving(tmp_path / "alone", damaged.manifest.type)
     alone.put(1, "healthy", HEALTHY)
-    for row in failing[1:]:
-        row.ending_token = None
-    serving.step(logits(4))
-    alone.step(logits(4))
+    serving.draw(logits(4))
+    alone.draw(logits(4))
     with broken_layer(damaged.engine.model.backbone.h[1].mlp.c_proj), caplog.at_level(logging.ERROR, "vllm"):
         for _ in range(3):
-            guided_BV, expected_BV = serving.step(logits(4)), alone.step(logits(4))
+            guided_BV, expected_BV = serving.draw(logits(4)), alone.draw(logits(4))
             assert_ends(guided_BV[0])
             assert torch.equal(guided_BV[2:], logits(4)[2:])
             torch.testing.assert_close(guided_BV[1], expected_BV[1], rtol=1e-5, atol=1e-5)
@@ -170,7 +144,7 @@ def test_an_exception_ends_the_rows_of_that_version_and_no_other(
     ], "once per failure, not once per step"
     assert caplog.records[0].exc_info is not None
     for trace_id, index in (("damaged-0", 0), ("damaged-2", 2)):
-        (failure,) = serving.store.take(trace_id, [serving.outputs[index]])
+        (failure,) = serving.records.take(trace_id, [serving.drawn(index)])
         assert failure["kind"] == "exception"
         assert failure["reason"].startswith("RuntimeError: ")
         assert "\n" not in failure["reason"]
@@ -184,14 +158,14 @@ def test_after_an_exception_the_version_guides_new_requests_exactly(serving: Ser
     for index, prompt_ids in enumerate([POISONED, HEALTHY, prompt(40, seed=9)]):
         serving.put(index, "damaged", prompt_ids)
     with broken_layer(damaged.engine.model.backbone.h[1].mlp.c_proj):
-        serving.step(logits(3))
+        serving.draw(logits(3))
     serving.leave()
     fresh = Serving(tmp_path / "fresh", damaged.manifest.type)
     for which in (serving, fresh):
         for index, name in enumerate(["damaged", "healthy", "damaged"]):
             which.put(index, name, prompt(5 + 3 * index, seed=20 + index))
     for _ in range(3):
-        torch.testing.assert_close(serving.step(logits(3)), fresh.step(logits(3)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(serving.draw(logits(3)), fresh.draw(logits(3)), rtol=1e-5, atol=1e-5)
     serving.leave()
 
 
@@ -199,11 +173,12 @@ def test_a_failing_row_lets_a_new_one_take_its_slot(serving: Serving) -> None:
     """Slots are enough for as many rows as the batch has: a failed row that kept its own would starve the next."""
     for index in range(SLOTS):
         serving.put(index, "damaged", POISONED)
-    serving.step(logits(SLOTS))
+    serving.draw(logits(SLOTS))
     for index in range(SLOTS):
         serving.put(index, "damaged", HEALTHY)
-    guided_BV = serving.step(logits(SLOTS))
-    assert all(row.failure is None for row in serving.batch._rows.values())
+    guided_BV = serving.draw(logits(SLOTS))
+    serving.batch.look_for_failures()
+    assert serving.versions["damaged"].rows == SLOTS
     assert not torch.equal(guided_BV, logits(SLOTS))
     serving.leave()
 
@@ -224,28 +199,35 @@ def test_masks_of_the_reference_are_no_failure(serving: Serving) -> None:
     masked_BV = logits(1)
     masked_BV[0, 3:] = -torch.inf
     masked_BV[0, 1] = torch.nan
-    row = serving.put(0, "healthy", HEALTHY)
+    serving.put(0, "healthy", HEALTHY)
     candidates: Candidates = top_candidates(masked_BV, 5, 90)
     assert candidates.valid_BK.sum() == 2
-    serving.batch.guide(masked_BV)
-    serving.batch.settle(wait=True)
-    assert row.failure is None
+    serving.draw(masked_BV)
+    assert serving.summary([5], "healthy-0")["candidates"] == 2
     serving.leave()
 
 
 def test_offsets_beyond_float32_are_no_failure(tmp_path: Path) -> None:
     """The smallest η on a reward of huge range: other tokens are infinitely far away, which is what was asked for."""
-    reference = Reference(fingerprint_tokenizer(make_tokenizer()), REFERENCE_VOCAB, 64)
-    residents = Residents(reference, EngineSettings(SLOTS, 64, torch.float32, torch.device("cpu")))
     path = make_value_model(tmp_path / "huge", "v", Categorical(-1e9, 1e9, 3), "llama", seed=1)
-    version: ResidentVersion = residents.load_at_start("huge", str(path))
-    batch, output = GuidedBatch(), []
-    row = GuidedRow(
-        GuidanceParams("huge", 1, 1e-300, 5), 1.0, output, TokenHistory(HEALTHY, output, 96), version, None, END
-    )
-    batch.put(0, row)
-    guided_BV = batch.guide(logits(1))
-    batch.settle(wait=True)
-    assert row.failure is None
+    version = make_residents(SLOTS).load_at_start("huge", str(path))
+    running = RunningBatch(SLOTS)
+    running.add(0, version, HEALTHY, eta=1e-300)
+    guided_BV = running.draw(logits(1))
+    assert running.summary([5])["guided_tokens"] == 1
     assert not guided_BV.isnan().any()
-    batch.put(0, None)
+
+
+def test_a_request_that_comes_back_has_still_failed(tmp_path: Path) -> None:
+    """Its failure is found by its tokens: of another choice of its trace that went another way it says nothing."""
+    serving = Serving(tmp_path, "v")
+    failure: GuidanceFailure = {"kind": "exception", "reason": "because"}
+    stay = serving.add(0, serving.versions["healthy"], HEALTHY, output=[5, 6]).stay
+    serving.step({0: [7]})
+    stay.fail(failure, 2)
+    serving.batch.remove(0)
+    assert serving.records.failed("t", [5, 6, 7]) == failure
+    assert serving.records.failed("t", [5, 6, 7, 8]) == failure
+    assert serving.records.failed("t", [5, 6]) is None, "the step that failed is not among these tokens"
+    assert serving.records.failed("t", [5, 9, 7]) is None
+    assert serving.records.failed("another", [5, 6, 7]) is None

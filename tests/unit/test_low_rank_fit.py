@@ -108,11 +108,12 @@ def test_a_fit_goes_on_from_the_update_it_is_given(tmp_path: Path) -> None:
 
 def test_without_low_rank_the_first_layers_are_a_whole_value_model(tmp_path: Path) -> None:
     base = write_language_model(tmp_path / "base", "llama")
-    initialise_value_model(str(base), "v", {"name": "bernoulli"}, tmp_path / "value", layers=2)
+    initialise_value_model(str(base), "v", {"name": "bernoulli"}, tmp_path / "value", layers=2, adapter="support")
     assert (tmp_path / "value" / "backbone" / "model.safetensors").exists()
     manifest = read_manifest(tmp_path / "value")
-    assert (manifest.base, manifest.provenance["layers"]) == (None, 2)
+    assert (manifest.base, manifest.provenance["layers"], manifest.adapter) == (None, 2, "support")
     result = fit_value_model(tmp_path / "value", as_table(rollouts()), tmp_path / "fitted", CONFIG)
+    assert read_manifest(result.directory).adapter == "support"
     stored = load_file(base / "model.safetensors")
     fitted = load_value_model(result.directory).backbone.state_dict()
     assert len(fitted) == 2 * 9 + 2

@@ -51,6 +51,7 @@ PUBLIC_NAMES = {
         "OFFSETS",
         "ReferenceMass",
         "TAILS",
+        "TiltFunctions",
         "cd_offsets",
         "divergence",
         "drops",

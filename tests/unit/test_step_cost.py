@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine_histories import Histories
+from engine_histories import Histories, value_logits
 from hf_oracle import make_value_model
 
 
@@ -37,7 +37,7 @@ def cost_of_a_step(run: Histories, slots: list[int]) -> tuple[int, int]:
 
 def score(run: Histories, slots: list[int]) -> None:
     candidates_BK = torch.ones(len(slots), 3, dtype=torch.int64)
-    run.engine.value_logits(slots, [run.tokens[slot] for slot in slots], candidates_BK)
+    value_logits(run.engine, slots, [run.tokens[slot] for slot in slots], candidates_BK)
 
 
 @pytest.mark.parametrize("kv_fraction", [1.0, 0.5])

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine_histories import Histories
+from engine_histories import Histories, acquire, value_logits
 from hf_oracle import CONFIGS, DISTRIBUTIONS, POSITIONS, make_backbone, make_value_model
 from qtilt.engine import ValueEngine
 from qtilt.forwards.compiled import library
 from qtilt.forwards.fused import FusedForward, can_fuse
-from qtilt.forwards.probe import check_forward
+from qtilt.forwards.probe import check_forward, measure_geometry
 from qtilt.value_model import ValueModel
 from vllm import _custom_ops
 
@@ -48,7 +48,7 @@ def llama3_rope(head_dim: int) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whatever_happens_between_steps(family: str, value_type: str) -> None:
     run = Histories(make_value_model(family, value_type), kernels=_custom_ops)
-    assert run.engine.forward == "fused"
+    assert run.engine.forward.name == "fused"
     run.wander(steps=25)
 
 
@@ -58,7 +58,7 @@ def test_rotations_of_any_size_and_kind(head_dim: int) -> None:
     model = ValueModel.from_backbone(backbone, "v", DISTRIBUTIONS["bernoulli"], 0.5).eval()
     torch.nn.init.normal_(model.head.bias)
     run = Histories(model, kernels=_custom_ops)
-    assert run.engine.forward == "fused"
+    assert run.engine.forward.name == "fused"
     run.check(*run.start(POSITIONS - 1, 40, 1))
 
 
@@ -68,7 +68,7 @@ def test_half_precision_is_no_further_from_float32_than_transformers_own_operati
 
     def logits(dtype: torch.dtype, **settings: Any) -> Tensor:
         engine = ValueEngine(make_value_model("llama-gqa", "v").to(dtype), 3, POSITIONS - 1, **settings)
-        return engine.value_logits([engine.acquire() for _ in histories], histories, candidates_BK)
+        return value_logits(engine, [acquire(engine) for _ in histories], histories, candidates_BK)
 
     exact = logits(torch.float32)
     plain = (logits(torch.bfloat16) - exact).norm()
@@ -78,7 +78,7 @@ def test_half_precision_is_no_further_from_float32_than_transformers_own_operati
 
 def test_other_backbones_run_as_they_are() -> None:
     model = make_value_model("gpt2", "v")
-    assert ValueEngine(model, 1, 8, kernels=_custom_ops).forward == "transformers"
+    assert ValueEngine(model, 1, 8, kernels=_custom_ops).forward.name == "transformers"
     with pytest.raises(ValueError, match=r"GPT2Model can't be fused"):
         FusedForward(model.backbone, _custom_ops, 8)
     for change in ({"hidden_act": "gelu"}, {"hidden_size": 24}):
@@ -101,10 +101,11 @@ def test_other_backbones_run_as_they_are() -> None:
 )
 def test_a_forward_that_is_not_the_backbones_is_noticed(change: Callable[[Any], None]) -> None:
     backbone, other = make_backbone(CONFIGS["qwen3"]), make_backbone(CONFIGS["qwen3"])
-    check_forward(backbone, FusedForward(other, _custom_ops, POSITIONS))
+    geometry = measure_geometry(backbone, POSITIONS)
+    check_forward(backbone, FusedForward(other, _custom_ops, POSITIONS), geometry, POSITIONS)
     change(other.layers[1])
-    with pytest.raises(ValueError, match=r"Qwen3Model computes something else .* differ by .* allowed 1e-03"):
-        check_forward(backbone, FusedForward(other, _custom_ops, POSITIONS))
+    with pytest.raises(ValueError, match=r"Qwen3Model, run by fused, computes something else .* allowed 1e-03"):
+        check_forward(backbone, FusedForward(other, _custom_ops, POSITIONS), geometry, POSITIONS)
 
 
 class NoRotation:
@@ -118,5 +119,5 @@ class NoRotation:
 
 
 def test_an_engine_refuses_kernels_that_compute_something_else() -> None:
-    with pytest.raises(ValueError, match="LlamaModel computes something else"):
+    with pytest.raises(ValueError, match="LlamaModel, run by fused, computes something else"):
         ValueEngine(make_value_model("llama", "v"), 1, 8, kernels=NoRotation())

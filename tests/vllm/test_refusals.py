@@ -1,13 +1,13 @@
 """What must never reach a step, and how the worker says no."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.sample.logits_processor import LogitsProcessors, build_logitsprocs
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors, build_logitsprocs
 
+from guided_vllm import tight_engine
 from guided_vllm.driving import Ask, drive
 from guided_vllm.matrix import covers
 from guided_vllm.served import Served
@@ -34,17 +34,16 @@ def test_malformed_guidance_is_refused_when_a_request_is_added(served: Served, e
         served.engine.add_request("malformed", {"prompt_token_ids": [1, 2]}, params)
 
 
-@pytest.mark.parametrize(("change", "names"), [({"version": 9}, "v-bernoulli@9"), ({"top_k": 129}, "at most 128")])
-def test_what_the_server_must_not_let_through_is_an_error_and_never_unguided(
-    served: Served, change: dict[str, int], names: str
-) -> None:
-    processor = GuidanceWorkerExtension._qtilt_processor(_worker(served))
-    params = replace(served.guide("v-bernoulli"), **change)
-    sampling = SamplingParams(extra_args={"qtilt": params.to_extra_args()})
-    with pytest.raises(ValueError, match=names):
-        processor._row(sampling, [1, 2, 3], [])
-    with pytest.raises(ValueError, match="prompt embeddings"):
-        processor._row(sampling, None, [])
+def test_a_prompt_of_embeddings_ends_a_guided_request(served: Served) -> None:
+    """The server refuses it; here it must be an error and never unguided, and the engine must go on."""
+    processor = tight_engine.worker(served.engine)._qtilt_processor()
+    guidance = served.guide("v-bernoulli")
+    sampling = SamplingParams(extra_args={"qtilt": guidance.to_extra_args()})
+    processor.update_state(BatchUpdate(batch_size=1, removed=[], added=[(0, sampling, None, [])], moved=[]))
+    assert "prompt embeddings" in processor.records.failures()[guidance.trace_id]["reason"]
+    processor.update_state(BatchUpdate(batch_size=0, removed=[0], added=[], moved=[]))
+    assert len(processor.batch) == 0
+    processor.records.take(guidance.trace_id, [])
 
 
 @covers(
@@ -73,6 +72,7 @@ def test_the_engine_is_not_built_with_speculative_decoding(served: Served) -> No
             "batch-sharded",
         ),
         ({"model_config": SimpleNamespace(skip_tokenizer_init=True)}, "skip-tokenizer-init"),
+        ({"model_config": SimpleNamespace(skip_tokenizer_init=False, enable_sleep_mode=True)}, "enable-sleep-mode"),
     ],
 )
 def test_settings_under_which_guidance_is_wrong_are_refused_at_construction(
@@ -112,9 +112,3 @@ def test_a_choice_cut_short_counts_only_its_own_steps(served: Served) -> None:
     assert (cut["guided_tokens"], cut["candidates"]) == (4, guidances[0].top_k)
     (nothing,) = served.rpc("qtilt_take_records", "no such trace", [[]])
     assert nothing == {"guided_tokens": 0, "kl": 0.0, "kl_candidates": 0.0, "mass": None, "candidates": 0.0}
-
-
-def _worker(served: Served) -> GuidanceWorkerExtension:
-    """The driver worker of the engine in this process."""
-    worker: GuidanceWorkerExtension = served.engine.engine_core.engine_core.model_executor.driver_worker.worker
-    return worker

@@ -96,6 +96,7 @@ def _init_options(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="fit an update of rank R and keep the rest as it is (default: fit all)",
     )
+    parser.add_argument("--adapter", metavar="NAME", help="LoRA adapter of the reference that is steered")
     parser.add_argument("--type", required=True, choices=("q", "v"), help="q: one output a token; v: value of a state")
     parser.add_argument("--distribution", required=True, choices=("bernoulli", "categorical"), help="of the return")
     parser.add_argument("--atoms", type=int, default=11, help="categorical: number of atoms (default: %(default)s)")
@@ -130,7 +131,7 @@ def _init(options: argparse.Namespace) -> None:
     from qtilt_trainer.initialise import initialise_value_model
     from qtilt_trainer.loop import distribution_of
 
-    names = ("backbone", "layers", "low_rank", "type", "distribution", "atoms", "low", "high", "head_std")
+    names = ("backbone", "layers", "low_rank", "adapter", "type", "distribution", "atoms", "low", "high", "head_std")
     config = checked(ValueModelConfig, {name: getattr(options, name) for name in names}, "init")
     initialise_value_model(
         config.backbone,
@@ -140,6 +141,7 @@ def _init(options: argparse.Namespace) -> None:
         config.head_std,
         layers=config.layers,
         low_rank=config.low_rank,
+        adapter=config.adapter,
     )
 
 

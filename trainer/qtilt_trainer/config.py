@@ -77,6 +77,8 @@ class ValueModelConfig(Table):
     """How many of its first decoder layers are taken; None: all."""
     low_rank: int | None = Field(default=None, ge=1)
     """Rank of the update of these layers' projections that is fitted; None: all weights are."""
+    adapter: str | None = Field(default=None, min_length=1)
+    """The LoRA adapter that `[server] model` names, where it names one; None: the reference itself is steered."""
     name: str = Field(default="value", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     type: Literal["q", "v"] = "v"
     distribution: Literal["bernoulli", "categorical"] = "bernoulli"

@@ -121,12 +121,14 @@ def fit_value_model(
         },
     )
     known = {"rollouts": sampling, "fit": settings, "labels": labels.to_dict(), **(provenance or {})}
+    manifest = read_manifest(model_dir)
     save_value_model(
         model,
         out,
         load_tokenizer(model_dir),
-        {**read_manifest(model_dir).provenance, **known},
+        {**manifest.provenance, **known},
         None if initial is None else update_of(model, initial.base, initial.rank),
+        manifest.adapter,
     )
     return result
 

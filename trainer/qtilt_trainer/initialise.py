@@ -26,13 +26,15 @@ def initialise_value_model(
     *,
     layers: int | None = None,
     low_rank: int | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Writes a value model made of `backbone` and a new head as the directory `out`, atomically.
 
     distribution: what `distribution_from_config` reads. head_std 0 gives a head of zeros: every value is the same at
     first, so an unfitted model ranks no token above another.
     layers: how many of its first decoder layers are taken, None: all. low_rank: rank of the update that fits will
-    train in place of all weights; `out` then names `backbone` instead of holding its weights.
+    train in place of all weights; `out` then names `backbone` instead of holding its weights. adapter: the LoRA adapter
+    of the reference that it is for.
     Raises ValueError for a backbone that can't be loaded, CheckpointError when `out` exists.
     """
     returns = distribution_from_config(distribution)
@@ -43,13 +45,13 @@ def initialise_value_model(
         torch.manual_seed(seed)
         value_model = ValueModel.from_backbone(decoder, type, returns, head_std)
         if low_rank is None or digest is None:
-            save_value_model(value_model, out, tokenizer, provenance)
+            save_value_model(value_model, out, tokenizer, provenance, adapter=adapter)
         else:
             from qtilt_trainer.low_rank_fit import attach, update_of
 
             attach(value_model, low_rank)
             update = update_of(value_model, Base(backbone, provenance["layers"], digest), low_rank)
-            save_value_model(value_model, out, tokenizer, provenance, update)
+            save_value_model(value_model, out, tokenizer, provenance, update, adapter)
     logger.info("new %s-type %s value model from %s in %s", type, returns.name, backbone, out)
 
 

@@ -236,6 +236,7 @@ class Run:
             config.head_std,
             layers=config.layers,
             low_rank=config.low_rank,
+            adapter=config.adapter,
         )
 
     def publish(self, iteration: int) -> str:

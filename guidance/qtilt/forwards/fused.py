@@ -4,7 +4,7 @@ Shapes: ``T`` packed tokens (see packing.py), ``H`` query heads and ``G`` key/va
 that are normalised together, ``P`` positions.
 """
 
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from qtilt.forwards.attention import AttentionStep
 from qtilt.forwards.cpu_linear import linear
+from qtilt.forwards.packed_attention import PackedAttention
+from qtilt.forwards.packing import PackedStep
 
 FUSED = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 """The classes of transformers that compute what :class:`FusedForward` does.
@@ -41,10 +43,12 @@ class Kernels(Protocol):
 
 
 class FusedForward:
-    """A backbone's hidden states by its own weights, for one packed step.
+    """See :class:`qtilt.forwards.interface.Forward`. Runs on the backbone's own weights.
 
     positions: how many the rotation is tabulated for. Raises ValueError for a backbone that isn't of this kind.
     """
+
+    name: ClassVar[str] = "fused"
 
     def __init__(self, backbone: PreTrainedModel, kernels: Kernels, positions: int) -> None:
         if not can_fuse(backbone):
@@ -53,31 +57,30 @@ class FusedForward:
         self._kernels = kernels
         self._rotation_PD = rotation_table(backbone, positions)
 
-    def __call__(self, input_ids_T: Tensor, position_ids_T: Tensor, step: AttentionStep) -> Tensor:
-        """Hidden states ``[T, hidden]`` after the last norm."""
-        hidden: Tensor = self._backbone.embed_tokens(input_ids_T)
+    def __call__(self, step: PackedStep) -> Tensor:
+        attention, position_ids_T = PackedAttention(step), step.position_ids_T
+        hidden: Tensor = self._backbone.embed_tokens(step.input_ids_T)
         residual = torch.zeros_like(hidden)
         for layer in self._backbone.layers:
             self._add_and_norm(hidden, residual, layer.input_layernorm)
-            hidden = self._attend(layer.self_attn, hidden, position_ids_T, step)
+            hidden = self._attend(layer.self_attn, hidden, position_ids_T, attention)
             self._add_and_norm(hidden, residual, layer.post_attention_layernorm)
             gate = silu(linear(layer.mlp.gate_proj, hidden))
             hidden = linear(layer.mlp.down_proj, gate.mul_(linear(layer.mlp.up_proj, hidden)))
         self._add_and_norm(hidden, residual, self._backbone.norm)
         return hidden
 
-    def _attend(self, attention: Any, hidden: Tensor, position_ids_T: Tensor, step: AttentionStep) -> Tensor:
-        query, key = linear(attention.q_proj, hidden), linear(attention.k_proj, hidden)
-        value = linear(attention.v_proj, hidden)
-        if hasattr(attention, "q_norm"):
-            query, key = self._norm_heads(query, attention.q_norm), self._norm_heads(key, attention.k_norm)
-        self._kernels.rotary_embedding(position_ids_T, query, key, attention.head_dim, self._rotation_PD, True)
+    def _attend(self, layer: Any, hidden: Tensor, position_ids_T: Tensor, attention: AttentionStep) -> Tensor:
+        query, key = linear(layer.q_proj, hidden), linear(layer.k_proj, hidden)
+        value = linear(layer.v_proj, hidden)
+        if hasattr(layer, "q_norm"):
+            query, key = self._norm_heads(query, layer.q_norm), self._norm_heads(key, layer.k_norm)
+        self._kernels.rotary_embedding(position_ids_T, query, key, layer.head_dim, self._rotation_PD, True)
         query_1HTD, key_1GTD, value_1GTD = (
-            packed.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1).unsqueeze(0)
-            for packed in (query, key, value)
+            packed.unflatten(-1, (-1, layer.head_dim)).transpose(0, 1).unsqueeze(0) for packed in (query, key, value)
         )
-        out_1THD = step.attend(attention, query_1HTD, key_1GTD, value_1GTD, attention.scaling, {})
-        return linear(attention.o_proj, out_1THD[0].flatten(1))
+        out_1THD = attention.attend(layer, query_1HTD, key_1GTD, value_1GTD, layer.scaling, {})
+        return linear(layer.o_proj, out_1THD[0].flatten(1))
 
     def _add_and_norm(self, hidden: Tensor, residual: Tensor, norm: Any) -> None:
         self._kernels.fused_add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)

@@ -2,26 +2,33 @@
 
 Shapes: ``C`` tokens of one sequence, ``T`` packed tokens, ``H`` query heads, ``G`` key/value heads, ``D`` head size.
 
-The engine runs a backbone's own modules, or their fused equals (fused_forward.py), and replaces its attention by causal
-softmax attention over each row's history. That is the same function only if the backbone asks for nothing else: no
-sliding window shorter than a history, soft cap, sinks, position bias, cross-attention, recurrent or convolutional
-layers, and no frequencies that depend on the longest sequence around.
+A forward runs a backbone's own modules, or their equals, and replaces its attention by causal softmax attention over
+each row's history. That is the same function only if the backbone asks for nothing else: no sliding window shorter than
+a history, soft cap, sinks, position bias, cross-attention, recurrent or convolutional layers, and no frequencies that
+depend on the longest sequence around.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qtilt.engine.cache import CacheGeometry, KVCache
-from qtilt.engine.packing import LastTokens, PackedStep, Span, pack
-from qtilt.forwards.attention import ATTENTION_NAME, AttentionStep, attend_span, register_attention
+from qtilt.forwards.attention import ATTENTION_NAME, attend_span, register_attention
+from qtilt.forwards.interface import Forward
+from qtilt.forwards.memory import PAGE_TOKENS, CacheGeometry, PageMemory
+from qtilt.forwards.modules import attention_of
+from qtilt.forwards.packing import LastTokens, Span, pack
 
 # The probe's two packed sequences: of different lengths, so that any mixing between or inside them shows.
 PROBE_LENGTHS = (5, 3)
+# The histories that each forward is tried on, in two steps: pages are filled, begun and crossed, and rows padded. The
+# first and longest gets its last but SECOND_SPAN tokens in the second step, beside the rows with their candidates.
+FORWARD_LENGTHS = (PAGE_TOKENS + 5, PAGE_TOKENS, 3)
+SECOND_SPAN = 7
+CANDIDATES = 2
 # Relative L2 distance to the backbone's own eager attention; a missing term in attention costs far more.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # Keywords that transformers models give their attention function and that change its result.
@@ -65,16 +72,6 @@ class AttentionProbe:
             raise ValueError(f"{name} has keys of size {key.shape[3]} and values of size {value.shape[3]}, not equal")
 
 
-@contextmanager
-def engine_attention(backbone: PreTrainedModel) -> Iterator[None]:
-    """Have the backbone call our attention function inside the block, and its own again after it.
-
-    The same module trains or is evaluated elsewhere in the process, with the attention it was loaded with.
-    """
-    with _attention(backbone, ATTENTION_NAME):
-        yield
-
-
 @torch.inference_mode()
 def measure_geometry(backbone: PreTrainedModel, max_length: int) -> CacheGeometry:
     """Run the backbone on a few tokens: the shape of the cache it needs, if the engine is exact on it.
@@ -86,39 +83,69 @@ def measure_geometry(backbone: PreTrainedModel, max_length: int) -> CacheGeometr
     register_attention()
     config = backbone.config.get_text_config()
     _refuse_config(config, max_length)
-    ids_T, positions_T = _probe_tokens(backbone)
+    sequences = _spread_ids(backbone, sum(PROBE_LENGTHS)).split(PROBE_LENGTHS)
     probe = AttentionProbe(max_length)
-    packed_TH = _packed_hidden(backbone, ids_T, positions_T, probe)
+    packed_TH = _packed_hidden(backbone, sequences, probe)
     _check_layers(backbone, probe, config.num_hidden_layers)
-    plain_TH = _plain_hidden(backbone, ids_T)
+    plain_TH = torch.cat([_plain_hidden(backbone, ids_C) for ids_C in sequences])
     _check_same(packed_TH, plain_TH, f"{type(backbone).__name__} computes something else than causal attention")
     kv_heads, head_size = probe.shapes[0]
     return CacheGeometry(config.num_hidden_layers, kv_heads, head_size, packed_TH.dtype, packed_TH.device)
 
 
 @torch.inference_mode()
-def check_forward(backbone: PreTrainedModel, forward: Callable[[Tensor, Tensor, AttentionStep], Tensor]) -> None:
-    """Raise ValueError unless ``forward(input_ids_T, position_ids_T, step)`` gives the backbone's hidden states."""
-    ids_T, positions_T = _probe_tokens(backbone)
-    hidden_TH = forward(ids_T, positions_T, AttentionProbe(max(PROBE_LENGTHS)))
-    _check_same(hidden_TH, _plain_hidden(backbone, ids_T), f"{type(backbone).__name__} computes something else")
+def check_forward(backbone: PreTrainedModel, forward: Forward, geometry: CacheGeometry, max_length: int) -> None:
+    """Raise ValueError unless the forward gives the backbone's own hidden states, however the cache is laid out.
 
-
-@torch.inference_mode()
-def check_packed(backbone: PreTrainedModel, forward: Callable[[PackedStep], Tensor], geometry: CacheGeometry) -> None:
-    """:func:`check_forward` of one that attends, and caches, by itself.
-
-    The last two tokens of each sequence are a tail, those before it a span.
+    max_length: the longest history, which a sliding window may be as short as.
     """
-    cache = KVCache(geometry, len(PROBE_LENGTHS), max(PROBE_LENGTHS))
-    ids_T, positions_T = _probe_tokens(backbone)
-    is_span_T = torch.cat([torch.arange(count) < count - 2 for count in PROBE_LENGTHS])
-    spans = [Span(slot, 0, ids_C[:-2]) for slot, ids_C in enumerate(ids_T.split(PROBE_LENGTHS))]
-    (last_B, candidates_B), (positions_B, _) = (each_T[~is_span_T].view(-1, 2).T for each_T in (ids_T, positions_T))
-    last = LastTokens(torch.arange(len(spans)), positions_B, last_B, max(PROBE_LENGTHS) - 1)
-    hidden_TH, plain_TH = forward(pack(cache, spans, last, candidates_B.unsqueeze(1))), _plain_hidden(backbone, ids_T)
-    plain_TH = torch.cat([plain_TH[is_span_T], plain_TH[~is_span_T]])
-    _check_same(hidden_TH, plain_TH, f"{type(backbone).__name__} computes something else")
+    lengths = [max(min(length, max_length - 1), 1) for length in FORWARD_LENGTHS]
+    *histories, candidates_N = _spread_ids(backbone, sum(lengths) + CANDIDATES * len(lengths)).split(
+        [*lengths, CANDIDATES * len(lengths)]
+    )
+    candidates_BK = candidates_N.view(len(lengths), CANDIDATES)
+    plain_TH = _plain_steps(backbone, histories, candidates_BK)
+    for memory in _memories(geometry, lengths):
+        hidden_TH = _packed_steps(forward, memory, histories, candidates_BK)
+        _check_same(hidden_TH, plain_TH, f"{type(backbone).__name__}, run by {forward.name}, computes something else")
+
+
+def _memories(geometry: CacheGeometry, lengths: Sequence[int]) -> Iterator[PageMemory]:
+    """Room for histories of these lengths: in one piece, and in pages that lie in another order than the positions."""
+    slots, longest = len(lengths), max(lengths)
+    table_S1 = torch.arange(slots + 1, device=geometry.device).unsqueeze(1)
+    yield PageMemory(geometry, slots + 1, longest, table_S1, in_one_piece=True)
+    pages = math.ceil(longest / PAGE_TOKENS)
+    table_SM = torch.arange((slots + 1) * pages, device=geometry.device).flip(0).view(slots + 1, pages)
+    yield PageMemory(geometry, table_SM.numel(), PAGE_TOKENS, table_SM, in_one_piece=False)
+
+
+def _packed_steps(forward: Forward, memory: PageMemory, histories: Sequence[Tensor], candidates_BK: Tensor) -> Tensor:
+    """Hidden states of the histories' last tokens and, behind each, its candidates: ``[B·(1 + K), H]``.
+
+    From two steps: the first caches the histories but for their ends, the longest's being of some tokens.
+    """
+    ends = [len(history) - 1 for history in histories]
+    cut = max(ends[0] - SECOND_SPAN, 0)
+    parts = zip(histories, [cut, *ends[1:]], strict=True)
+    begun = [Span(slot, 0, history[:end]) for slot, (history, end) in enumerate(parts) if end]
+    if begun:
+        forward(pack(memory, begun))
+    rest = [Span(0, cut, histories[0][cut:-1])] if cut < ends[0] else []
+    slots_B, positions_B = torch.tensor([range(len(ends)), ends], device=candidates_BK.device)
+    last = LastTokens(slots_B, positions_B, torch.stack([history[-1] for history in histories]), max(ends) + 1)
+    return forward(pack(memory, rest, last, candidates_BK))[ends[0] - cut :]
+
+
+def _plain_steps(backbone: PreTrainedModel, histories: Sequence[Tensor], candidates_BK: Tensor) -> Tensor:
+    """What :func:`_packed_steps` gives, from plain forwards of the backbone."""
+    tails = []
+    for history, candidates_K in zip(histories, candidates_BK, strict=True):
+        tails.append(_plain_hidden(backbone, history)[-1:])
+        tails += [
+            _plain_hidden(backbone, torch.cat([history, candidate_1]))[-1:] for candidate_1 in candidates_K.split(1)
+        ]
+    return torch.cat(tails)
 
 
 def _refuse_config(config: PretrainedConfig, max_length: int) -> None:
@@ -139,31 +166,30 @@ def _refuse_config(config: PretrainedConfig, max_length: int) -> None:
             )
 
 
-def _probe_tokens(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Token ids and positions ``[T]`` of the probe's sequences, one after the other.
+def _spread_ids(backbone: PreTrainedModel, count: int) -> Tensor:
+    """Token ids ``[count]`` spread over the vocabulary.
 
-    They are spread over the vocabulary. Its first and last ids are special and often untrained, and a model may blow up
-    what it rounds on them: in bfloat16, 12 layers of SmolLM2 are off by 31 % on its ids 1 to 8, by 1 % on these.
+    Its first and last ids are special and often untrained, and a model may blow up what it rounds on them: in bfloat16,
+    12 layers of SmolLM2 are off by 31 % on its ids 1 to 8, by 1 % on ids that are spread.
     """
-    vocab_size, count = backbone.config.get_text_config().vocab_size, sum(PROBE_LENGTHS)
-    ids_T = (2 * torch.arange(count, device=backbone.device) + 1) * vocab_size // (2 * count)
-    return ids_T, torch.cat([torch.arange(count, device=backbone.device) for count in PROBE_LENGTHS])
+    vocab_size = backbone.config.get_text_config().vocab_size
+    odd_N: Tensor = 2 * torch.arange(count, device=backbone.device) + 1
+    return odd_N.mul_(vocab_size).div_(2 * count, rounding_mode="floor")
 
 
-def _packed_hidden(backbone: PreTrainedModel, ids_T: Tensor, positions_T: Tensor, probe: AttentionProbe) -> Tensor:
-    """Hidden states ``[T, hidden]`` of the probe's sequences in one packed forward through our attention function."""
-    with engine_attention(backbone):
+def _packed_hidden(backbone: PreTrainedModel, sequences: Sequence[Tensor], probe: AttentionProbe) -> Tensor:
+    """Hidden states ``[T, hidden]`` of the sequences in one packed forward through our attention function."""
+    ids_T = torch.cat(list(sequences))
+    positions_T = torch.cat([torch.arange(len(ids_C), device=ids_T.device) for ids_C in sequences])
+    with attention_of(backbone, ATTENTION_NAME):
         outputs = backbone(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, attention_step=probe)
     return outputs.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
-def _plain_hidden(backbone: PreTrainedModel, ids_T: Tensor) -> Tensor:
-    """Hidden states ``[T, hidden]`` of the probe's sequences one by one, with the backbone's own attention."""
-    with _attention(backbone, "eager"):
-        hidden = [
-            backbone(input_ids=ids_C[None], use_cache=False).last_hidden_state for ids_C in ids_T.split(PROBE_LENGTHS)
-        ]
-    return torch.cat(hidden, dim=1)[0]
+def _plain_hidden(backbone: PreTrainedModel, ids_C: Tensor) -> Tensor:
+    """Hidden states ``[C, hidden]`` of one sequence, with the backbone's own attention."""
+    with attention_of(backbone, "eager"):
+        return backbone(input_ids=ids_C[None], use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
 
 
 def _check_same(hidden_TH: Tensor, plain_TH: Tensor, complaint: str) -> None:
@@ -182,15 +208,3 @@ def _check_layers(backbone: PreTrainedModel, probe: AttentionProbe, layers: int)
         raise ValueError(f"{name} has {layers} layers, but only layers {sorted(probe.shapes)} called our attention")
     if len(set(probe.shapes.values())) != 1:
         raise ValueError(f"the layers of {name} differ in key heads or head size: {sorted(set(probe.shapes.values()))}")
-
-
-@contextmanager
-def _attention(backbone: PreTrainedModel, name: str) -> Iterator[None]:
-    # Set on the configuration itself: set_attn_implementation also validates and logs, which a step can't afford.
-    config = backbone.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -15,16 +15,15 @@ The tail: which offset the tokens without a score get, see TAILS.
   guided mass of what is scored is then the reference's, every other token keeps the reference's probability, and a
   constant value tilts nothing. Neither the paper nor its code has this: what truncation does is left to sampling.
 
-Each function is written twice: here, and for float32 on CPUs in compiled/tilt.h, which is what runs once that has been
-loaded. They differ where a logit over the temperature overflows float32: here such a token is masked, there it isn't.
+What touches the vocabulary is written twice: here, and for float32 on CPUs in C++ (forwards/compiled/tilt.py). They
+differ where a logit over the temperature overflows float32: here such a token is masked, there it isn't.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from qtilt.forwards.compiled import library
 from qtilt.method.distributions import ReturnDistribution
 
 
@@ -39,13 +38,23 @@ class Candidates(NamedTuple):
     valid_BK: Tensor
 
 
+class TiltFunctions(Protocol):
+    """The functions of this module that a step runs: this module is one implementation."""
+
+    def top_candidates(self, logits_BV: Tensor, k: int, scorable: int, top_k_B: Tensor | None = None) -> Candidates: ...
+    def reference_mass(self, logits_BV: Tensor, candidates: Candidates, temperature_B: Tensor) -> "ReferenceMass": ...
+    def drops(
+        self, mass: "ReferenceMass", scored_BK: Tensor, offsets_BK: Tensor, floor_B: Tensor, tail: str
+    ) -> "Drops": ...
+    def tilt(self, logits_BV: Tensor, candidates: Candidates, drops: "Drops", temperature_B: Tensor) -> Tensor: ...
+    def divergence(self, mass: "ReferenceMass", drops: "Drops") -> Tensor: ...
+
+
 def top_candidates(logits_BV: Tensor, k: int, scorable: int, top_k_B: Tensor | None = None) -> Candidates:
     """The k likeliest tokens of each row among ids below ``scorable``, at most ``min(scorable, V)`` of them.
 
     Tokens with a logit of −inf or NaN never count. ``top_k_B`` narrows single rows below k.
     """
-    if library.takes(logits_BV):
-        return Candidates(*torch.ops.qtilt.top_candidates(logits_BV, k, scorable, top_k_B))
     scorable = min(scorable, logits_BV.shape[-1])
     scorable_logits = logits_BV[:, :scorable]
     finite_logits = scorable_logits.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
@@ -105,9 +114,6 @@ def drops(mass: "ReferenceMass", scored_BK: Tensor, offsets_BK: Tensor, floor_B:
     mass: of these candidates. scored_BK: which valid candidates have an offset in ``offsets_BK``, in nats; the others'
     entries aren't read. floor_B: :func:`lowest_offset`. A row without a score drops nowhere.
     """
-    if library.is_loaded() and floor_B.device.type == "cpu":
-        with_mean = tail == "mean"
-        return Drops(*torch.ops.qtilt.drops(mass.candidates_BK, scored_BK, offsets_BK, floor_B, with_mean))
     return TAILS[tail](mass, scored_BK, offsets_BK, floor_B)
 
 
@@ -138,9 +144,6 @@ def tilt(logits_BV: Tensor, candidates: Candidates, drops: Drops, temperature_B:
 
     A row in which nothing drops comes back bit-identical. −inf and NaN logits stay as they are.
     """
-    if library.takes(logits_BV):
-        tilted_BV: Tensor = torch.ops.qtilt.tilt(logits_BV, candidates.token_ids_BK, *drops, temperature_B)
-        return tilted_BV
     scale_B1 = _scale(temperature_B).double().unsqueeze(-1)
     # Minus, not plus a negative: a logit of −0 less 0 is −0.
     tilted_BV = logits_BV - (scale_B1 * drops.others_B1).to(logits_BV.dtype)
@@ -165,8 +168,6 @@ class ReferenceMass(NamedTuple):
 
 def reference_mass(logits_BV: Tensor, candidates: Candidates, temperature_B: Tensor) -> ReferenceMass:
     """From the full vocabulary, once. T = 0 is measured at T = 1; −inf and NaN logits have no mass."""
-    if library.takes(logits_BV):
-        return ReferenceMass(*torch.ops.qtilt.reference_mass(logits_BV, *candidates, temperature_B))
     scaled_BV = logits_BV / _scale(temperature_B).to(logits_BV.dtype).unsqueeze(-1)
     scaled_BV.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
     log_mass_BK = scaled_BV.log_softmax(-1).gather(-1, candidates.token_ids_BK).double()
@@ -200,9 +201,6 @@ def divergence(mass: ReferenceMass, drops: Drops) -> Tensor:
     reference's normaliser, and all tokens that aren't candidates are one outcome M with the mass that is left. Given a
     candidate, the sums are over the candidates, and the reference is divided by their mass, however small.
     """
-    if library.is_loaded() and drops.others_B1.device.type == "cpu":
-        divergence_B3: Tensor = torch.ops.qtilt.divergence(*mass, *drops)
-        return divergence_B3
     log_mass_B1 = mass.candidates_BK.logsumexp(-1, keepdim=True)
     kl_B = _tilted_kl(torch.cat(mass, dim=-1), torch.cat(drops, dim=-1), torch.zeros_like(log_mass_B1))
     kl_candidates_B = _tilted_kl(mass.candidates_BK, drops.candidates_BK, log_mass_B1)

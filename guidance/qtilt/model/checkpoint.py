@@ -2,7 +2,7 @@
 
 ::
 
-    value_model.json      format_version, type, distribution, tokenizer (fingerprint), provenance
+    value_model.json      format_version, type, distribution, tokenizer (fingerprint), provenance; perhaps adapter
     backbone/             a plain transformers checkpoint (config, safetensors weights, tokenizer)
     head.safetensors      weight [A, hidden] (V-type) or [vocab·A, hidden] with row token·A + atom (Q-type);
                           A = 1 for Bernoulli; optional bias [A] or [vocab·A]
@@ -85,7 +85,8 @@ class Manifest:
 
     max_positions: the longest sequence the backbone covers. vocab_size: the ids that its config says it can read.
     provenance: free JSON; ``provenance["rollouts"]`` holds the sampling parameters of the roll-outs it was fitted on.
-    base, rank: of a low-rank value model, else None.
+    base, rank: of a low-rank value model, else None. adapter: the LoRA adapter of the reference whose roll-outs it was
+    fitted on, as the server names it; None for the reference itself.
     """
 
     type: ValueType
@@ -96,6 +97,7 @@ class Manifest:
     vocab_size: int
     base: Base | None = None
     rank: int | None = None
+    adapter: str | None = None
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerFingerprint:
@@ -130,10 +132,11 @@ def save_value_model(
     tokenizer: PreTrainedTokenizerBase,
     provenance: Mapping[str, Any] | None = None,
     low_rank: LowRank | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Write ``model`` as the new directory ``directory``, atomically.
 
-    low_rank: what to write in place of the backbone's weights and the tokenizer.
+    low_rank: what to write in place of the backbone's weights and the tokenizer. adapter: see :class:`Manifest`.
     Raises CheckpointError when ``directory`` exists already: a published model is never rewritten.
     """
     directory = Path(directory)
@@ -149,7 +152,7 @@ def save_value_model(
             model.backbone.config.save_pretrained(staging / BACKBONE_DIRECTORY)
             _save_tensors(_update_tensors(low_rank), staging / UPDATE_FILE)
         _save_tensors(model.head.state_dict(), staging / HEAD_FILE)
-        manifest = {
+        manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "type": model.type,
             "distribution": model.distribution.to_config(),
@@ -158,6 +161,8 @@ def save_value_model(
         }
         if low_rank is not None:
             manifest |= {"base": asdict(low_rank.base), "low_rank": low_rank.rank}
+        if adapter is not None:
+            manifest["adapter"] = adapter
         (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
         staging.chmod(0o755)
         _flush_tree(staging)
@@ -214,6 +219,9 @@ def read_manifest(directory: Path | str) -> Manifest:
             raise TypeError(f"provenance is a {type(provenance).__name__}, expected an object")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: distribution, tokenizer or provenance is wrong ({error})") from error
+    adapter = entries.get("adapter")
+    if not (adapter is None or (isinstance(adapter, str) and adapter)):
+        raise CheckpointError(f"{path}: adapter is {adapter!r}, expected the name of a LoRA adapter")
     base, rank = _read_base(entries, path)
     config = _read_backbone_config(directory)
     if base is not None and base.layers != config.get_text_config().num_hidden_layers:
@@ -230,6 +238,7 @@ def read_manifest(directory: Path | str) -> Manifest:
         vocab_size=int(config.get_text_config().vocab_size),
         base=base,
         rank=rank,
+        adapter=adapter,
     )
 
 

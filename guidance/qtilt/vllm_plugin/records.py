@@ -1,23 +1,29 @@
 """What guidance did per generated token, the KLs(guided ‖ reference) above all, kept until the server asks for it.
 
-A processor sees no request id, and the children of n > 1 share one trace id. So a record is found by what was
-generated: the KL of the step that follows n tokens depends on those n tokens only, and equal tokens have equal KL.
-A record is indexed by the number of tokens generated before the step. A step counts once its token is in the live list:
-vLLM discards the token of a chunk of an unfinished prefill, which then is overwritten by the step that counts, or lost
-with the row when a preemption comes first.
+Shapes: ``S`` slots and a scratch slot, ``P`` positions of a slot, ``R`` rows of a step, ``N`` generated tokens.
 
-A failure of guidance is found in the same way: it concerns the returned tokens if its step drew one of them.
+Each step writes what it measured into one table on the device, by slot and position. A request's *stay* lasts from its
+arrival in the batch, or its return after a preemption, until its slot is given to another one; from then on it has a
+copy of what was measured and generated.
+
+A processor sees no request id, and the children of n > 1 share one trace id. So the steps of a choice are found by what
+was generated: a step's KL and its failure depend on the tokens before it only, and count for all returned tokens that
+begin with these, whichever choice of the trace they were measured for.
 """
 
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypedDict, TypeVar
+from typing import NamedTuple, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qtilt.vllm_plugin.failure import GuidanceFailure
+from qtilt.engine.arrays import IntArray
+from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers
+from qtilt.vllm_plugin.runner import Requests
+
+UNMEASURED = -1
 
 
 class GuidanceSummary(TypedDict):
@@ -34,35 +40,121 @@ class GuidanceSummary(TypedDict):
     candidates: float
 
 
-def summarise(divergence_N3: Tensor, candidates_N: Tensor) -> GuidanceSummary:
-    """Of the guided steps of a choice, on the host: the columns of ``Divergence``, and how many were scored."""
-    guided = len(candidates_N)
-    kl, kl_candidates, mass = divergence_N3.sum(0).tolist()
-    return {
-        "guided_tokens": guided,
-        "kl": kl,
-        "kl_candidates": kl_candidates,
-        "mass": mass / guided if guided else None,
-        "candidates": float(candidates_N.double().mean()) if guided else 0.0,
-    }
+class StepTable:
+    """What was measured by the step that drew the token after each position, for the requests in all slots.
+
+    divergence_SP3: the columns of :class:`qtilt.tilt.Divergence`, NaN where guidance failed. candidates_SP: how many
+    were scored, UNMEASURED where no step was guided. longest_S: how many tokens there are at most. These 28 bytes a
+    position are little beside a value cache, which has kilobytes.
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        slots, positions = requests.tokens_SP.shape
+        shape, device = (slots + 1, positions), requests.device
+        self.divergence_SP3 = torch.zeros((*shape, 3), dtype=torch.float64, device=device)
+        self.candidates_SP = torch.full(shape, UNMEASURED, dtype=torch.int32, device=device)
+        self.longest_S = np.zeros(slots, dtype=np.int64)
+
+    def clear(self, slot: int, length: int) -> None:
+        """Another request takes the slot, with so many tokens."""
+        self.candidates_SP[slot] = UNMEASURED
+        self.longest_S[slot] = length
+
+    def note_lengths(self, slots_N: IntArray, lengths_N: IntArray) -> None:
+        """The requests in these slots have so many tokens, or fewer."""
+        self.longest_S[slots_N] = np.maximum(self.longest_S[slots_N], lengths_N)
+
+    def write(self, slots_R: Tensor, positions_R: Tensor, divergence_R3: Tensor, candidates_R: Tensor) -> None:
+        """What a step measured. A position may come again: what follows a rejected draft is drawn anew."""
+        self.divergence_SP3[slots_R, positions_R] = divergence_R3
+        self.candidates_SP[slots_R, positions_R] = candidates_R.int()
 
 
-class MayFail(Protocol):
-    """One request, as far as it was in the batch."""
+class Steps(NamedTuple):
+    """The steps that drew a request's generated tokens: these tokens, and what is in the table of each."""
+
+    tokens_N: Tensor
+    divergence_N3: Tensor
+    candidates_N: Tensor
+
+    def drawn_like(self, tokens: Sequence[int]) -> int:
+        """How many first steps drew their tokens after the same ones as the steps that drew ``tokens``.
+
+        The last of ``tokens_N`` doesn't matter, and may not be there yet.
+        """
+        common = min(len(self.tokens_N), len(tokens))
+        different = (self.tokens_N[:common] != torch.tensor(tokens[:common])).nonzero()
+        return int(different[0]) + 1 if len(different) else common
+
+
+class Stay:
+    """One stay of a request in a slot. guided_tokens: how many tokens are guided at most, None for all.
+
+    failed: why guidance has failed and after how many generated tokens, as far as the host knows.
+    """
+
+    def __init__(self, requests: Requests, table: StepTable, slot: int, guided_tokens: int | None = None) -> None:
+        self._requests = requests
+        self._table = table
+        self._slot = slot
+        self._prompt_len = requests.prompt_len(slot)
+        self._ended: tuple[Steps, Tensor | int] | None = None
+        self.guided_tokens = guided_tokens
+        self.failed: tuple[GuidanceFailure, int] | None = None
+
+    def fail(self, failure: GuidanceFailure, step: int) -> None:
+        """Guidance of the token drawn after ``step`` generated ones has failed, and there is none after it."""
+        self.failed = failure, step
 
     @property
     def failure(self) -> GuidanceFailure | None:
-        """Why its guidance has failed, as far as the host knows."""
+        """Why guidance has failed, as far as the host knows."""
+        return self.failed[0] if self.failed is not None else None
+
+    def end(self) -> None:
+        """The slot goes to another request: keep what is still to be read of this one's."""
+        if self._ended is None:
+            steps, count = self._on_device()
+            count = count if isinstance(count, int) else count.clone()
+            self._ended = Steps(*(column.clone() for column in steps)), count
+
+    def read(self) -> Steps:
+        """The steps that drew tokens, the stay's and the ones before it, on the host; a NaN becomes the failure.
+
+        Waits for the device, once if the stay has ended.
+        """
+        on_device, count = self._ended or self._on_device()
+        drawn = int(count)
+        steps = Steps(*(column[:drawn].cpu() for column in on_device))
+        if self._ended is not None:
+            self._ended = steps, drawn
+        failed = (steps.divergence_N3[:, 0].isnan() & (steps.candidates_N != UNMEASURED)).nonzero()
+        if len(failed) and (self.failed is None or int(failed[0]) < self.failed[1]):
+            self.fail(not_numbers(), int(failed[0]))
+        return steps
+
+    def failure_of(self, steps: Steps, tokens: Sequence[int]) -> GuidanceFailure | None:
+        """The failure, if guidance failed on one of these tokens. steps: of :meth:`read`."""
+        if self.failed is not None and self.failed[1] < steps.drawn_like(tokens):
+            return self.failed[0]
+        return None
+
+    def _on_device(self) -> tuple[Steps, Tensor | int]:
+        """What the slot has of as many steps as there may have been, and how many have drawn a token."""
+        longest = int(self._table.longest_S[self._slot])
+        steps = Steps(
+            self._requests.tokens_SP[self._slot, self._prompt_len : longest + 1],
+            self._table.divergence_SP3[self._slot, self._prompt_len - 1 : longest],
+            self._table.candidates_SP[self._slot, self._prompt_len - 1 : longest],
+        )
+        return steps, self._requests.total_len(self._slot) - self._prompt_len
 
 
-KeptT = TypeVar("KeptT", bound=MayFail)
-
-
-class TraceLog(ABC, Generic[KeptT]):
-    """What requests leave behind, by trace id. A trace stays until it is taken, however its requests ended."""
+class Records:
+    """All stays by trace id, in the order of their beginnings. A trace stays until it is taken, however it ended."""
 
     def __init__(self) -> None:
-        self._traces: dict[str, list[KeptT]] = {}
+        self._traces: dict[str, list[Stay]] = {}
         # A request may run on for some steps after its trace was taken (a stop string, which only the API process
         # sees), and come back from a preemption: it must not bring the trace back.
         self._taken: deque[str] = deque(maxlen=1000)
@@ -72,14 +164,24 @@ class TraceLog(ABC, Generic[KeptT]):
         """How many traces haven't been taken yet."""
         return len(self._traces)
 
+    def open(self, trace_id: str, stay: Stay) -> None:
+        """A request enters the batch, new or back after a preemption."""
+        if trace_id not in self._taken:
+            self._traces.setdefault(trace_id, []).append(stay)
+
     def failures(self) -> dict[str, GuidanceFailure]:
         """The traces, not taken yet, of which a request has failed."""
         return {
-            trace_id: kept.failure
-            for trace_id, all_kept in self._traces.items()
-            for kept in all_kept
-            if kept.failure is not None
+            trace_id: stay.failure
+            for trace_id, stays in self._traces.items()
+            for stay in stays
+            if stay.failure is not None
         }
+
+    def failed(self, trace_id: str, tokens: Sequence[int]) -> GuidanceFailure | None:
+        """Why a request of the trace has failed, as far as the host knows, on one of these tokens."""
+        failed = (stay for stay in self._traces.get(trace_id, []) if stay.failure is not None)
+        return next((failure for stay in failed if (failure := stay.failure_of(stay.read(), tokens))), None)
 
     def take(
         self, trace_id: str, returned: Sequence[Sequence[int]], more_to_come: bool = False
@@ -92,139 +194,41 @@ class TraceLog(ABC, Generic[KeptT]):
 
         Raises ValueError when a returned sequence was not generated under this trace.
         """
-        kept = self._traces.get(trace_id, [])
+        stays = self._traces.get(trace_id, [])
         if not more_to_come:
             self._traces.pop(trace_id, None)
             self._taken.append(trace_id)
-        return self._outcomes(kept, returned, trace_id)
-
-    def _keep(self, trace_id: str, kept: KeptT) -> None:
-        if trace_id not in self._taken:
-            self._traces.setdefault(trace_id, []).append(kept)
-
-    @abstractmethod
-    def _outcomes(
-        self, kept: Sequence[KeptT], returned: Sequence[Sequence[int]], trace_id: str
-    ) -> list[GuidanceSummary | GuidanceFailure]:
-        """As :meth:`take`, of all that is kept of the trace."""
+        read = [(stay, stay.read()) for stay in stays] if returned else []
+        return [_outcome(read, tokens, trace_id) for tokens in returned]
 
 
-def not_generated(trace_id: str, tokens: Sequence[int]) -> ValueError:
-    """To raise when tokens are asked for that were not generated under guidance."""
-    return ValueError(f"no guidance record of trace {trace_id!r} has generated these {len(tokens)} tokens")
+def _outcome(
+    stays: Sequence[tuple[Stay, Steps]], tokens: Sequence[int], trace_id: str
+) -> GuidanceSummary | GuidanceFailure:
+    guided = len(tokens)
+    for stay, steps in stays:
+        if (failure := stay.failure_of(steps, tokens)) is not None:
+            return failure
+        guided = guided if stay.guided_tokens is None else min(guided, stay.guided_tokens)
+    divergence_N3 = torch.zeros(guided, 3, dtype=torch.float64)
+    candidates_N = torch.full((guided,), UNMEASURED)
+    for _, steps in stays:
+        measured = (steps.candidates_N[: steps.drawn_like(tokens)][:guided] != UNMEASURED).nonzero().squeeze(1)
+        divergence_N3[measured] = steps.divergence_N3[measured]
+        candidates_N[measured] = steps.candidates_N[measured].long()
+    if (candidates_N == UNMEASURED).any():
+        raise ValueError(f"no guidance record of trace {trace_id!r} has generated these {len(tokens)} tokens")
+    return _summary(divergence_N3, candidates_N)
 
 
-class Record:
-    """The guided steps of one running request.
-
-    output_token_ids: the model runner's live list. guided_tokens: how many tokens are guided at most, None for all.
-    Its numbers stay references into their step's tensors until they are read, so a step never waits for the device.
-    """
-
-    def __init__(self, output_token_ids: list[int], guided_tokens: int | None) -> None:
-        self.output_token_ids = output_token_ids
-        self._guided_tokens = guided_tokens
-        self._rows_by_step: dict[int, tuple[Tensor, Tensor, int]] = {}
-        self._failed_step = 0
-        self._closed_at: int | None = None
-        self.failure: GuidanceFailure | None = None
-
-    def write(self, step: int, divergence_B3: Tensor, candidates_B: Tensor, row: int) -> None:
-        """The divergence and the number of scored candidates, by row, of the step after ``step`` generated tokens."""
-        self._rows_by_step[step] = (divergence_B3, candidates_B, row)
-
-    def fail(self, failure: GuidanceFailure, step: int) -> None:
-        """Guidance of the token drawn after ``step`` generated ones has failed, and there is none after it.
-
-        The row may have left in the meantime, as the host learns late of what happened on the device.
-        """
-        if self._closed_at is None or step < self._closed_at:
-            self.failure, self._failed_step = failure, step
-
-    def failure_of(self, tokens: Sequence[int]) -> tuple[GuidanceFailure, int] | None:
-        """The failure and its step, if guidance failed on one of these first tokens of this request."""
-        step = self._failed_step
-        if self.failure is None or step >= len(tokens) or self.output_token_ids[:step] != list(tokens[:step]):
-            return None
-        return self.failure, step
-
-    def close(self) -> None:
-        """The request leaves the batch, to come back or not: what has no token yet never will, in this record."""
-        self._closed_at = len(self.output_token_ids)
-        for step in [step for step in self._rows_by_step if step >= self._closed_at]:
-            del self._rows_by_step[step]
-        if self._failed_step >= self._closed_at:
-            self.failure = None
-
-    def copy_steps(self, other: "Record", count: int) -> None:
-        """Take over the first ``count`` steps of a record of the same tokens."""
-        for step in range(count):
-            if step in other._rows_by_step:
-                self._rows_by_step[step] = other._rows_by_step[step]
-
-    def generated(self, tokens: Sequence[int]) -> bool:
-        """Whether these were the first tokens of this request, as far as they decided any KL: all but the last."""
-        # With async scheduling the last token of the live list may still be a placeholder.
-        decided = max(len(tokens) - 1, 0)
-        return self.output_token_ids[:decided] == list(tokens[:decided]) and self._covers(len(tokens))
-
-    def summary(self, tokens_returned: int) -> GuidanceSummary:
-        """Over the guided steps of the first ``tokens_returned`` tokens."""
-        guided = self._guided_steps(tokens_returned)
-        if guided == 0:
-            return summarise(torch.zeros(0, 3), torch.zeros(0))
-        rows = [self._rows_by_step[step] for step in range(guided)]
-        divergence_N3 = torch.stack([divergence_B3[row] for divergence_B3, _, row in rows])
-        return summarise(divergence_N3.double(), torch.stack([candidates_B[row] for _, candidates_B, row in rows]))
-
-    def _covers(self, tokens_returned: int) -> bool:
-        steps = self._guided_steps(tokens_returned)
-        return steps <= len(self.output_token_ids) and all(step in self._rows_by_step for step in range(steps))
-
-    def _guided_steps(self, tokens_returned: int) -> int:
-        return tokens_returned if self._guided_tokens is None else min(tokens_returned, self._guided_tokens)
-
-
-class RecordStore(TraceLog[Record]):
-    """All records by trace id."""
-
-    def open(self, trace_id: str, output_token_ids: list[int], guided_tokens: int | None) -> Record:
-        """The record of a request that enters the batch, new or back after a preemption.
-
-        A request that comes back finds its earlier steps, and its failure, by its tokens, and it doesn't matter from
-        which record of equal tokens.
-        """
-        record = Record(output_token_ids, guided_tokens)
-        records = self._traces.get(trace_id, [])
-        for earlier in records:
-            if output_token_ids and earlier.generated(output_token_ids):
-                record.copy_steps(earlier, len(output_token_ids))
-                break
-        if (failed := _failure(records, output_token_ids)) is not None:
-            record.fail(*failed)
-        self._keep(trace_id, record)
-        return record
-
-    def _outcomes(
-        self, kept: Sequence[Record], returned: Sequence[Sequence[int]], trace_id: str
-    ) -> list[GuidanceSummary | GuidanceFailure]:
-        return [_outcome(kept, tokens, trace_id) for tokens in returned]
-
-
-def _outcome(records: Sequence[Record], tokens: Sequence[int], trace_id: str) -> GuidanceSummary | GuidanceFailure:
-    if (failed := _failure(records, tokens)) is not None:
-        return failed[0]
-    return _find(records, tokens, trace_id).summary(len(tokens))
-
-
-def _failure(records: Sequence[Record], tokens: Sequence[int]) -> tuple[GuidanceFailure, int] | None:
-    return next((failed for record in records if (failed := record.failure_of(tokens)) is not None), None)
-
-
-def _find(records: Sequence[Record], tokens: Sequence[int], trace_id: str) -> Record:
-    if not tokens:
-        return Record([], None)
-    for record in records:
-        if record.generated(tokens):
-            return record
-    raise not_generated(trace_id, tokens)
+def _summary(divergence_N3: Tensor, candidates_N: Tensor) -> GuidanceSummary:
+    """Of the guided steps of a choice: the columns of ``Divergence``, and how many were scored."""
+    guided = len(candidates_N)
+    kl, kl_candidates, mass = divergence_N3.sum(0).tolist()
+    return {
+        "guided_tokens": guided,
+        "kl": kl,
+        "kl_candidates": kl_candidates,
+        "mass": mass / guided if guided else None,
+        "candidates": float(candidates_N.double().mean()) if guided else 0.0,
+    }

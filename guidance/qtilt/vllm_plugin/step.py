@@ -1,4 +1,4 @@
-"""One guided step on the device: candidates → values → offsets → tilted logits. The same for both model runners.
+"""One guided step on the device: candidates → values → offsets → tilted logits.
 
 Where requests tolerate a small distance to full guidance, candidates are scored in stages, the likeliest first, until
 no row needs more. The host must know which rows go on: each stage but the last waits for the device. Rows without a
@@ -23,16 +23,10 @@ from qtilt.method.tilt import (
     Candidates,
     Drops,
     ReferenceMass,
-    divergence,
-    drops,
     lowest_offset,
     may_stop_scoring,
     offsets,
-    reference_mass,
-    tilt,
-    top_candidates,
 )
-from qtilt.vllm_plugin.v1.finite_check import finite_rows
 from qtilt.vllm_plugin.versions import ResidentVersion
 
 CERTAIN = 1e30
@@ -54,8 +48,7 @@ class RowSettings(NamedTuple):
     """What of a request a step needs on the device; a tuple of numbers, so that all rows' are copied at once.
 
     temperature: of the sampling, 0 for greedy. ending_token: ends the request when it is sampled, whatever else was
-    asked; NO_TOKEN when no token does. guided_below: the positions of last tokens after which the next one is guided;
-    V1 doesn't guide a row after them at all.
+    asked; NO_TOKEN when no token does. guided_below: the positions of last tokens after which the next one is guided.
     """
 
     top_k: int
@@ -73,6 +66,11 @@ class RowSettings(NamedTuple):
         token = NO_TOKEN if ending_token is None else ending_token
         method, tail = METHODS.index(params.method), TAIL_NAMES.index(params.tail)
         return cls(params.top_k, params.inv_eta, method, tail, temperature, params.tolerance, token)
+
+    @classmethod
+    def ending(cls, ending_token: int | None) -> "RowSettings":
+        """Of a request whose guidance has failed: nothing but its end matters."""
+        return cls(1, 0.0, 0, 0, 1.0, 0.0, NO_TOKEN if ending_token is None else ending_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,19 +167,30 @@ def guide_step(
     A row whose values aren't finite numbers isn't tilted: it gets logits that end its request, in this same step and
     without the host knowing.
     """
-    candidates = top_candidates(logits_GV, settings.max_top_k, version.scorable, settings.top_k_G)
-    mass = reference_mass(logits_GV, candidates, settings.temperature_G)
+    candidates = version.tilt.top_candidates(logits_GV, settings.max_top_k, version.scorable, settings.top_k_G)
+    mass = version.tilt.reference_mass(logits_GV, candidates, settings.temperature_G)
     if in_stages:
         offsets_GK, is_scored_GK, finite_G = _score_in_stages(version, candidates, mass, settings, score)
     else:
         offsets_GK, is_scored_GK, finite_G = _score_all(version, candidates, settings, score)
     # A row without a score keeps the reference's logits.
     dropped = _drops(version, mass, is_scored_GK & finite_G.unsqueeze(-1), offsets_GK, settings)
-    tilted_GV = tilt(logits_GV, candidates, dropped, settings.temperature_G)
-    divergence_G3 = divergence(mass, dropped)
+    tilted_GV = version.tilt.tilt(logits_GV, candidates, dropped, settings.temperature_G)
+    divergence_G3 = version.tilt.divergence(mass, dropped)
     finite_G = finite_G & (divergence_G3[:, 0] < math.inf)
     tilted_GV = end_unless(finite_G, tilted_GV, settings.ending_token_G)
     return GuidedLogits(tilted_GV, divergence_G3.masked_fill(~finite_G.unsqueeze(-1), math.nan), is_scored_GK.sum(-1))
+
+
+def finite_rows(values_GKA: Tensor, offsets_GK: Tensor, valid_GK: Tensor) -> Tensor:
+    """Whether values and offsets of all that count among a row's candidates are finite: bool ``[G]``.
+
+    The tilted logits of a finite row are numbers wherever the reference's are: they are a finite logit plus an offset
+    that is at most 0. Masks of the reference (−inf or NaN logits) aren't candidates and don't count.
+    """
+    # A sum, in float64, is finite where all that it adds up is.
+    finite_GK = (values_GKA.sum(-1, dtype=torch.float64) + offsets_GK).abs() < torch.inf
+    return (finite_GK | ~valid_GK).all(-1)
 
 
 def end_unless(goes_on_G: Tensor, logits_GV: Tensor, ending_token_G: Tensor) -> Tensor:
@@ -259,9 +268,9 @@ def _drops(
     """By each row's tail, one of the step's."""
     floor_G = lowest_offset(version.distribution, settings.inv_eta_G)
     first, *others = sorted(settings.tails)
-    dropped = drops(mass, is_scored_GK, offsets_GK, floor_G, first)
+    dropped = version.tilt.drops(mass, is_scored_GK, offsets_GK, floor_G, first)
     for tail in others:
         has_tail_G1 = (settings.tail_G == TAIL_NAMES.index(tail)).unsqueeze(-1)
-        of_tail = drops(mass, is_scored_GK, offsets_GK, floor_G, tail)
+        of_tail = version.tilt.drops(mass, is_scored_GK, offsets_GK, floor_G, tail)
         dropped = Drops(*(torch.where(has_tail_G1, new, old) for new, old in zip(of_tail, dropped, strict=True)))
     return dropped

@@ -13,10 +13,13 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from qtilt.engine.cache import CacheGeometry, KVCache
+from qtilt.engine.cache import KVCache
 from qtilt.engine.engine import ValueEngine
+from qtilt.forwards.choice import choose_tilt
 from qtilt.forwards.fused import Kernels
+from qtilt.forwards.memory import CacheGeometry
 from qtilt.method.distributions import ReturnDistribution
+from qtilt.method.tilt import TiltFunctions
 from qtilt.model.checkpoint import Manifest, load_value_model, read_manifest
 from qtilt.model.low_rank import BaseModels
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
@@ -52,6 +55,7 @@ class ResidentVersion:
     engine: ValueEngine
     scorable: int
     warnings: list[str]
+    tilt: TiltFunctions
     rows: int = field(default=0)
 
     @property
@@ -73,7 +77,7 @@ class ResidentVersion:
             "distribution": self.manifest.distribution.to_config(),
             "provenance": self.manifest.provenance,
             "scorable_tokens": self.scorable,
-            "forward": self.engine.forward,
+            "forward": self.engine.forward.name,
             "warnings": self.warnings,
             "rows": self.rows,
             "free_slots": self.engine.cache.free_slots,
@@ -184,9 +188,8 @@ class Residents:
             # Steps run on another stream than this thread: for them too, all must be in place. This waits for the
             # thread's own work only, and no step waits for it.
             torch.cuda.current_stream(self._settings.device).synchronize()
-        return ResidentVersion(
-            name, version, path, manifest, engine, scorable_tokens(manifest, self._reference), warnings
-        )
+        scorable, tilt = scorable_tokens(manifest, self._reference), choose_tilt(settings.device)
+        return ResidentVersion(name, version, path, manifest, engine, scorable, warnings, tilt)
 
 
 def _keep_until_done(version: ResidentVersion, steps: torch.cuda.Event) -> None:

@@ -11,8 +11,6 @@ from qtilt.vllm_plugin.answers import answers_errors
 from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt.vllm_plugin.processor import GuidanceProcessor
 from qtilt.vllm_plugin.records import GuidanceSummary
-from qtilt.vllm_plugin.v1.batch import GuidedBatch
-from qtilt.vllm_plugin.v2.slots import GuidedSlots
 from qtilt.vllm_plugin.versions import PreparationStatus
 
 
@@ -54,19 +52,13 @@ class GuidanceWorkerExtension:
 
         Then forget the trace unless more is to come; ``[]`` forgets it.
         """
-        processor = self._qtilt_processor()
-        if isinstance(processor.batch, GuidedBatch):
-            processor.batch.settle(wait=True)
-        return processor.records.take(trace_id, returned, more_to_come)
+        return self._qtilt_processor().records.take(trace_id, returned, more_to_come)
 
     @answers_errors
     def qtilt_failures(self) -> dict[str, GuidanceFailure]:
         """The traces, not taken yet, of which a request has failed."""
         processor = self._qtilt_processor()
-        if isinstance(processor.batch, GuidedBatch):
-            processor.batch.settle()
-        else:
-            processor.batch.look_for_failures()
+        processor.batch.look_for_failures()
         return processor.records.failures()
 
     def _qtilt_processor(self) -> GuidanceProcessor:
@@ -74,7 +66,7 @@ class GuidanceWorkerExtension:
         on_v2 = hasattr(runner, "req_states")
         for processor in runner.sampler.logits_processors if on_v2 else runner.input_batch.logitsprocs.all:
             if isinstance(processor, GuidanceProcessor):
-                if isinstance(processor.batch, GuidedSlots):
-                    processor.batch.drop_absent(runner.req_states.index_to_req_id)
+                if on_v2:
+                    processor.batch.keep_only(runner.req_states.index_to_req_id)
                 return processor
         raise RuntimeError("the guidance processor isn't live in vLLM's model runner: every request would be unguided")

@@ -8,25 +8,27 @@ to rounding. The weights are kept a second time, in the order in which they are 
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtilt.engine.cache import CacheGeometry
-from qtilt.engine.packing import PackedStep
 from qtilt.forwards.fused import can_fuse, rotation_table
+from qtilt.forwards.memory import CacheGeometry
+from qtilt.forwards.packing import PackedStep
 
 MULTIPLE = 16
 """Heads and hidden states must be multiples of so many numbers: whole vectors."""
 
 
 class CompiledForward:
-    """A backbone's hidden states for one packed step. The library must have been loaded (library.py).
+    """See :class:`qtilt.forwards.interface.Forward`. The library must have been loaded (library.py).
 
     positions: how many the rotation is tabulated for. Raises ValueError for a backbone that isn't of this kind.
     """
+
+    name: ClassVar[str] = "compiled"
 
     def __init__(self, backbone: PreTrainedModel, geometry: CacheGeometry, positions: int) -> None:
         if not can_compile(backbone, geometry):
@@ -63,8 +65,7 @@ class CompiledForward:
         )
 
     def __call__(self, step: PackedStep) -> Tensor:
-        """Cache the step's spans and last tokens, and compute ``[T, hidden]``."""
-        cache, last = step.cache, step.last
+        memory, last = step.memory, step.last
         spans = [(span.slot, span.start, len(span.token_ids_C)) for span in step.spans]
         hidden_TE: Tensor = self._forward.forward(
             step.input_ids_T,
@@ -72,15 +73,14 @@ class CompiledForward:
             torch.tensor(spans).view(-1, 3) if spans else self._nobody.view(0, 3),
             self._nobody if last is None else last.slots_B,
             self._nobody if last is None else last.positions_B,
-            cache.keys_LNGPD,
-            cache.values_LNGPD,
-            cache.pages.table_SM,
+            *memory.content,
+            memory.table_SM,
             self._scaling,
         )
         return hidden_TE
 
 
-def candidate_logits(head: nn.Linear, hidden_BH: Tensor, candidates_BK: Tensor, atoms: int) -> Tensor:
+def candidate_logits(head: nn.Linear, atoms: int, hidden_BH: Tensor, candidates_BK: Tensor) -> Tensor:
     """What :meth:`ValueModel.head_logits` gives for a Q-type head in float32 on a CPU."""
     logits_BKA: Tensor = torch.ops.qtilt.candidate_logits(hidden_BH, head.weight, head.bias, candidates_BK, atoms)
     return logits_BKA

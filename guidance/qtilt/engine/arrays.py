@@ -1,4 +1,4 @@
-"""Numbers from the host to the device, without either waiting for the other."""
+"""Numbers on the host, and their way to the device without either waiting for the other."""
 
 from typing import Any
 
@@ -6,6 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
 
 
 def copy_to_device(device: torch.device, *arrays: npt.NDArray[Any]) -> list[Tensor]:

@@ -1,12 +1,8 @@
-"""Spans and last tokens of running histories → one packed forward ``[1, T]`` over the value model's backbone.
+"""Attention of packed, ragged rows over a memory in pages: what transformers and fused forwards do in each layer.
 
-Shapes: ``C`` tokens of a span, ``N`` tokens of all spans, ``B`` rows (histories to score), ``K`` candidates a row,
-``R = 1 + K`` tail tokens of a row, ``T = N + B·R`` packed tokens; ``W`` rows of one attention call, ``P`` cached
-positions it reads; ``H`` query heads, ``G`` key/value heads, ``D`` head size.
-
-A row's *tail* is its last token and its candidates: they all see exactly the row's history, so the tails of many rows
-are one batched attention. What a row's cache lacks before its last token is a *span*: ordinary causal attention, row by
-row. Which tokens these are is on the device; only the sizes, and where spans begin, must be known on the host.
+Shapes: ``T`` packed tokens (see packing.py), ``C`` tokens of a span that ends at position ``E``, ``B`` rows with
+``R = 1 + K`` tail tokens each; ``W`` rows of one attention call, ``P`` cached positions it reads; ``H`` query heads,
+``G`` key/value heads, ``D`` head size.
 """
 
 from collections.abc import Sequence
@@ -16,42 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtilt.engine.cache import KVCache
 from qtilt.forwards.attention import attend_prefix, attend_span, merge_own_
+from qtilt.forwards.memory import PageMemory
+from qtilt.forwards.packing import LastTokens, PackedStep, Span
 
 # Idle key/value elements of a layer that are read as fast as one more attention call is made.
 IDLE_ELEMENTS = 2**15
 # Most key elements of a layer that one attention call copies, and as many of the values, unless one row has more.
 COPIED_ELEMENTS = 2**25
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Consecutive tokens ``[C]`` of one history, the first of them at position ``start``."""
-
-    slot: int
-    start: int
-    token_ids_C: Tensor
-
-    @property
-    def end(self) -> int:
-        """The history's length once the span is cached."""
-        return self.start + len(self.token_ids_C)
-
-
-@dataclass(frozen=True, slots=True)
-class LastTokens:
-    """The last token of each history to score: int64 ``[B]`` each, on the cache's device.
-
-    longest: at least the length of the longest of these histories; what is read beyond a history's own end is idle.
-    has_drafts: some of them may not come true, and one slot may have several, each the next one's history.
-    """
-
-    slots_B: Tensor
-    positions_B: Tensor
-    token_ids_B: Tensor
-    longest: int
-    has_drafts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +35,14 @@ class TailRows:
     mask_W11P: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class PackedStep:
-    """The tokens of one packed forward ``[T]``: those of the spans, then the tails of the rows to score."""
-
-    cache: KVCache
-    input_ids_T: Tensor
-    position_ids_T: Tensor
-    spans: Sequence[Span]
-    last: LastTokens | None
-
-    @property
-    def span_tokens(self) -> int:
-        """N."""
-        return sum(len(span.token_ids_C) for span in self.spans)
-
-
 class PackedAttention:
     """What attention layers do in one packed forward: see :class:`AttentionStep`."""
 
     def __init__(self, step: PackedStep) -> None:
-        device = step.cache.geometry.device
-        self.cache, self.spans, self.last = step.cache, step.spans, step.last
+        device = step.memory.geometry.device
+        self.memory, self.spans, self.last = step.memory, step.spans, step.last
         self.visible_by_span = [_visible(span, device) for span in step.spans]
-        self.tail_rows = [] if step.last is None else _tail_rows(step.cache, step.last)
+        self.tail_rows = [] if step.last is None else _tail_rows(step.memory, step.last)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, extras: dict[str, Any]
@@ -101,8 +53,8 @@ class PackedAttention:
         outs, first = [], 0
         for span, visible_CE in zip(self.spans, self.visible_by_span, strict=True):
             part = slice(first, first + len(span.token_ids_C))
-            self.cache.write_span(layer, span.slot, span.start, key_TGD[part], value_TGD[part])
-            key_1GED, value_1GED = self.cache.read(layer, slice(span.slot, span.slot + 1), span.end)
+            self.memory.write_span(layer, span.slot, span.start, key_TGD[part], value_TGD[part])
+            key_1GED, value_1GED = self.memory.read(layer, slice(span.slot, span.slot + 1), span.end)
             out_1HCD = attend_span(query[:, :, part], key_1GED, value_1GED, visible_CE, scaling)
             outs.append(out_1HCD[0].transpose(0, 1))
             first = part.stop
@@ -122,13 +74,13 @@ class PackedAttention:
         last_key_BGD, last_value_BGD, spoilt_B = key_BRGD[:, 0], value_BRGD[:, 0], None
         if self.last.has_drafts:
             last_key_BGD, last_value_BGD, spoilt_B = only_numbers(last_key_BGD, last_value_BGD)
-        self.cache.write_last(layer, self.last.slots_B, self.last.positions_B, last_key_BGD, last_value_BGD)
+        self.memory.write_last(layer, self.last.slots_B, self.last.positions_B, last_key_BGD, last_value_BGD)
         kv_heads, tail = key_BRGD.shape[2:0:-1]
         # A key/value head's queries are one matrix: its keys are read once for all of them.
         query_BGQD = query_BRHD.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
         parts = [
             attend_prefix(
-                query_BGQD[tails.rows], *self.cache.read(layer, tails.slots, tails.length), tails.mask_W11P, scaling
+                query_BGQD[tails.rows], *self.memory.read(layer, tails.slots, tails.length), tails.mask_W11P, scaling
             )
             for tails in self.tail_rows
         ]
@@ -155,27 +107,6 @@ def only_numbers(key_BGD: Tensor, value_BGD: Tensor) -> tuple[Tensor, Tensor, Te
     return key_BGD, value_BGD, spoilt_B
 
 
-def pack(
-    cache: KVCache, spans: Sequence[Span], last: LastTokens | None = None, candidates_BK: Tensor | None = None
-) -> PackedStep:
-    """Lay out one forward that caches ``spans`` and the last tokens, and scores ``candidates_BK`` after these.
-
-    At least one token in all. Nothing waits for the device.
-    """
-    device = cache.geometry.device
-    positions = [torch.arange(span.start, span.end, device=device) for span in spans]
-    input_ids = [span.token_ids_C for span in spans]
-    if last is not None:
-        tail_ids_BR, tail_positions_BR = last.token_ids_B.unsqueeze(1), last.positions_B.unsqueeze(1)
-        if candidates_BK is not None:
-            tail_ids_BR = torch.cat([tail_ids_BR, candidates_BK], dim=1)
-            after_BK = (tail_positions_BR + 1).expand_as(candidates_BK)
-            tail_positions_BR = torch.cat([tail_positions_BR, after_BK], dim=1)
-        input_ids.append(tail_ids_BR.flatten())
-        positions.append(tail_positions_BR.flatten())
-    return PackedStep(cache, torch.cat(input_ids), torch.cat(positions), spans, last)
-
-
 def _visible(span: Span, device: torch.device) -> Tensor | None:
     """Which positions ``[C, E]`` each token of a span sees; None for plain causal attention."""
     if span.start == 0:
@@ -184,7 +115,7 @@ def _visible(span: Span, device: torch.device) -> Tensor | None:
     return ones_CE.tril(diagonal=span.start)
 
 
-def _tail_rows(cache: KVCache, last: LastTokens) -> list[TailRows]:
+def _tail_rows(memory: PageMemory, last: LastTokens) -> list[TailRows]:
     """How the tails are divided into attention calls.
 
     On CPUs copying keys costs more than attending to them, so rows are taken together only where their slots are
@@ -192,18 +123,18 @@ def _tail_rows(cache: KVCache, last: LastTokens) -> list[TailRows]:
     a call reads a copy, of all rows if that isn't too much memory.
     """
     lengths_B = last.positions_B + 1
-    elements = cache.geometry.kv_heads * cache.geometry.head_size
-    if cache.geometry.device.type != "cpu" or not cache.pages.in_one_piece:
+    elements = memory.geometry.kv_heads * memory.geometry.head_size
+    if memory.geometry.device.type != "cpu" or not memory.in_one_piece:
         together = max(COPIED_ELEMENTS // (elements * last.longest), 1)
         parts = [slice(first, first + together) for first in range(0, len(lengths_B), together)]
-        mask_B11P = prefix_mask(lengths_B, last.longest, cache)
+        mask_B11P = prefix_mask(lengths_B, last.longest, memory)
         return [TailRows(part, last.slots_B[part], last.longest, mask_B11P[part]) for part in parts]
     slots, lengths = last.slots_B.tolist(), lengths_B.tolist()
     max_idle = IDLE_ELEMENTS // elements
     tails = []
     for rows in _neighbours(slots, lengths, max_idle):
         longest = max(lengths[rows])
-        mask_W11P = prefix_mask(lengths_B[rows], longest, cache) if min(lengths[rows]) < longest else None
+        mask_W11P = prefix_mask(lengths_B[rows], longest, memory) if min(lengths[rows]) < longest else None
         slot_slice = slice(slots[rows.start], slots[rows.start] + rows.stop - rows.start)
         tails.append(TailRows(rows, slot_slice, longest, mask_W11P))
     return tails
@@ -225,8 +156,8 @@ def _neighbours(slots: Sequence[int], lengths: Sequence[int], max_idle: int) -> 
     return [*cuts, slice(first, len(slots))]
 
 
-def prefix_mask(lengths_W: Tensor, longest: int, cache: KVCache) -> Tensor:
+def prefix_mask(lengths_W: Tensor, longest: int, memory: PageMemory) -> Tensor:
     """Additive mask ``[W, 1, 1, longest]``: 0 at a row's first ``lengths_W`` positions, −inf after them."""
     hidden_WP = torch.arange(longest, device=lengths_W.device) >= lengths_W.unsqueeze(1)
-    mask_WP = torch.zeros(hidden_WP.shape, dtype=cache.geometry.dtype, device=lengths_W.device)
+    mask_WP = torch.zeros(hidden_WP.shape, dtype=memory.geometry.dtype, device=lengths_W.device)
     return mask_WP.masked_fill_(hidden_WP, -torch.inf)[:, None, None]

@@ -1,0 +1,292 @@
+"""The guided requests of the running batch, and one guided step of them. Imports no vLLM.
+
+Shapes: ``S`` slots of the model runner, ``N`` requests of a step, ``R`` rows of logits, ``G`` requests or rows that one
+value-model version guides, ``V`` vocabulary of the reference.
+
+A request that guidance fails for is ended as failure.py says; nothing that happens in value code reaches the others.
+
+Without drafts in a step, row i is that of request i. With drafts, the host doesn't know which rows are whose: all are
+computed, each version's are picked on the device, and what the others write goes to the scratch slot. Candidates
+are then all scored, whatever the tolerance: most rows are other versions' or follow drafts that won't come true, and a
+request's tokens mustn't depend on what is drafted for the others.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtilt.engine.arrays import IntArray, copy_to_device
+from qtilt.forwards.packing import LastTokens, Span
+from qtilt.method.params import GuidanceParams
+from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
+from qtilt.vllm_plugin.records import Stay, StepTable
+from qtilt.vllm_plugin.runner import Requests, StepRows
+from qtilt.vllm_plugin.step import RowSettings, StepSettings, end_unless, guide_step, scores_in_stages
+from qtilt.vllm_plugin.versions import ResidentVersion
+
+logger = logging.getLogger("vllm.qtilt.guided")  # vLLM configures the loggers below its own name only
+
+ALWAYS = np.iinfo(np.int64).max
+
+
+@dataclass(eq=False)
+class GuidedRequest:
+    """A request that is guided, for as long as it holds its slot.
+
+    prefill_len: tokens fed before the first is drawn, the earlier output of a resumed request included.
+    """
+
+    slot: int
+    params: GuidanceParams
+    version: ResidentVersion
+    stay: Stay
+    prompt_len: int
+    prefill_len: int
+
+    @property
+    def guided_steps(self) -> int:
+        """How many steps of this stay are guided, from its first on."""
+        guided = self.params.guided_tokens
+        return ALWAYS if guided is None else guided - (self.prefill_len - self.prompt_len)
+
+    def release(self) -> None:
+        """Give the slot of the value cache back."""
+        if self.version.engine.holds(self.slot):
+            self.version.engine.release(self.slot)
+
+
+class Group:
+    """Requests of one version that are scored in one way, in the order of their slots.
+
+    where_G: which requests of the step they are. On the device: ``where``, their rows of logits (a slice if they lie
+    side by side), ``device_slots_G`` and their settings. settings_SC: of the requests in all slots.
+    """
+
+    def __init__(self, requests: Sequence[GuidedRequest], where_G: IntArray, settings_SC: Tensor) -> None:
+        self.requests = requests
+        self.where_G = where_G
+        self.version = requests[0].version
+        self.slots_G = np.array([request.slot for request in requests])
+        self.prefill_G = np.array([request.prefill_len for request in requests])
+        self.guided_steps_G = np.array([request.guided_steps for request in requests])
+        self._settings_SC = settings_SC
+        rows = np.stack([self.where_G, self.slots_G])
+        ((device_where_G, self.device_slots_G),) = copy_to_device(settings_SC.device, rows)
+        self.where: slice | Tensor = device_where_G
+        if (np.diff(where_G) == 1).all():
+            self.where = slice(int(where_G[0]), int(where_G[-1]) + 1)
+        self.settings = StepSettings.of(settings_SC[self.device_slots_G], [request.params for request in requests])
+
+    def part(self, rows: IntArray) -> "Group":
+        """Some of them; itself if that is all."""
+        if len(rows) == len(self.requests):
+            return self
+        return Group([self.requests[row] for row in rows.tolist()], self.where_G[rows], self._settings_SC)
+
+
+class GuidedBatch:
+    """Guided requests by slot. Requests without guidance aren't here, and their logits aren't touched."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self.table = StepTable(requests)
+        self._guided: dict[int, GuidedRequest] = {}
+        self._failed: dict[int, Stay] = {}
+        slots = requests.slots
+        self._prefill_S = np.zeros(slots, dtype=np.int64)
+        self._steps_S = np.zeros(slots, dtype=np.int64)
+        """How many steps have drawn a token in this stay; with drafts each has drawn one at least."""
+        self._staged_SC = np.zeros((slots + 1, len(RowSettings._fields)))
+        self._settings_SC, self._is_staged = torch.empty(0), True
+        self._failures_S = torch.zeros(slots + 1, dtype=torch.int32, device=requests.device)
+        self._grouped: tuple[IntArray, list[Group]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._guided) + len(self._failed)
+
+    def put(self, request: GuidedRequest, settings: RowSettings) -> None:
+        """The request takes its slot, which is free. Raises ValueError when its value cache's isn't."""
+        slot, guided = request.slot, request.params.guided_tokens
+        request.version.engine.acquire(slot, self._requests.prefill(slot))
+        if guided is not None:
+            settings = settings._replace(guided_below=request.prompt_len - 1 + guided)
+        self._take(slot, settings)
+        self._guided[slot] = request
+        self._prefill_S[slot] = request.prefill_len
+        request.version.rows += 1
+
+    def put_failed(self, slot: int, stay: Stay, settings: RowSettings) -> None:
+        """A request whose guidance has failed already takes the slot, which is free."""
+        self._take(slot, settings)
+        self._failed[slot] = stay
+
+    def remove(self, slot: int) -> None:
+        """What is in the slot, if anything, has left."""
+        request, stay = self._guided.pop(slot, None), self._failed.pop(slot, None)
+        if request is not None:
+            self._leave(request)
+            stay = request.stay
+        if stay is not None:
+            stay.end()
+
+    def flush(self) -> None:
+        """Bring the settings of requests that have arrived to the device; a step does if nobody has before."""
+        if self._is_staged:
+            (self._settings_SC,), self._is_staged = copy_to_device(self._requests.device, self._staged_SC), False
+
+    def keep_only(self, running: Iterable[int]) -> None:
+        """Of all slots only these still hold a running request."""
+        for slot in {*self._guided, *self._failed} - set(running):
+            self.remove(slot)
+
+    def look_for_failures(self) -> None:
+        """Find out, waiting for the device, in which slots values weren't finite numbers."""
+        for slot in self._failures_S.nonzero().flatten().tolist():
+            request = self._guided.get(slot)
+            if request is not None:
+                request.stay.read()
+                if request.stay.failure is not None:
+                    logger.error("the values of %s for a request are not finite: it ends", request.version.label)
+                    self._set_failed(request)
+
+    @torch.inference_mode()
+    def guide(self, logits_RV: Tensor, rows: StepRows) -> Tensor:
+        """Tilt, in place, the rows that are guided in this step; all others stay bit-identical.
+
+        Where guidance fails, or has failed before, the row gets logits that end its request.
+        """
+        self.flush()
+        self.table.note_lengths(rows.slots_N, rows.lengths_N)
+        if not self._requests.speculates:
+            self._steps_S[rows.slots_N] = np.maximum(rows.lengths_N - self._prefill_S[rows.slots_N], 0)
+        for group in self._groups(rows):
+            self._guide_group(group, logits_RV, rows)
+        self._end_failed(logits_RV, rows)
+        return logits_RV
+
+    def _take(self, slot: int, settings: RowSettings) -> None:
+        assert slot not in self._guided and slot not in self._failed, f"slot {slot} is taken"
+        self._staged_SC[slot], self._is_staged = settings, True
+        self._failures_S[slot] = 0
+        self._steps_S[slot] = 0
+        self._grouped = None
+        self.table.clear(slot, self._requests.prefill_len(slot))
+
+    def _leave(self, request: GuidedRequest) -> None:
+        """The request isn't guided any more."""
+        self._grouped = None
+        request.version.rows -= 1
+        request.release()
+
+    def _set_failed(self, request: GuidedRequest) -> None:
+        self._failed[request.slot] = self._guided.pop(request.slot).stay
+        self._leave(request)
+
+    def _fail(self, request: GuidedRequest, failure: GuidanceFailure) -> None:
+        """Guidance of the next token has failed: none of this request from here on."""
+        request.stay.fail(failure, request.prefill_len - request.prompt_len + int(self._steps_S[request.slot]))
+        self._set_failed(request)
+
+    def _groups(self, rows: StepRows) -> list[Group]:
+        """The requests that are guided in this step: from step to step mostly the same."""
+        if self._grouped is not None and np.array_equal(self._grouped[0], rows.slots_N):
+            groups = self._grouped[1]
+            if all((self._steps_S[group.slots_G] < group.guided_steps_G).all() for group in groups):
+                return groups
+        by_kind: dict[tuple[ResidentVersion, bool, int], list[tuple[int, GuidedRequest]]] = {}
+        for slot, where in sorted(zip(rows.slots_N.tolist(), range(len(rows.slots_N)), strict=True)):
+            request = self._guided.get(slot)
+            if request is None:
+                continue
+            if self._steps_S[slot] < request.guided_steps:
+                by_kind.setdefault(self._kind(request), []).append((where, request))
+            else:
+                request.release()
+        groups = [
+            Group([request for _, request in of_kind], np.array([where for where, _ in of_kind]), self._settings_SC)
+            for of_kind in by_kind.values()
+        ]
+        self._grouped = rows.slots_N.copy(), groups
+        return groups
+
+    def _kind(self, request: GuidedRequest) -> tuple[ResidentVersion, bool, int]:
+        """What requests must have in common to be guided together: each V-type candidate costs a token."""
+        version, params = request.version, request.params
+        in_stages = not self._requests.speculates and scores_in_stages(version, params)
+        return version, in_stages, params.top_k if version.manifest.type == "v" else 0
+
+    def _guide_group(self, group: Group, logits_RV: Tensor, rows: StepRows) -> None:
+        """As many requests at a time as the value cache can hold.
+
+        This is the edge that no error of value code crosses; the logits of what it concerns are left untouched, and
+        what a forward that broke off has left in the cache goes with the slots.
+        """
+        lengths_G = rows.lengths_N[group.where_G]
+        for cut in group.version.engine.cache.parts(lengths_G):
+            part = group.part(np.arange(len(lengths_G))[cut])
+            try:
+                self._guide_held_together(part, lengths_G[cut], logits_RV, rows)
+            except Exception as error:
+                logger.exception(
+                    "guidance failed in value model %s: %d request(s) end", part.version.label, len(part.requests)
+                )
+                for request in part.requests:
+                    self._fail(request, of_exception(error))
+
+    def _guide_held_together(self, group: Group, lengths_G: IntArray, logits_RV: Tensor, rows: StepRows) -> None:
+        """Requests whose histories the value cache can hold together."""
+        # The logits of an unfinished prefill's chunk are discarded: its tokens are cached, nothing is scored.
+        draws_G = lengths_G >= group.prefill_G
+        are_bounds_G = self._steps_S[group.slots_G] > 0 if self._requests.speculates else None
+        spans = group.version.engine.feed(group.slots_G, lengths_G, self._requests.tokens_SP, draws_G, are_bounds_G)
+        drawing = np.flatnonzero(draws_G)
+        if len(drawing):
+            self._guide_rows(group.part(drawing), int(lengths_G.max()), spans, logits_RV, rows)
+
+    def _guide_rows(self, group: Group, longest: int, spans: Sequence[Span], logits_RV: Tensor, rows: StepRows) -> None:
+        """History → value → offset → tilted logits for the rows that draw tokens, in place, and what was measured."""
+        engine, slots_G, where = group.version.engine, group.device_slots_G, group.where
+        settings, is_mine_G = group.settings, None
+        if rows.has_drafts:
+            is_mine_G = self._is_of(slots_G, rows)
+            slots_G = rows.slots_R.where(is_mine_G, engine.cache.scratch_slot)
+            where = slice(0, len(logits_RV))
+            settings = StepSettings.of(self._settings_SC[slots_G], [request.params for request in group.requests])
+        positions_G, logits_GV = rows.positions_R[where], logits_RV[where]
+        tokens_G = rows.token_ids_R[where].clamp(0, engine.model.vocab_size - 1)
+        last = LastTokens(slots_G, positions_G, tokens_G, longest, has_drafts=rows.has_drafts)
+
+        def score(candidates_RK: Tensor, rows_R: Tensor | None = None) -> Tensor:
+            if rows_R is None:
+                return engine.score(last, candidates_RK, spans)
+            some = LastTokens(last.slots_B[rows_R], last.positions_B[rows_R], last.token_ids_B[rows_R], last.longest)
+            return engine.score(some, candidates_RK)
+
+        in_stages = self._kind(group.requests[0])[1]
+        guided = guide_step(group.version, logits_GV, settings, score, in_stages=in_stages)
+        tilted_GV = guided.logits_GV
+        if self._requests.speculates:
+            # Of the tokens that are guided the host knows only how many have been drawn at least.
+            is_guided_G = positions_G < settings.guided_below_G
+            is_mine_G = is_guided_G if is_mine_G is None else is_mine_G & is_guided_G
+            tilted_GV = tilted_GV.where(is_mine_G.unsqueeze(-1), logits_GV)
+            slots_G = slots_G.where(is_mine_G, engine.cache.scratch_slot)
+        logits_RV[where] = tilted_GV
+        self._failures_S.index_add_(0, slots_G, guided.failed.int())
+        self.table.write(slots_G, positions_G, guided.divergence_G3, guided.candidates_G)
+        self._steps_S[group.slots_G] += 1
+
+    def _end_failed(self, logits_RV: Tensor, rows: StepRows) -> None:
+        if self._failed:
+            (slots_F,) = copy_to_device(logits_RV.device, np.array(list(self._failed)))
+            ending_R = self._settings_SC[rows.slots_R, RowSettings._fields.index("ending_token")].long()
+            end_unless(~self._is_of(slots_F, rows), logits_RV, ending_R)
+
+    def _is_of(self, slots_F: Tensor, rows: StepRows) -> Tensor:
+        """Which rows ``[R]`` are of these slots. (``torch.isin`` waits for the device when there are many.)"""
+        is_in_S = torch.zeros_like(self._failures_S, dtype=torch.bool).index_fill_(0, slots_F, True)
+        return is_in_S[rows.slots_R]

@@ -1,0 +1,74 @@
+"""LoRA adapters are other policies: a value model guides the one whose roll-outs it was fitted on, and no other."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from real_server.models import make_value_model
+from real_server.process import RunningServer, running_server
+
+ADAPTER = "support"
+
+
+@pytest.fixture(scope="module")
+def adapted(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """Value models ``plain``, of the reference, and ``adapted``, of the adapter."""
+    directory = tmp_path_factory.mktemp("adapted")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(models / "reference"),
+        LoraConfig(r=8, lora_alpha=512, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(directory / "adapter")
+    for seed, name in enumerate(("plain", "adapted")):
+        make_value_model(directory / name, seed=seed)
+    manifest = directory / "adapted" / "value_model.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"adapter": ADAPTER}))
+    flags = (
+        *(f"--value-model={name}={directory / name}" for name in ("plain", "adapted")),
+        "--enable-lora",
+        f"--lora-modules={ADAPTER}={directory / 'adapter'}",
+        "--max-lora-rank=8",
+    )
+    with running_server(models / "reference", directory, directory / "server.log", *flags) as server:
+        yield server
+
+
+def complete(server: RunningServer, model: str, value_model: str | None) -> httpx.Response:
+    body = {"model": model, "prompt": "a b", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+    if value_model is not None:
+        body["guidance"] = {"value_model": value_model}
+    return server.post("/v1/completions", body)
+
+
+def test_each_policy_is_guided_by_its_own_value_model(adapted: RunningServer) -> None:
+    for model, value_model in ((adapted.model, "plain"), (ADAPTER, "adapted")):
+        answer = complete(adapted, model, value_model)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["guidance"]["guided_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("of_adapter", "value_model", "named"),
+    [
+        (True, "plain", "plain@1 was fitted to the reference model without an adapter, and this request asks for the "),
+        (False, "adapted", "adapted@1 was fitted to the LoRA adapter 'support', and this request asks for the ref"),
+    ],
+)
+def test_a_value_model_of_another_policy_is_refused(
+    adapted: RunningServer, of_adapter: bool, value_model: str, named: str
+) -> None:
+    refused = complete(adapted, ADAPTER if of_adapter else adapted.model, value_model)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["param"] == "guidance.value_model"
+    assert named in error["message"]
+
+
+def test_requests_without_guidance_are_vllms_own(adapted: RunningServer) -> None:
+    texts = [complete(adapted, model, None).json()["choices"][0]["text"] for model in (adapted.model, ADAPTER)]
+    assert texts[0] != texts[1], "the adapter is one that changes what is generated"
