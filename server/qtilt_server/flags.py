@@ -28,7 +28,13 @@ class GuidanceFlags:
     swap_timeout: float = 60.0
     """Seconds that a load waits for the older version of its name to drain."""
     value_dtype: str = "auto"
-    kv_fraction: float = 1.0
+    kv_fraction: float | None = None
+    kv_tokens: int | str | None = None
+    """A number, or "auto"."""
+    backbone: str | None = None
+    backbone_layers: int | None = None
+    plan: float | None = None
+    """GiB of the device whose memory is planned, in place of serving."""
 
     def __post_init__(self) -> None:
         _require(0 < self.eta < math.inf, f"--guidance-eta must be finite and above 0, got {self.eta}")
@@ -39,7 +45,24 @@ class GuidanceFlags:
         )
         _require(0 <= self.swap_timeout < math.inf, f"--swap-timeout must be seconds, got {self.swap_timeout}")
         _require(
-            0 < self.kv_fraction <= 1, f"--guidance-kv-fraction must be above 0 and at most 1, got {self.kv_fraction}"
+            self.kv_fraction is None or 0 < self.kv_fraction <= 1,
+            f"--guidance-kv-fraction must be above 0 and at most 1, got {self.kv_fraction}",
+        )
+        _require(
+            self.kv_fraction is None or self.kv_tokens is None,
+            "--guidance-kv-fraction and --guidance-kv-tokens both say how large value caches are: give one of them",
+        )
+        _require(
+            self.backbone_layers is None or self.backbone_layers >= 1,
+            f"--guidance-backbone-layers must be at least 1, got {self.backbone_layers}",
+        )
+        _require(
+            self.plan is None or 0 < self.plan < math.inf,
+            f"--guidance-plan must be a device's GiB, above 0, got {self.plan}",
+        )
+        _require(
+            self.plan is None or bool(self.value_models) or self.backbone is not None,
+            "--guidance-plan needs to know the value models: give --value-model or --guidance-backbone",
         )
         for name, directory in self.value_models.items():
             _require(directory.is_dir(), f"--value-model {name}={directory}: no such directory")
@@ -58,6 +81,10 @@ class GuidanceFlags:
             swap_timeout=args.swap_timeout,
             value_dtype=args.value_dtype,
             kv_fraction=args.guidance_kv_fraction,
+            kv_tokens=args.guidance_kv_tokens,
+            backbone=args.guidance_backbone,
+            backbone_layers=args.guidance_backbone_layers,
+            plan=args.guidance_plan,
         )
 
 
@@ -115,10 +142,35 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance-kv-fraction",
         type=float,
-        default=1.0,
         metavar="FRACTION",
         help="Memory of a value cache, as a fraction of what --max-num-seqs sequences of --max-model-len tokens need. "
-        "With less than 1, what was used least recently is dropped where room is needed, and computed again.",
+        "With less than 1, what was used least recently is dropped where room is needed, and computed again. Default: "
+        "1 on CPUs.",
+    )
+    group.add_argument(
+        "--guidance-kv-tokens",
+        type=_tokens,
+        metavar="auto|N",
+        help="How many tokens a value cache holds, in place of the fraction. auto, the default on GPUs: as many as "
+        "vLLM's own key-value cache will hold.",
+    )
+    group.add_argument(
+        "--guidance-backbone",
+        metavar="DIR|HUB_ID",
+        help="What value models will be made of that are yet to be published, or one of them: without --value-model, "
+        "memory for two versions and their cache is held from the start.",
+    )
+    group.add_argument(
+        "--guidance-backbone-layers",
+        type=int,
+        metavar="N",
+        help="How many of its first layers they have (default: all).",
+    )
+    group.add_argument(
+        "--guidance-plan",
+        type=float,
+        metavar="GIB",
+        help="Print how a GPU's memory of so many GiB would be shared out, and end. Needs no GPU and no weights.",
     )
 
 
@@ -134,6 +186,16 @@ def _parse_value_models(entries: list[str]) -> dict[str, Path]:
         _require(name not in value_models, f"--value-model {entry}: the name {name} is given twice")
         value_models[name] = Path(directory).resolve()
     return value_models
+
+
+def _tokens(text: str) -> int | str:
+    """Of --guidance-kv-tokens."""
+    if text == "auto":
+        return text
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected auto or a number of at least 1, got {text!r}")
+    return number
 
 
 def _require(holds: bool, message: str) -> None:

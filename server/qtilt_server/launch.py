@@ -47,7 +47,7 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
 
 
 def launch(argv: list[str]) -> None:
-    """Parse the whole command line, refuse what can't work, and serve until interrupted."""
+    """Parse the whole command line, refuse what can't work, and serve until interrupted, or print the plan."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -62,6 +62,11 @@ def launch(argv: list[str]) -> None:
         command.validate(args)
     except (TypeError, ValueError) as error:
         raise StartupError(str(error)) from error
+    if flags.plan is not None:
+        from qtilt_server.plan import print_plan
+
+        print_plan(args, plugin_config(flags), flags.plan)
+        return
     add_guidance(args, flags)
     _check_against_model(args, flags)
     _refuse_speculation_on_v1(args)
@@ -97,15 +102,23 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
 
 def add_guidance(args: argparse.Namespace, flags: GuidanceFlags) -> None:
     """Tell vLLM about the processor, the worker extension and their settings, beside what the user told it."""
-    config = PluginConfig(
+    config = plugin_config(flags)
+    args.logits_processors = [*(args.logits_processors or []), PROCESSOR]
+    args.worker_extension_cls = WORKER_EXTENSION
+    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: config.to_dict()}
+
+
+def plugin_config(flags: GuidanceFlags) -> PluginConfig:
+    """What the worker is told."""
+    return PluginConfig(
         value_models={name: str(directory) for name, directory in flags.value_models.items()},
         max_top_k=flags.max_top_k,
         value_dtype=flags.value_dtype,
         kv_fraction=flags.kv_fraction,
+        kv_tokens=flags.kv_tokens,
+        backbone=flags.backbone,
+        backbone_layers=flags.backbone_layers,
     )
-    args.logits_processors = [*(args.logits_processors or []), PROCESSOR]
-    args.worker_extension_cls = WORKER_EXTENSION
-    args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: config.to_dict()}
 
 
 def _parse(command: Any, argv: list[str]) -> argparse.Namespace:

@@ -113,6 +113,26 @@ def test_the_chunks_of_a_prefill_are_cached_and_nothing_is_scored(tmp_path: Path
     assert chunked.summary([5]) == pytest.approx(whole.summary([5]))
 
 
+@pytest.mark.parametrize("type_", ["v", "q"])
+def test_with_pages_for_half_of_the_histories_half_of_them_are_computed_again_in_a_step(
+    tmp_path: Path, type_: str
+) -> None:
+    """Not all: what is cached is used before it makes room for the others. And all are as exact as ever."""
+    half, whole = (Runner(tmp_path / str(fraction), type_, fraction, speculates=False) for fraction in (0.5, 1.0))
+    for slot in range(SLOTS):
+        for runner in (half, whole):
+            runner.put(slot, prompt(40, seed=slot), trace_id=str(slot))
+    assert half.version.engine.cache.pages.total == SLOTS
+    run = count_tokens(half.version)
+    tails = SLOTS * (6 if type_ == "v" else 1)
+    for step in range(5):
+        run.clear()
+        drawn = {slot: [5 + step] for slot in range(SLOTS)}
+        torch.testing.assert_close(half.step(drawn), whole.step(drawn), rtol=1e-5, atol=1e-4)
+        again = SLOTS if step == 0 else SLOTS // 2
+        assert sum(run) == again * (40 + step - 1) + tails
+
+
 def test_a_request_costs_its_own_top_k(runner: Runner) -> None:
     """And not that of the requests beside it."""
     for slot, top_k in enumerate([5, 64, 5]):

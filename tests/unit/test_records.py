@@ -133,6 +133,15 @@ def test_a_nan_in_the_table_is_a_failure(recording: Recording) -> None:
     assert recording.records.failures() == {"t": not_numbers()}
 
 
+def test_the_failure_of_a_request_that_has_left_is_found(recording: Recording) -> None:
+    """A grammar may have ended it in the step that failed, before anybody asked."""
+    stay = recording.stay(0)
+    recording.run(0, [5, 6], 1.0, float("nan"))
+    assert recording.records.failures() == {}
+    stay.end()
+    assert recording.records.failures() == {"t": not_numbers()}
+
+
 def test_choices_of_one_trace_are_told_apart_by_their_tokens(recording: Recording) -> None:
     for slot, (tokens, kl) in enumerate([([5, 6], 2.0), ([5, 9], 2.0), ([7, 6], 8.0)]):
         recording.stay(slot)

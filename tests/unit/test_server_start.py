@@ -68,6 +68,12 @@ BAD_FLAGS = {
     "--swap-timeout=-1": "seconds",
     "--swap-timeout=inf": "seconds",
     "--value-dtype=int8": "invalid choice",
+    "--guidance-kv-fraction=0": "above 0 and at most 1",
+    "--guidance-kv-tokens=0": "expected auto or a number of at least 1, got '0'",
+    "--guidance-kv-tokens=many": "expected auto or a number",
+    "--guidance-backbone-layers=0": "at least 1",
+    "--guidance-plan=0": "above 0",
+    "--guidance-plan=80": "give --value-model or --guidance-backbone",
 }
 
 
@@ -196,7 +202,10 @@ def test_the_users_own_settings_are_kept(directory: Path) -> None:
             "value_models": {"value": str(directory)},
             "max_top_k": 32,
             "value_dtype": "auto",
-            "kv_fraction": 1.0,
+            "kv_fraction": None,
+            "kv_tokens": None,
+            "backbone": None,
+            "backbone_layers": None,
         },
     }
 

@@ -70,6 +70,11 @@ class ValueEngine:
         self._mine: set[int] = set()
         self._prefixes = SharedPrefixes()
 
+    def free_what_is_kept_twice(self) -> None:
+        """Drop weights that the forward has in another form: the model can't be run but by this engine after that."""
+        if isinstance(self.forward, CompiledForward):
+            self.forward.free_backbones_own()
+
     def acquire(self, slot: int, known: Sequence[int] | Int32Array = ()) -> None:
         """A new history takes the slot. known: the tokens that it begins with, as many as the host knows.
 

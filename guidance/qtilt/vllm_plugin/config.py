@@ -28,8 +28,15 @@ class PluginConfig:
     """Most candidates a request may ask for."""
     value_dtype: str = "auto"
     """Weights and caches of the value models: one of VALUE_DTYPES; "auto" is the reference model's dtype."""
-    kv_fraction: float = 1.0
+    kv_fraction: float | None = None
     """Memory of a value cache, as a fraction of what all sequences need at full length: above 0 and at most 1."""
+    kv_tokens: int | str | None = None
+    """How many tokens a value cache holds; "auto": as many as vLLM's own will. Without this and a fraction: "auto" on
+    GPUs, else all that can be there."""
+    backbone: str | None = None
+    """Directory or hub id of what value models to come are made of: memory for two of them is held from the start."""
+    backbone_layers: int | None = None
+    """How many of its first layers they have; all if None."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.value_models, dict):
@@ -43,10 +50,19 @@ class PluginConfig:
             raise ValueError(f"max_top_k must be an integer of at least 1, got {self.max_top_k!r}")
         if self.value_dtype not in VALUE_DTYPES:
             raise ValueError(f"value_dtype must be one of {', '.join(VALUE_DTYPES)}, got {self.value_dtype!r}")
-        if isinstance(self.kv_fraction, bool) or not isinstance(self.kv_fraction, int | float):
-            raise ValueError(f"kv_fraction must be a number, got {self.kv_fraction!r}")
-        if not 0 < self.kv_fraction <= 1:
-            raise ValueError(f"kv_fraction must be above 0 and at most 1, got {self.kv_fraction!r}")
+        if self.kv_fraction is not None:
+            if isinstance(self.kv_fraction, bool) or not isinstance(self.kv_fraction, int | float):
+                raise ValueError(f"kv_fraction must be a number, got {self.kv_fraction!r}")
+            if not 0 < self.kv_fraction <= 1:
+                raise ValueError(f"kv_fraction must be above 0 and at most 1, got {self.kv_fraction!r}")
+            if self.kv_tokens is not None:
+                raise ValueError("kv_fraction and kv_tokens both say how large a value cache is: give one of them")
+        if self.kv_tokens not in (None, "auto") and not _is_positive(self.kv_tokens):
+            raise ValueError(f"kv_tokens must be 'auto' or an integer of at least 1, got {self.kv_tokens!r}")
+        if self.backbone is not None and (not isinstance(self.backbone, str) or not self.backbone):
+            raise ValueError(f"backbone must be a directory or a hub id, got {self.backbone!r}")
+        if self.backbone_layers is not None and not _is_positive(self.backbone_layers):
+            raise ValueError(f"backbone_layers must be an integer of at least 1, got {self.backbone_layers!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, the value of `additional_config["qtilt"]`."""
@@ -70,3 +86,7 @@ class PluginConfig:
                 f"or pass PluginConfig(...).to_dict() under that key"
             )
         return cls.from_dict(ours)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -225,11 +225,13 @@ class GuidedBatch:
         This is the edge that no error of value code crosses; the logits of what it concerns are left untouched, and
         what a forward that broke off has left in the cache goes with the slots.
         """
-        lengths_G = rows.lengths_N[group.where_G]
-        for cut in group.version.engine.cache.parts(lengths_G):
-            part = group.part(np.arange(len(lengths_G))[cut])
+        cache, lengths_G = group.version.engine.cache, rows.lengths_N[group.where_G]
+        # What is cached goes first, before room is made for the others: so it isn't dropped unused.
+        order = np.argsort(cache.covered_S[group.slots_G] == 0, kind="stable")
+        for cut in cache.parts(lengths_G[order]):
+            part = group.part(order[cut])
             try:
-                self._guide_held_together(part, lengths_G[cut], logits_RV, rows)
+                self._guide_held_together(part, rows.lengths_N[part.where_G], logits_RV, rows)
             except Exception as error:
                 logger.exception(
                     "guidance failed in value model %s: %d request(s) end", part.version.label, len(part.requests)

@@ -19,14 +19,17 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from qtilt.forwards.compiled import library
-from qtilt.method.params import GuidanceParams
+from qtilt.method.params import EXTRA_ARGS_KEY, GuidanceParams
 from qtilt.model.checkpoint import fingerprint_tokenizer
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt.vllm_plugin.config import PluginConfig
 from qtilt.vllm_plugin.failure import of_exception
 from qtilt.vllm_plugin.guided import GuidedBatch, GuidedRequest
+from qtilt.vllm_plugin.plan import VERSIONS, MemoryPlan
 from qtilt.vllm_plugin.records import Records, Stay
+from qtilt.vllm_plugin.reserve import Reserve
 from qtilt.vllm_plugin.runner import Requests
+from qtilt.vllm_plugin.sizing import bytes_of, is_planned, plan_of, published, serving_of, value_dtype
 from qtilt.vllm_plugin.step import RowSettings
 from qtilt.vllm_plugin.v1.interface import V1Interface, v1_requests
 from qtilt.vllm_plugin.v2.interface import V2Interface
@@ -62,20 +65,21 @@ class GuidanceProcessor(V1Interface, V2Interface):
             self.requests = V2Requests(device_or_requests, speculates=speculates)
         load_compiled_parts(self.requests.device)
         self.batch, self.records = GuidedBatch(self.requests), Records()
-        settings = _engine_settings(vllm_config, self.config, self.requests)
+        plan = _plan(vllm_config, self.config, self.requests.device)
+        settings = _engine_settings(vllm_config, self.config, self.requests, plan)
         self.residents = Residents(_reference(vllm_config), settings)
         for name, path in self.config.value_models.items():
             version = self.residents.load_at_start(name, path)
             for warning in version.warnings:
                 logger.warning(warning)
-            logger.info(
-                "value cache of %s: %.2f GiB, %s of what %d sequences of %d tokens need (--guidance-kv-fraction)",
-                version.label,
-                version.engine.cache.gib,
-                format(self.config.kv_fraction, ".4g"),
-                settings.slots,
-                settings.max_length,
-            )
+            logger.info("value cache of %s: %.2f GiB", version.label, version.engine.cache.gib)
+        to_come = published(self.config)
+        if not self.config.value_models:
+            self.residents.hold_caches([each.geometry(settings.dtype, settings.device) for each in to_come.values()])
+        if plan is not None and settings.device.type == "cuda":
+            versions = VERSIONS * len(to_come) - len(self.config.value_models)
+            weights = plan.value_weights // (VERSIONS * len(to_come))
+            self.residents.reserve = Reserve(settings.device, plan.step_activations, weights, versions)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -101,13 +105,15 @@ class GuidanceProcessor(V1Interface, V2Interface):
         Whatever is wrong with its guidance ends this request and no other: an unguided answer would be worse than none,
         and an exception here would end the engine.
         """
+        if (sampling_params.extra_args or {}).get(EXTRA_ARGS_KEY) is None:
+            return False
+        self.residents.reserve.begin_to_serve()
         stay = Stay(self.requests, self.batch.table, slot)
         ending_token = _ending_token(sampling_params)
         generated = self.requests.prefill(slot)[self.requests.prompt_len(slot) :].tolist()
         try:
             params = GuidanceParams.from_extra_args(sampling_params.extra_args)
-            if params is None:
-                return False
+            assert params is not None, "it was asked for"
             stay.guided_tokens = params.guided_tokens
             has_failed = self.records.failed(params.trace_id, generated) is not None
             if params.trace_id:
@@ -171,15 +177,28 @@ def _reference(vllm_config: VllmConfig) -> Reference:
     )
 
 
-def _engine_settings(vllm_config: VllmConfig, config: PluginConfig, requests: Requests) -> EngineSettings:
-    dtype = vllm_config.model_config.dtype if config.value_dtype == "auto" else getattr(torch, config.value_dtype)
-    assert isinstance(dtype, torch.dtype), "vLLM resolves its dtype before it builds a worker"
+def _plan(vllm_config: VllmConfig, config: PluginConfig, device: torch.device) -> MemoryPlan | None:
+    if not is_planned(config, device):
+        if device.type == "cuda":
+            logger.warning("no memory is held for value models: name what they are made of with --guidance-backbone")
+        return None
+    plan = plan_of(vllm_config, config, bytes_of(device))
+    logger.info("memory of %s as planned:\n%s", device, plan.table())
+    return plan
+
+
+def _engine_settings(
+    vllm_config: VllmConfig, config: PluginConfig, requests: Requests, plan: MemoryPlan | None
+) -> EngineSettings:
+    kv_fraction = config.kv_fraction
+    if kv_fraction is None:
+        kv_fraction = 1.0 if plan is None else plan.kv_fraction(serving_of(vllm_config, config))
     return EngineSettings(
         slots=requests.slots,
         max_length=vllm_config.model_config.max_model_len,
-        dtype=dtype,
+        dtype=value_dtype(vllm_config.model_config, config),
         device=requests.device,
-        kv_fraction=config.kv_fraction,
+        kv_fraction=kv_fraction,
         kernels=_custom_ops,
         served=[vllm_config.model_config.model],
     )

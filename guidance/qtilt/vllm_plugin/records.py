@@ -111,6 +111,11 @@ class Stay:
         """Why guidance has failed, as far as the host knows."""
         return self.failed[0] if self.failed is not None else None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the slot is another request's."""
+        return self._ended is not None
+
     def end(self) -> None:
         """The slot goes to another request: keep what is still to be read of this one's."""
         if self._ended is None:
@@ -170,7 +175,11 @@ class Records:
             self._traces.setdefault(trace_id, []).append(stay)
 
     def failures(self) -> dict[str, GuidanceFailure]:
-        """The traces, not taken yet, of which a request has failed."""
+        """The traces, not taken yet, of which a request has failed. Waits for what ended requests have left."""
+        for stays in self._traces.values():
+            for stay in stays:
+                if stay.has_ended:
+                    stay.read()
         return {
             trace_id: stay.failure
             for trace_id, stays in self._traces.items()

@@ -4,7 +4,7 @@ prepare (reading, checking, allocating: a background thread, steps go on) → re
 Until the commit nothing that runs can see the new version; a failed preparation changes nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from qtilt.method.tilt import TiltFunctions
 from qtilt.model.checkpoint import Manifest, load_value_model, read_manifest
 from qtilt.model.low_rank import BaseModels
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
+from qtilt.vllm_plugin.reserve import Reserve
 
 VersionKey = tuple[str, int]
 
@@ -104,7 +105,10 @@ class Residents:
         self._preparing: dict[VersionKey, Future[ResidentVersion]] = {}
         # A request holds one slot in all, so caches of `slots` slots can be shared by all versions of equal geometry.
         self._caches: WeakValueDictionary[CacheGeometry, KVCache] = WeakValueDictionary()
+        self._held_caches: list[KVCache] = []
         self._bases = BaseModels(settings.served)
+        self.reserve = Reserve(settings.device, 0, 0, 0)
+        """What is held for versions to come."""
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qtilt-prepare")
 
     def __iter__(self) -> Iterator[ResidentVersion]:
@@ -122,6 +126,14 @@ class Residents:
         """Load version 1 of a name, in the calling thread. Raises ValueError when it can't be used."""
         self._resident[name, 1] = self._load(name, 1, Path(path))
         return self._resident[name, 1]
+
+    def hold_caches(self, geometries: Iterable[CacheGeometry]) -> None:
+        """Allocate, for value models to come, the caches that they will need. Raises ValueError without the memory."""
+        settings = self._settings
+        for geometry in geometries:
+            cache = KVCache(geometry, settings.slots, settings.max_length, settings.kv_fraction)
+            self._held_caches.append(cache)
+            self._caches[geometry] = cache
 
     def prepare(self, name: str, version: int, path: str) -> None:
         """Begin to load; ``status`` tells how it goes. Raises ValueError when that version is known already."""
@@ -164,6 +176,7 @@ class Residents:
             steps = torch.cuda.Event(blocking=True)
             steps.record(torch.cuda.current_stream(self._settings.device))
             self._loader.submit(_keep_until_done, resident, steps)
+            self._loader.submit(self.reserve.hold_again)
 
     def _prepared(self, name: str, version: int) -> Future[ResidentVersion]:
         try:
@@ -174,16 +187,18 @@ class Residents:
     def _load(self, name: str, version: int, path: Path) -> ResidentVersion:
         manifest = read_manifest(path)
         warnings = check_fits_reference(manifest, path, self._reference)
-        model = load_value_model(path, self._settings.dtype, self._settings.device, self._bases)
-        settings = self._settings
-        engine = ValueEngine(
-            model,
-            settings.slots,
-            settings.max_length,
-            self._caches,
-            kv_fraction=settings.kv_fraction,
-            kernels=settings.kernels,
-        )
+        with self.reserve.room_for_a_version():
+            model = load_value_model(path, self._settings.dtype, self._settings.device, self._bases)
+            settings = self._settings
+            engine = ValueEngine(
+                model,
+                settings.slots,
+                settings.max_length,
+                self._caches,
+                kv_fraction=settings.kv_fraction,
+                kernels=settings.kernels,
+            )
+        engine.free_what_is_kept_twice()
         if self._settings.device.type == "cuda":
             # Steps run on another stream than this thread: for them too, all must be in place. This waits for the
             # thread's own work only, and no step waits for it.

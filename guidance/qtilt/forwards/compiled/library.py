@@ -42,8 +42,13 @@ def _load() -> Path:
     flags = [*FLAGS, *INSTRUCTIONS[capability], f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     sources = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
     key = [*(path.read_text() for path in sources), torch.__version__, get_cxx_compiler(), *flags]
-    library = cache_folder() / f"compiled-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
-    if not library.exists():
+    folder = cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    library = folder / f"compiled-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    _refuse_what_others_can_write(folder)
+    if library.exists():
+        _refuse_what_others_can_write(library)
+    else:
         _compile([get_cxx_compiler(), *flags], library)
     try:
         torch.ops.load_library(library)
@@ -66,7 +71,7 @@ def takes(rows: Tensor) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
+    """Where compiled libraries are kept: nobody else may write there."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qtilt"
 
 
@@ -77,12 +82,21 @@ def _compile(command: list[str], library: Path) -> None:
     includes = [argument for path in include_paths() for argument in ("-isystem", path)]
     # Linked without -fopenmp: the threads are to be those of the OpenMP that torch has brought along.
     linking = ["-shared", *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu"]
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         compiled, linked = Path(folder, "compiled.o"), Path(folder, "linked.so")
         _run([*command, *includes, "-c", str(FOLDER / "library.cpp"), "-o", str(compiled)])
         _run([command[0], str(compiled), *linking, "-o", str(linked)])
         linked.replace(library)
+
+
+def _refuse_what_others_can_write(path: Path) -> None:
+    """Whoever can write there has this process run what they like."""
+    status = path.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise RuntimeError(
+            f"the C++ parts can't be kept in {path}: others than this process's user can write it (chmod go-w, or set "
+            "XDG_CACHE_HOME to another folder)"
+        )
 
 
 def _run(command: list[str]) -> None:

@@ -4,7 +4,7 @@ Shapes: ``N`` outputs and ``K`` inputs of a layer, ``I`` intermediate size, ``D`
 
 A step of few tokens there waits for memory and for calls: llama_forward.h reads weights, keys and values in order and
 ahead of time, in place and no further than a history goes, and is one call. Its products are those of ``nn.Linear`` up
-to rounding. The weights are kept a second time, in the order in which they are read.
+to rounding. It has the weights of all projections in the order in which they are read.
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,7 @@ class CompiledForward:
             mlp.gate_proj.out_features,
             body.norm.variance_epsilon,
         )
+        self._layers = body.layers
         for layer in body.layers:
             self._add(layer)
 
@@ -63,6 +64,13 @@ class CompiledForward:
             *_panels([mlp.gate_proj, mlp.up_proj], alternating=True),
             *_panels([mlp.down_proj]),
         )
+
+    @torch.no_grad()
+    def free_backbones_own(self) -> None:
+        """Drop the backbone's projections, of which this forward has its own: nothing else can run it after that."""
+        for module in self._layers.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
 
     def __call__(self, step: PackedStep) -> Tensor:
         memory, last = step.memory, step.last

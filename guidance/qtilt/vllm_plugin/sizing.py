@@ -1,0 +1,86 @@
+"""From vLLM's configuration and ours to a plan of memory: in the worker before it loads anything, and for a dry run."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+from vllm.config import ModelConfig, VllmConfig
+
+from qtilt.vllm_plugin.config import PluginConfig
+from qtilt.vllm_plugin.plan import MemoryPlan, Published, Serving, all_of, plan_memory, reference_size
+
+
+def value_dtype(model_config: ModelConfig, config: PluginConfig) -> torch.dtype:
+    """Of the value models' weights and caches."""
+    dtype = model_config.dtype if config.value_dtype == "auto" else getattr(torch, config.value_dtype)
+    assert isinstance(dtype, torch.dtype), "vLLM resolves its dtype before it builds a worker"
+    return dtype
+
+
+def published(config: PluginConfig) -> Mapping[str, Published]:
+    """What will be held at once, by name: the value models of the start, else what is to come."""
+    if config.value_models or config.backbone is None:
+        return {name: Published(path) for name, path in config.value_models.items()}
+    return {config.backbone: Published(config.backbone, config.backbone_layers)}
+
+
+def is_planned(config: PluginConfig, device: torch.device) -> bool:
+    """Whether memory is shared out by a plan: on GPUs, or if it was asked for."""
+    wanted = config.kv_tokens is not None or config.backbone is not None or device.type == "cuda"
+    return wanted and bool(published(config))
+
+
+def plan_of(vllm_config: VllmConfig, config: PluginConfig, device_bytes: int) -> MemoryPlan:
+    """device_bytes: of the whole device. Raises ValueError when it can't fit, or a config can't be read."""
+    cache = vllm_config.cache_config
+    return plan_for(
+        vllm_config.model_config,
+        config,
+        serving_of(vllm_config, config),
+        int(device_bytes * cache.gpu_memory_utilization),
+        ranks=vllm_config.parallel_config.tensor_parallel_size,
+        cache_bytes=cache.kv_cache_memory_bytes,
+        cache_tokens=cache.num_gpu_blocks_override and cache.num_gpu_blocks_override * cache.block_size,
+    )
+
+
+def plan_for(
+    model_config: ModelConfig,
+    config: PluginConfig,
+    serving: Serving,
+    budget: int,
+    *,
+    ranks: int,
+    cache_bytes: int | None,
+    cache_tokens: int | None,
+) -> MemoryPlan:
+    """budget: bytes that vLLM may use. cache_bytes, cache_tokens: of its key-value cache, if the user has said."""
+    assert isinstance(model_config.dtype, torch.dtype), "vLLM resolves its dtype before"
+    reference = reference_size(model_config.hf_config, model_config.dtype, ranks)
+    dtype = value_dtype(model_config, config)
+    return plan_memory(
+        budget,
+        reference,
+        all_of([each.size(dtype) for each in published(config).values()]),
+        serving,
+        config.kv_tokens if isinstance(config.kv_tokens, int) else None,
+        cache_bytes if cache_tokens is None else cache_tokens * reference.token,
+    )
+
+
+def serving_of(vllm_config: VllmConfig, config: PluginConfig) -> Serving:
+    """What is served at most."""
+    scheduler = vllm_config.scheduler_config
+    return Serving(
+        scheduler.max_num_seqs,
+        vllm_config.model_config.max_model_len,
+        scheduler.max_num_batched_tokens,
+        config.max_top_k,
+    )
+
+
+def bytes_of(device: torch.device) -> int:
+    """All of its memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
