@@ -6,6 +6,7 @@ from qtilt.method.params import (
     METHODS,
     TAILS,
     GuidanceParams,
+    asks_for_guidance,
 )
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "METHODS",
     "TAILS",
     "GuidanceParams",
+    "asks_for_guidance",
 ]

@@ -84,7 +84,8 @@ class Watcher(LogitsProcessor):
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         self._check_layout(logits, ctx)
         slots = ctx.expanded_idx_mapping.tolist()
-        for slot, bound in zip(ctx.idx_mapping.tolist(), ctx.seq_lens_upper_bound_np.tolist(), strict=True):
+        # Bounds are padded where a captured graph is for more requests.
+        for slot, bound in zip(ctx.idx_mapping.tolist(), ctx.seq_lens_upper_bound_np.tolist(), strict=False):
             if slot in self.in_slot:
                 rows = [
                     Row(

@@ -4,8 +4,10 @@ import gc
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from qtilt.vllm_plugin.failure import not_numbers
 from qtilt.vllm_plugin.guided import GuidedRequest
 from qtilt.vllm_plugin.runner import StepRows
 from qtilt.vllm_plugin.v1.requests import V1Requests
+from qtilt.vllm_plugin.v2.requests import step_rows
 from running_batch import CPU, END, LENGTH, RunningBatch, count_tokens, make_residents
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -82,6 +85,37 @@ def test_a_request_past_its_guided_tokens_gives_its_slot_back(runner: Runner) ->
     assert runner.free_slots == SLOTS - 1
     runner.step({0: [5]})
     assert runner.free_slots == SLOTS
+
+
+def test_a_request_past_its_guided_tokens_is_guided_again_when_tokens_are_taken_back(tmp_path: Path) -> None:
+    """In a slot of the value cache that it holds, not in one that it has given back."""
+    ours, plain = (Runner(tmp_path / name, speculates=False) for name in ("ours", "plain"))
+    ours.put(0, prompt(20, seed=1), guided_tokens=2)
+    for token in (5, 6, 7):
+        ours.step({0: [token]})
+    assert ours.free_slots == SLOTS
+    ours.requests.total_lens[0] = 21
+    plain.put(0, [*prompt(20, seed=1), 5])
+    torch.testing.assert_close(ours.step({0: [6]}), plain.step({0: [6]}), rtol=1e-5, atol=1e-4)
+    ours.step({0: [7]})
+    assert ours.free_slots == SLOTS
+    for runner in (ours, plain):
+        runner.put(3, prompt(9, seed=2))
+    torch.testing.assert_close(ours.step({3: [6]}), plain.step({3: [6]}), rtol=1e-5, atol=1e-4)
+
+
+def test_a_step_of_v2_for_a_captured_graph_of_more_requests() -> None:
+    """vLLM pads what it tells of lengths, and nothing else."""
+    context = SimpleNamespace(
+        idx_mapping_np=np.array([4, 1, 3], dtype=np.int32),
+        seq_lens_upper_bound_np=np.array([9, 5, 7, 0], dtype=np.int32),
+        expanded_idx_mapping=torch.tensor([4, 1, 3]),
+        pos=torch.tensor([8, 4, 6]),
+        input_ids=torch.tensor([1, 2, 3]),
+    )
+    rows = step_rows(context)
+    assert rows.lengths_N.tolist() == [9, 5, 7]
+    assert not rows.has_drafts
 
 
 def test_tokens_that_were_taken_back_are_forgotten(tmp_path: Path) -> None:
@@ -153,8 +187,10 @@ def test_requests_of_v1_keep_their_slot_through_any_removals_moves_and_swaps() -
         match chance.choice(["add", "add", "remove", "move", "swap"]):
             case "add":
                 assert requests.remove(source) == seats[source]
-                seats[source] = requests.add(source, [number, 2], [3])
-                assert requests.prefill(seats[source]).tolist() == [number, 2, 3]
+                seats[source] = requests.add(source)
+                requests.fill(seats[source], [number, 2], [3, -1])
+                assert requests.prefill(seats[source]).tolist() == [number, 2, 3], "without the placeholder"
+                assert requests.prefill_len(seats[source]) == 4
             case "remove":
                 assert requests.remove(source) == seats[source]
                 seats[source] = None

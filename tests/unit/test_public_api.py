@@ -43,7 +43,7 @@ PUBLIC_NAMES = {
         "ReturnDistribution",
         "distribution_from_config",
     },
-    "qtilt.params": {"DEFAULT_TAIL", "EXTRA_ARGS_KEY", "METHODS", "TAILS", "GuidanceParams"},
+    "qtilt.params": {"DEFAULT_TAIL", "EXTRA_ARGS_KEY", "METHODS", "TAILS", "GuidanceParams", "asks_for_guidance"},
     "qtilt.tilt": {
         "Candidates",
         "Divergence",

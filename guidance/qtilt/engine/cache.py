@@ -144,6 +144,7 @@ class KVCache:
         if slot not in self._free:
             raise ValueError(f"cache slot {slot} of {self.slots} is in use")
         self._free.remove(slot)
+        assert self.covered_S[slot] == 0, f"slot {slot} holds {self.covered_S[slot]} tokens of nobody"
 
     def release(self, slot: int) -> None:
         """Give a slot back."""

@@ -160,7 +160,10 @@ class ValueEngine:
 
         spans: what others lack; run, and emptied, if it is taken from them. rows: slots whose last token isn't cached.
         """
-        available = {other: int(self.cache.covered_S[other]) - (other in rows) for other in self._mine}
+
+        def available(other: int) -> int:
+            return int(self.cache.covered_S[other]) - (other in rows)
+
         source, common = self._prefixes.longest(slot, length, available)
         if common:
             if any(span.slot == source for span in spans):

@@ -19,7 +19,7 @@ from qtilt.forwards.packing import PackedStep
 FUSED = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 """The classes of transformers that compute what :class:`FusedForward` does.
 
-Every backbone is measured nevertheless (exactness.py), in half precision only for what is far beyond rounding.
+Every backbone is measured nevertheless (probe.py), in half precision only for what is far beyond rounding.
 """
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -98,6 +98,11 @@ class GuidanceParams:
         return cls(**entry)
 
 
+def asks_for_guidance(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request has an entry of guidance, right or wrong."""
+    return (extra_args or {}).get(EXTRA_ARGS_KEY) is not None
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

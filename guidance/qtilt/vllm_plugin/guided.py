@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtilt.engine.arrays import IntArray, copy_to_device
+from qtilt.engine.arrays import BoolArray, IntArray, copy_to_device
 from qtilt.forwards.packing import LastTokens, Span
 from qtilt.method.params import GuidanceParams
 from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
@@ -52,6 +52,11 @@ class GuidedRequest:
         """How many steps of this stay are guided, from its first on."""
         guided = self.params.guided_tokens
         return ALWAYS if guided is None else guided - (self.prefill_len - self.prompt_len)
+
+    def hold(self) -> None:
+        """Hold a slot of the value cache again, if tokens were taken back after the last guided one."""
+        if not self.version.engine.holds(self.slot):
+            self.version.engine.acquire(self.slot)
 
     def release(self) -> None:
         """Give the slot of the value cache back."""
@@ -98,12 +103,13 @@ class GuidedBatch:
         self._failed: dict[int, Stay] = {}
         slots = requests.slots
         self._prefill_S = np.zeros(slots, dtype=np.int64)
+        self._guided_steps_S = np.zeros(slots, dtype=np.int64)
         self._steps_S = np.zeros(slots, dtype=np.int64)
         """How many steps have drawn a token in this stay; with drafts each has drawn one at least."""
         self._staged_SC = np.zeros((slots + 1, len(RowSettings._fields)))
         self._settings_SC, self._is_staged = torch.empty(0), True
         self._failures_S = torch.zeros(slots + 1, dtype=torch.int32, device=requests.device)
-        self._grouped: tuple[IntArray, list[Group]] | None = None
+        self._grouped: tuple[IntArray, BoolArray, list[Group]] | None = None
 
     def __len__(self) -> int:
         return len(self._guided) + len(self._failed)
@@ -111,12 +117,13 @@ class GuidedBatch:
     def put(self, request: GuidedRequest, settings: RowSettings) -> None:
         """The request takes its slot, which is free. Raises ValueError when its value cache's isn't."""
         slot, guided = request.slot, request.params.guided_tokens
-        request.version.engine.acquire(slot, self._requests.prefill(slot))
         if guided is not None:
             settings = settings._replace(guided_below=request.prompt_len - 1 + guided)
         self._take(slot, settings)
+        request.version.engine.acquire(slot, self._requests.prefill(slot))
         self._guided[slot] = request
         self._prefill_S[slot] = request.prefill_len
+        self._guided_steps_S[slot] = request.guided_steps
         request.version.rows += 1
 
     def put_failed(self, slot: int, stay: Stay, settings: RowSettings) -> None:
@@ -172,7 +179,7 @@ class GuidedBatch:
         assert slot not in self._guided and slot not in self._failed, f"slot {slot} is taken"
         self._staged_SC[slot], self._is_staged = settings, True
         self._failures_S[slot] = 0
-        self._steps_S[slot] = 0
+        self._steps_S[slot] = self._guided_steps_S[slot] = 0
         self._grouped = None
         self.table.clear(slot, self._requests.prefill_len(slot))
 
@@ -193,16 +200,18 @@ class GuidedBatch:
 
     def _groups(self, rows: StepRows) -> list[Group]:
         """The requests that are guided in this step: from step to step mostly the same."""
-        if self._grouped is not None and np.array_equal(self._grouped[0], rows.slots_N):
-            groups = self._grouped[1]
-            if all((self._steps_S[group.slots_G] < group.guided_steps_G).all() for group in groups):
+        is_guided_N = self._steps_S[rows.slots_N] < self._guided_steps_S[rows.slots_N]
+        if self._grouped is not None:
+            slots_N, were_guided_N, groups = self._grouped
+            if np.array_equal(slots_N, rows.slots_N) and np.array_equal(were_guided_N, is_guided_N):
                 return groups
         by_kind: dict[tuple[ResidentVersion, bool, int], list[tuple[int, GuidedRequest]]] = {}
-        for slot, where in sorted(zip(rows.slots_N.tolist(), range(len(rows.slots_N)), strict=True)):
-            request = self._guided.get(slot)
+        for where in np.argsort(rows.slots_N, kind="stable").tolist():
+            request = self._guided.get(int(rows.slots_N[where]))
             if request is None:
                 continue
-            if self._steps_S[slot] < request.guided_steps:
+            if is_guided_N[where]:
+                request.hold()
                 by_kind.setdefault(self._kind(request), []).append((where, request))
             else:
                 request.release()
@@ -210,33 +219,34 @@ class GuidedBatch:
             Group([request for _, request in of_kind], np.array([where for where, _ in of_kind]), self._settings_SC)
             for of_kind in by_kind.values()
         ]
-        self._grouped = rows.slots_N.copy(), groups
+        self._grouped = rows.slots_N.copy(), is_guided_N, groups
         return groups
 
     def _kind(self, request: GuidedRequest) -> tuple[ResidentVersion, bool, int]:
-        """What requests must have in common to be guided together: each V-type candidate costs a token."""
+        """What requests must have in common to be guided together: each V-type candidate of theirs costs a token."""
         version, params = request.version, request.params
         in_stages = not self._requests.speculates and scores_in_stages(version, params)
-        return version, in_stages, params.top_k if version.manifest.type == "v" else 0
+        costs_tokens = version.manifest.type == "v" and not self._requests.speculates  # with drafts all rows are run
+        return version, in_stages, params.top_k if costs_tokens else 0
 
     def _guide_group(self, group: Group, logits_RV: Tensor, rows: StepRows) -> None:
         """As many requests at a time as the value cache can hold.
 
-        This is the edge that no error of value code crosses; the logits of what it concerns are left untouched, and
-        what a forward that broke off has left in the cache goes with the slots.
+        This is the edge that no error of value code crosses. What a forward that broke off has left in the cache goes
+        with the slots.
         """
         cache, lengths_G = group.version.engine.cache, rows.lengths_N[group.where_G]
         # What is cached goes first, before room is made for the others: so it isn't dropped unused.
         order = np.argsort(cache.covered_S[group.slots_G] == 0, kind="stable")
         for cut in cache.parts(lengths_G[order]):
-            part = group.part(order[cut])
             try:
+                part = group.part(order[cut])
                 self._guide_held_together(part, rows.lengths_N[part.where_G], logits_RV, rows)
             except Exception as error:
-                logger.exception(
-                    "guidance failed in value model %s: %d request(s) end", part.version.label, len(part.requests)
-                )
-                for request in part.requests:
+                failing = [group.requests[row] for row in order[cut].tolist()]
+                label, count = group.version.label, len(failing)
+                logger.exception("guidance failed in value model %s: %d request(s) end", label, count)
+                for request in failing:
                     self._fail(request, of_exception(error))
 
     def _guide_held_together(self, group: Group, lengths_G: IntArray, logits_RV: Tensor, rows: StepRows) -> None:
@@ -247,7 +257,7 @@ class GuidedBatch:
         spans = group.version.engine.feed(group.slots_G, lengths_G, self._requests.tokens_SP, draws_G, are_bounds_G)
         drawing = np.flatnonzero(draws_G)
         if len(drawing):
-            self._guide_rows(group.part(drawing), int(lengths_G.max()), spans, logits_RV, rows)
+            self._guide_rows(group.part(drawing), int(lengths_G[drawing].max()), spans, logits_RV, rows)
 
     def _guide_rows(self, group: Group, longest: int, spans: Sequence[Span], logits_RV: Tensor, rows: StepRows) -> None:
         """History → value → offset → tilted logits for the rows that draw tokens, in place, and what was measured."""
@@ -283,8 +293,9 @@ class GuidedBatch:
         self._steps_S[group.slots_G] += 1
 
     def _end_failed(self, logits_RV: Tensor, rows: StepRows) -> None:
-        if self._failed:
-            (slots_F,) = copy_to_device(logits_RV.device, np.array(list(self._failed)))
+        slots_F_host = np.intersect1d(rows.slots_N, list(self._failed)) if self._failed else np.empty(0)
+        if len(slots_F_host):
+            (slots_F,) = copy_to_device(logits_RV.device, slots_F_host.astype(np.int64))
             ending_R = self._settings_SC[rows.slots_R, RowSettings._fields.index("ending_token")].long()
             end_unless(~self._is_of(slots_F, rows), logits_RV, ending_R)
 

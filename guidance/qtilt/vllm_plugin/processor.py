@@ -19,7 +19,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from qtilt.forwards.compiled import library
-from qtilt.method.params import EXTRA_ARGS_KEY, GuidanceParams
+from qtilt.method.params import GuidanceParams, asks_for_guidance
 from qtilt.model.checkpoint import fingerprint_tokenizer
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt.vllm_plugin.config import PluginConfig
@@ -97,6 +97,8 @@ class GuidanceProcessor(V1Interface, V2Interface):
 
     def apply(self, logits: Tensor, ctx: LogitsContext | None = None) -> Tensor:
         """Both; V2 passes the step's layout."""
+        if len(self.batch) == 0:
+            return logits
         return self.batch.guide(logits, self.v1_rows() if ctx is None else step_rows(ctx))
 
     def enter(self, slot: int, sampling_params: SamplingParams, *, has_tokens: bool) -> bool:
@@ -105,17 +107,17 @@ class GuidanceProcessor(V1Interface, V2Interface):
         Whatever is wrong with its guidance ends this request and no other: an unguided answer would be worse than none,
         and an exception here would end the engine.
         """
-        if (sampling_params.extra_args or {}).get(EXTRA_ARGS_KEY) is None:
+        if not asks_for_guidance(sampling_params.extra_args):
             return False
         self.residents.reserve.begin_to_serve()
         stay = Stay(self.requests, self.batch.table, slot)
         ending_token = _ending_token(sampling_params)
-        generated = self.requests.prefill(slot)[self.requests.prompt_len(slot) :].tolist()
         try:
             params = GuidanceParams.from_extra_args(sampling_params.extra_args)
             assert params is not None, "it was asked for"
             stay.guided_tokens = params.guided_tokens
-            has_failed = self.records.failed(params.trace_id, generated) is not None
+            generated = self.requests.prefill(slot)[self.requests.prompt_len(slot) :]
+            has_failed = self.records.failed(params.trace_id, generated.tolist()) is not None
             if params.trace_id:
                 self.records.open(params.trace_id, stay)
             if not has_failed:
@@ -124,7 +126,7 @@ class GuidanceProcessor(V1Interface, V2Interface):
                 return True
         except Exception as error:
             logger.exception("guidance can't begin, and its request ends")
-            stay.fail(of_exception(error), len(generated))
+            stay.fail(of_exception(error), self.requests.prefill_len(slot) - self.requests.prompt_len(slot))
         self.batch.put_failed(slot, stay, RowSettings.ending(ending_token))
         return True
 

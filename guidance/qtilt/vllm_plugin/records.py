@@ -77,13 +77,13 @@ class Steps(NamedTuple):
     divergence_N3: Tensor
     candidates_N: Tensor
 
-    def drawn_like(self, tokens: Sequence[int]) -> int:
+    def drawn_like(self, tokens: Tensor) -> int:
         """How many first steps drew their tokens after the same ones as the steps that drew ``tokens``.
 
         The last of ``tokens_N`` doesn't matter, and may not be there yet.
         """
         common = min(len(self.tokens_N), len(tokens))
-        different = (self.tokens_N[:common] != torch.tensor(tokens[:common])).nonzero()
+        different = (self.tokens_N[:common] != tokens[:common]).nonzero()
         return int(different[0]) + 1 if len(different) else common
 
 
@@ -138,7 +138,7 @@ class Stay:
             self.fail(not_numbers(), int(failed[0]))
         return steps
 
-    def failure_of(self, steps: Steps, tokens: Sequence[int]) -> GuidanceFailure | None:
+    def failure_of(self, steps: Steps, tokens: Tensor) -> GuidanceFailure | None:
         """The failure, if guidance failed on one of these tokens. steps: of :meth:`read`."""
         if self.failed is not None and self.failed[1] < steps.drawn_like(tokens):
             return self.failed[0]
@@ -190,7 +190,8 @@ class Records:
     def failed(self, trace_id: str, tokens: Sequence[int]) -> GuidanceFailure | None:
         """Why a request of the trace has failed, as far as the host knows, on one of these tokens."""
         failed = (stay for stay in self._traces.get(trace_id, []) if stay.failure is not None)
-        return next((failure for stay in failed if (failure := stay.failure_of(stay.read(), tokens))), None)
+        returned = torch.tensor(tokens, dtype=torch.int32)
+        return next((failure for stay in failed if (failure := stay.failure_of(stay.read(), returned))), None)
 
     def take(
         self, trace_id: str, returned: Sequence[Sequence[int]], more_to_come: bool = False
@@ -208,12 +209,10 @@ class Records:
             self._traces.pop(trace_id, None)
             self._taken.append(trace_id)
         read = [(stay, stay.read()) for stay in stays] if returned else []
-        return [_outcome(read, tokens, trace_id) for tokens in returned]
+        return [_outcome(read, torch.tensor(tokens, dtype=torch.int32), trace_id) for tokens in returned]
 
 
-def _outcome(
-    stays: Sequence[tuple[Stay, Steps]], tokens: Sequence[int], trace_id: str
-) -> GuidanceSummary | GuidanceFailure:
+def _outcome(stays: Sequence[tuple[Stay, Steps]], tokens: Tensor, trace_id: str) -> GuidanceSummary | GuidanceFailure:
     guided = len(tokens)
     for stay, steps in stays:
         if (failure := stay.failure_of(steps, tokens)) is not None:

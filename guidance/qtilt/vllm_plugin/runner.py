@@ -6,7 +6,7 @@ A request keeps its slot from its arrival in the batch until it leaves, or is pr
 the same number. A row of logits is a token that was fed at a position of a slot: a request's last committed token and,
 behind it, its drafts. Every token after the prefill is fed once it is committed, or was as a draft that came true. So a
 value cache that is written at every row's (slot, position) holds the history whenever a row is scored, and what a
-rejected draft left is overwritten before. The host needs to know no tokens, and no step waits for the device.
+rejected draft left is overwritten before. A step needs no token on the host.
 """
 
 from dataclasses import dataclass
@@ -37,10 +37,10 @@ class Requests(Protocol):
         """Tokens fed before the first is drawn: the prompt, and the earlier output of a resumed request."""
 
     def prefill(self, slot: int) -> Int32Array:
-        """These tokens, of a request that arrives."""
+        """These tokens, of a request that arrives, as far as the host knows them."""
 
     def total_len(self, slot: int) -> Tensor | int:
-        """Tokens of the prompt and drawn ones; a tensor on the device."""
+        """Tokens of the prompt and drawn ones: a tensor where only the device knows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ struct Layer {
 
 class LlamaForward : public torch::CustomClassHolder {
  public:
-  // embedding [V, E], norm [E] after the last layer, rotation [positions, D] (rotation_table in fused_forward.py).
+  // embedding [V, E], norm [E] after the last layer, rotation [positions, D] (rotation_table in fused.py).
   LlamaForward(
       Tensor embedding, Tensor norm, Tensor rotation, int64_t heads, int64_t kv_heads, int64_t head_size,
       int64_t intermediate_size, double epsilon)

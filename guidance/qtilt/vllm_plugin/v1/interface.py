@@ -11,6 +11,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from qtilt.engine.arrays import IntArray
+from qtilt.method.params import asks_for_guidance
+from qtilt.vllm_plugin.guided import GuidedBatch
 from qtilt.vllm_plugin.runner import StepRows
 from qtilt.vllm_plugin.v1.requests import V1Requests
 from qtilt.vllm_plugin.v1.seeded_prefill import keep_seeds_through_chunked_prefill
@@ -21,6 +23,7 @@ class V1Interface(LogitsProcessor):
 
     requests: Any
     """V1Requests, when it is V1 that calls."""
+    batch: GuidedBatch
     _step: tuple[IntArray, Tensor] | None = None
 
     def enter(self, slot: int, sampling_params: SamplingParams, *, has_tokens: bool) -> bool:
@@ -43,8 +46,10 @@ class V1Interface(LogitsProcessor):
             self._remove(index)
         for index, sampling_params, prompt_token_ids, output_token_ids in batch_update.added:
             self._remove(index)
-            slot = self.requests.add(index, prompt_token_ids or [0], output_token_ids)
-            self.enter(slot, sampling_params, has_tokens=prompt_token_ids is not None)
+            slot = self.requests.add(index)
+            if asks_for_guidance(sampling_params.extra_args):
+                self.requests.fill(slot, prompt_token_ids or [0], output_token_ids)
+                self.enter(slot, sampling_params, has_tokens=prompt_token_ids is not None)
         for source, target, direction in batch_update.moved:
             if direction != MoveDirectionality.SWAP:
                 self._remove(target)
@@ -82,7 +87,7 @@ def show_steps() -> None:
     V1 passes nothing but logits to ``apply``, so that a processor can't tell the chunks of a prefill apart, nor know
     the last token before async scheduling does. Model Runner V2 passes both (``LogitsContext``).
 
-    Idempotent; changes the class for the whole process.
+    Nothing is looked up while no request is guided. Idempotent; changes the class for the whole process.
     """
     runner_class: Any = GPUModelRunner
     sample = runner_class._sample
@@ -91,7 +96,8 @@ def show_steps() -> None:
 
     @wraps(sample)
     def sample_showing_steps(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        processors = [each for each in runner.input_batch.logitsprocs.all if isinstance(each, V1Interface)]
+        ours = (each for each in runner.input_batch.logitsprocs.all if isinstance(each, V1Interface))
+        processors = [processor for processor in ours if len(processor.batch)]
         if processors:
             count = runner.input_batch.num_reqs
             lengths_N = runner.optimistic_seq_lens_cpu[:count].numpy().astype(np.int64)

@@ -41,23 +41,27 @@ class V1Requests:
         self._prefill_len_S = np.zeros(slots, dtype=np.int64)
         self._total_len_S = np.zeros(slots, dtype=np.int64)
 
-    def add(self, index: int, prompt: Sequence[int], output: Sequence[int]) -> int:
+    def add(self, index: int) -> int:
         """A request arrives at an index that is free: its slot, the lowest that is free."""
         slot = self._slot_of_index[index] = heapq.heappop(self._free)
-        # A placeholder is read by nobody: the token is fed, and written here, in the next step.
-        prefill = np.maximum(np.array([*prompt, *output], dtype=np.int32), 0)
-        self._prefill_of_slot[slot] = prefill
-        self._prompt_len_S[slot] = len(prompt)
-        self._prefill_len_S[slot] = self._total_len_S[slot] = len(prefill)
-        (self.tokens_SP[slot, : len(prefill)],) = copy_to_device(self.device, prefill)
         return slot
+
+    def fill(self, slot: int, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """The tokens that a guided request came with."""
+        tokens = np.array([*prompt, *output], dtype=np.int32)
+        self._prompt_len_S[slot] = len(prompt)
+        self._prefill_len_S[slot] = self._total_len_S[slot] = len(tokens)
+        # A placeholder, behind all others, is read by nobody: the token is fed, and written here, in the next step.
+        self._prefill_of_slot[slot] = tokens[: len(tokens) - (tokens[-1] < 0)]
+        (self.tokens_SP[slot, : len(tokens)],) = copy_to_device(self.device, tokens)
 
     def remove(self, index: int) -> int | None:
         """The request at the index, if there is one, has left: the slot that it had."""
         slot = self._slot_of_index.pop(index, None)
         if slot is not None:
             heapq.heappush(self._free, slot)
-            del self._prefill_of_slot[slot]
+            self._prefill_of_slot.pop(slot, None)
+            self._prefill_len_S[slot] = 0
         return slot
 
     def swap(self, first: int, second: int) -> None:

@@ -50,9 +50,11 @@ class V2Requests:
 
 def step_rows(context: "LogitsContext") -> StepRows:
     """The layout of a step that vLLM passes on."""
+    slots_N = context.idx_mapping_np
     return StepRows(
-        slots_N=context.idx_mapping_np,
-        lengths_N=context.seq_lens_upper_bound_np.astype(np.int64),
+        slots_N=slots_N,
+        # Padded where a captured graph is for more requests.
+        lengths_N=context.seq_lens_upper_bound_np[: len(slots_N)].astype(np.int64),
         slots_R=context.expanded_idx_mapping.long(),
         positions_R=context.pos.long(),
         token_ids_R=context.input_ids.long(),
