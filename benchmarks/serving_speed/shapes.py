@@ -62,6 +62,8 @@ def _llama3_rope(factor: float) -> tuple[tuple[str, Any], ...]:
     )
 
 
+SMOLLM2_ROPE = (("rope_type", "default"), ("rope_theta", 100_000.0))
+
 PAIRS = {
     # For tests: what is measured on it means nothing.
     "tiny": Pair(
@@ -72,6 +74,11 @@ PAIRS = {
     "mid": Pair(
         DecoderShape(layers=8, hidden=512, intermediate=1376, heads=8, kv_heads=4, head_size=64, vocab=4096),
         DecoderShape(layers=4, hidden=256, intermediate=688, heads=4, kv_heads=2, head_size=64, vocab=4096),
+    ),
+    # HuggingFaceTB/SmolLM2-135M-Instruct, and its first six layers. Parameters 1:5.
+    "smollm2+6": Pair(
+        DecoderShape(30, 576, 1536, 9, 3, 64, 49_152, SMOLLM2_ROPE, 8192),
+        DecoderShape(6, 576, 1536, 9, 3, 64, 49_152, SMOLLM2_ROPE, 8192),
     ),
     # meta-llama/Llama-3.1-8B and meta-llama/Llama-3.2-1B: the paper's largest pair. Parameters 1:7.2.
     "llama-3.1-8b+1b": Pair(

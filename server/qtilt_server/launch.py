@@ -155,6 +155,7 @@ def _check_against_model(args: argparse.Namespace, flags: GuidanceFlags) -> None
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    from qtilt_server.plan import check_plan
     from qtilt_server.reference import check_value_models, reference_of, try_value_models
 
     if not entry_points(group=ENDPOINT_PLUGINS, name=PLUGIN):
@@ -167,6 +168,7 @@ def _check_against_model(args: argparse.Namespace, flags: GuidanceFlags) -> None
     if model_config.runner_type != "generate":
         raise StartupError(f"{args.model}: guidance steers generation and this is a {model_config.runner_type} model")
     check_value_models(flags.value_models, reference)
+    check_plan(args, plugin_config(flags))
     try_value_models(flags.value_models, reference.max_model_len, model_config.model)
 
 

@@ -45,6 +45,32 @@ def test_a_value_model_of_another_vocabulary(models: Path, tmp_path: Path) -> No
     assert "shares the reference's tokenizer" in line
 
 
+def test_a_plan_of_memory_is_printed_in_place_of_serving(models: Path) -> None:
+    """Of a GPU that isn't here, with value models that aren't there yet."""
+    backbone = f"--guidance-backbone={models / 'published' / 'start' / 'backbone'}"
+    ended = subprocess.run(
+        [COMMAND, models / "reference", backbone, "--guidance-plan=80", "--max-num-seqs=100", "--max-model-len=200"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=True,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+    )
+    table = ended.stdout[ended.stdout.index(f"{models / 'reference'} with 100 requests of up to 200 tokens:") :]
+    assert "what vLLM may use" in table
+    assert "73.600 GiB" in table
+    assert f"guidance: value pages, {100 * 7 * 32:,} tokens" in table, "more than these requests can't have"
+
+
+def test_value_models_to_come_that_cannot_be_planned_for(models: Path) -> None:
+    line = refused(COMMAND, models / "reference", "--guidance-backbone=/no/such/place", *QUICK_START)
+    assert "/no/such/place" in line
+    start = f"--value-model=value={models / 'published' / 'start'}"
+    line = refused(COMMAND, models / "reference", start, "--guidance-plan=0.5", "--max-num-seqs=1024")
+    assert "of the 0.5 GiB that vLLM may use" in line
+    assert "--max-num-seqs" in line
+
+
 @pytest.mark.slow
 def test_speculative_decoding_on_model_runner_v1(models: Path) -> None:
     speculative = '--speculative-config={"method": "ngram", "num_speculative_tokens": 2}'
