@@ -17,7 +17,7 @@ def load_elsewhere(cache: Path, **environment: str) -> subprocess.CompletedProce
 
 def test_what_is_compiled_is_kept(compiled: Path) -> None:
     before = compiled.stat().st_mtime_ns
-    done = load_elsewhere(library.cache_folder().parent)
+    done = load_elsewhere(library.cache_folder().parents[1])
     assert done.returncode == 0, done.stderr
     assert compiled.stat().st_mtime_ns == before
 
@@ -26,13 +26,13 @@ def test_without_a_compiler(tmp_path: Path) -> None:
     done = load_elsewhere(tmp_path, CXX="no-such-compiler")
     assert "RuntimeError: the C++ parts can't be compiled or loaded" in done.stderr
     assert "no-such-compiler" in done.stderr
-    assert list((tmp_path / "qtilt").iterdir()) == []
+    assert list((tmp_path / "qtilt" / "compiled").iterdir()) == []
 
 
 def test_with_a_compiler_that_fails(tmp_path: Path) -> None:
     done = load_elsewhere(tmp_path, CXX="false")
     assert "RuntimeError: the C++ parts can't be compiled, false says" in done.stderr
-    assert list((tmp_path / "qtilt").iterdir()) == []
+    assert list((tmp_path / "qtilt" / "compiled").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
@@ -47,8 +47,27 @@ def test_an_older_cpu(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_not_kept(compiled: Path, tmp_path: Path) -> None:
-    damaged = tmp_path / "qtilt" / compiled.name
-    damaged.parent.mkdir()
+    damaged = tmp_path / "qtilt" / "compiled" / compiled.name
+    damaged.parent.mkdir(parents=True)
     damaged.write_text("not what was compiled")
     assert "RuntimeError: the C++ parts can't be compiled or loaded" in load_elsewhere(tmp_path).stderr
     assert not damaged.exists()
+
+
+def test_what_others_can_write_is_not_loaded(tmp_path: Path) -> None:
+    """Neither a library in such a folder nor such a library; whatever the user's umask is, ours is neither."""
+    before = os.umask(0o002)
+    try:
+        done = load_elsewhere(tmp_path)
+        assert done.returncode == 0, done.stderr
+    finally:
+        os.umask(before)
+    folder = tmp_path / "qtilt" / "compiled"
+    (compiled,) = folder.iterdir()
+    for path in (folder, compiled):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o020)
+        refused = load_elsewhere(tmp_path)
+        assert f"can't be kept in {path}: others than this process's user can write it" in refused.stderr
+        path.chmod(mode)
+    assert load_elsewhere(tmp_path).returncode == 0

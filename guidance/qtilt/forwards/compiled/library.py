@@ -44,7 +44,7 @@ def _load() -> Path:
     key = [*(path.read_text() for path in sources), torch.__version__, get_cxx_compiler(), *flags]
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    library = folder / f"compiled-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    library = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     _refuse_what_others_can_write(folder)
     if library.exists():
         _refuse_what_others_can_write(library)
@@ -72,7 +72,7 @@ def takes(rows: Tensor) -> bool:
 
 def cache_folder() -> Path:
     """Where compiled libraries are kept: nobody else may write there."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qtilt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qtilt" / "compiled"
 
 
 def _compile(command: list[str], library: Path) -> None:
@@ -86,6 +86,7 @@ def _compile(command: list[str], library: Path) -> None:
         compiled, linked = Path(folder, "compiled.o"), Path(folder, "linked.so")
         _run([*command, *includes, "-c", str(FOLDER / "library.cpp"), "-o", str(compiled)])
         _run([command[0], str(compiled), *linking, "-o", str(linked)])
+        linked.chmod(0o700)  # whatever the umask
         linked.replace(library)
 
 
