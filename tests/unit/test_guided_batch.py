@@ -1,19 +1,15 @@
 """The guided requests of a batch without vLLM: which rows are touched, what is on record, and which failures count."""
 
 import gc
-import random
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine_histories import acquire, value_logits
 from guided_vllm.poisoned import POISON, poison
 from guided_vllm.tiny_models import REFERENCE_VOCAB, make_value_model, prompt
 from qtilt.distributions import Bernoulli
@@ -21,9 +17,7 @@ from qtilt.engine import prefixes
 from qtilt.vllm_plugin.failure import not_numbers
 from qtilt.vllm_plugin.guided import GuidedRequest
 from qtilt.vllm_plugin.runner import StepRows
-from qtilt.vllm_plugin.v1.requests import V1Requests
-from qtilt.vllm_plugin.v2.requests import step_rows
-from running_batch import CPU, END, LENGTH, RunningBatch, count_tokens, make_residents
+from running_batch import END, LENGTH, RunningBatch, count_tokens, make_residents
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -104,20 +98,6 @@ def test_a_request_past_its_guided_tokens_is_guided_again_when_tokens_are_taken_
     torch.testing.assert_close(ours.step({3: [6]}), plain.step({3: [6]}), rtol=1e-5, atol=1e-4)
 
 
-def test_a_step_of_v2_for_a_captured_graph_of_more_requests() -> None:
-    """vLLM pads what it tells of lengths, and nothing else."""
-    context = SimpleNamespace(
-        idx_mapping_np=np.array([4, 1, 3], dtype=np.int32),
-        seq_lens_upper_bound_np=np.array([9, 5, 7, 0], dtype=np.int32),
-        expanded_idx_mapping=torch.tensor([4, 1, 3]),
-        pos=torch.tensor([8, 4, 6]),
-        input_ids=torch.tensor([1, 2, 3]),
-    )
-    rows = step_rows(context)
-    assert rows.lengths_N.tolist() == [9, 5, 7]
-    assert not rows.has_drafts
-
-
 def test_tokens_that_were_taken_back_are_forgotten(tmp_path: Path) -> None:
     kept, fresh = (Runner(tmp_path / name, speculates=False) for name in ("kept", "fresh"))
     kept.put(0, prompt(4, seed=1))
@@ -176,66 +156,6 @@ def test_a_request_costs_its_own_top_k(runner: Runner) -> None:
     runner.step({slot: [5] for slot in range(3)})
     assert sorted(run) == [2 * 6, 65]
     assert [runner.summary([5, 5], str(slot))["candidates"] for slot in range(3)] == [5, 64, 5]
-
-
-def test_requests_of_v1_keep_their_slot_through_any_removals_moves_and_swaps() -> None:
-    """Against a plain list of who sits where."""
-    chance, requests = random.Random(0), V1Requests(CPU, SLOTS, LENGTH)
-    seats: list[int | None] = [None] * SLOTS
-    for number in range(500):
-        source, target = chance.sample(range(SLOTS), 2)
-        match chance.choice(["add", "add", "remove", "move", "swap"]):
-            case "add":
-                assert requests.remove(source) == seats[source]
-                seats[source] = requests.add(source)
-                requests.fill(seats[source], [number, 2], [3, -1])
-                assert requests.prefill(seats[source]).tolist() == [number, 2, 3], "without the placeholder"
-                assert requests.prefill_len(seats[source]) == 4
-            case "remove":
-                assert requests.remove(source) == seats[source]
-                seats[source] = None
-            case "move":
-                assert requests.remove(target) == seats[target]
-                requests.swap(source, target)
-                seats[target], seats[source] = seats[source], None
-            case "swap":
-                requests.swap(source, target)
-                seats[source], seats[target] = seats[target], seats[source]
-        held = [slot for slot in seats if slot is not None]
-        assert len(set(held)) == len(held)
-        if None not in seats:
-            lengths = torch.randint(3, LENGTH, (SLOTS,))
-            rows = requests.step_rows(lengths.numpy(), torch.arange(SLOTS))
-            assert rows.slots_N.tolist() == rows.slots_R.tolist() == seats
-            assert requests.tokens_SP[rows.slots_R, lengths - 1].tolist() == list(range(SLOTS))
-
-
-def test_the_value_model_runs_in_the_dtype_asked_for(tmp_path: Path) -> None:
-    directory = make_value_model(tmp_path / "value", "v", Bernoulli(), "llama", seed=1)
-    candidates_BK = torch.arange(8).view(2, 4)
-    logits = []
-    for dtype in (torch.float32, torch.bfloat16):
-        engine = make_residents(SLOTS, dtype).load_at_start("value", str(directory)).engine
-        assert engine.cache.geometry.dtype == dtype
-        logits.append(value_logits(engine, [acquire(engine), acquire(engine)], [[1, 2], [3, 4, 5]], candidates_BK))
-    assert not torch.equal(*logits)
-    torch.testing.assert_close(*logits, rtol=0.1, atol=0.2)
-
-
-def test_versions_of_equal_geometry_share_one_cache(tmp_path: Path) -> None:
-    residents = make_residents(SLOTS)
-    engines = [
-        residents.load_at_start(name, str(make_value_model(tmp_path / name, "q", Bernoulli(), family, seed=2))).engine
-        for name, family in (("a", "llama"), ("b", "llama"), ("c", "gpt2"))
-    ]
-    assert engines[0].cache is engines[1].cache
-    assert engines[2].cache is not engines[0].cache
-
-
-def test_a_value_model_with_too_few_positions_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    directory = make_value_model(tmp_path / "short", "v", Bernoulli(), "gpt2", seed=1, positions=63)
-    with pytest.raises(ValueError, match=r"covers 63 positions, max_model_len is 64: lower --max-model-len"):
-        make_residents(SLOTS).load_at_start("short", str(directory))
 
 
 @pytest.mark.parametrize("type_", ["v", "q"])

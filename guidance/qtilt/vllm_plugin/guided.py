@@ -77,7 +77,6 @@ class Group:
         self.version = requests[0].version
         self.slots_G = np.array([request.slot for request in requests])
         self.prefill_G = np.array([request.prefill_len for request in requests])
-        self.guided_steps_G = np.array([request.guided_steps for request in requests])
         self._settings_SC = settings_SC
         rows = np.stack([self.where_G, self.slots_G])
         ((device_where_G, self.device_slots_G),) = copy_to_device(settings_SC.device, rows)

@@ -102,7 +102,7 @@ class GuidanceProcessor(V1Interface, V2Interface):
         return self.batch.guide(logits, self.v1_rows() if ctx is None else step_rows(ctx))
 
     def enter(self, slot: int, sampling_params: SamplingParams, *, has_tokens: bool) -> bool:
-        """A request takes a slot: whether it is guided. has_tokens: its prompt isn't embeddings.
+        """See :class:`TakesRequests`.
 
         Whatever is wrong with its guidance ends this request and no other: an unguided answer would be worse than none,
         and an exception here would end the engine.
@@ -131,7 +131,6 @@ class GuidanceProcessor(V1Interface, V2Interface):
         return True
 
     def leave(self, slot: int) -> None:
-        """The request in the slot, if there is one, has left the batch."""
         self.batch.remove(slot)
 
     def _request(self, slot: int, params: GuidanceParams, stay: Stay, *, has_tokens: bool) -> GuidedRequest:

@@ -9,8 +9,9 @@ value cache that is written at every row's (slot, position) holds the history wh
 rejected draft left is overwritten before. A step needs no token on the host.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,18 @@ class Requests(Protocol):
 
     def total_len(self, slot: int) -> Tensor | int:
         """Tokens of the prompt and drawn ones: a tensor where only the device knows."""
+
+
+class TakesRequests(ABC):
+    """What the interfaces of both model runners have a processor do."""
+
+    @abstractmethod
+    def enter(self, slot: int, sampling_params: Any, *, has_tokens: bool) -> bool:
+        """A request takes a slot: whether it is guided. has_tokens: its prompt isn't embeddings."""
+
+    @abstractmethod
+    def leave(self, slot: int) -> None:
+        """The request in the slot, if there is one, has left the batch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""How vLLM's V1 model runner calls the processor. Nothing but this folder knows that there is such a runner."""
+"""How vLLM's V1 model runner calls the processor. Beside processor.py only this folder knows of that runner."""
 
 from functools import wraps
 from typing import Any
@@ -6,33 +6,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from qtilt.engine.arrays import IntArray
 from qtilt.method.params import asks_for_guidance
 from qtilt.vllm_plugin.guided import GuidedBatch
-from qtilt.vllm_plugin.runner import StepRows
+from qtilt.vllm_plugin.runner import StepRows, TakesRequests
 from qtilt.vllm_plugin.v1.requests import V1Requests
 from qtilt.vllm_plugin.v1.seeded_prefill import keep_seeds_through_chunked_prefill
 
 
-class V1Interface(LogitsProcessor):
+class V1Interface(TakesRequests, LogitsProcessor):
     """The methods that V1 calls, ``apply`` aside."""
 
     requests: Any
     """V1Requests, when it is V1 that calls."""
     batch: GuidedBatch
     _step: tuple[IntArray, Tensor] | None = None
-
-    def enter(self, slot: int, sampling_params: SamplingParams, *, has_tokens: bool) -> bool:
-        """The processor's own, see there."""
-        raise NotImplementedError
-
-    def leave(self, slot: int) -> None:
-        """The processor's own, see there."""
-        raise NotImplementedError
 
     def is_argmax_invariant(self) -> bool:
         """Guidance isn't."""

@@ -1,0 +1,41 @@
+"""The value-model versions of a worker, without vLLM: their dtype, their cache, and which are refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine_histories import acquire, value_logits
+from guided_vllm.tiny_models import make_value_model
+from qtilt.distributions import Bernoulli
+from running_batch import make_residents
+
+SLOTS = 6
+
+
+def test_the_value_model_runs_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    directory = make_value_model(tmp_path / "value", "v", Bernoulli(), "llama", seed=1)
+    candidates_BK = torch.arange(8).view(2, 4)
+    logits = []
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = make_residents(SLOTS, dtype).load_at_start("value", str(directory)).engine
+        assert engine.cache.geometry.dtype == dtype
+        logits.append(value_logits(engine, [acquire(engine), acquire(engine)], [[1, 2], [3, 4, 5]], candidates_BK))
+    assert not torch.equal(*logits)
+    torch.testing.assert_close(*logits, rtol=0.1, atol=0.2)
+
+
+def test_versions_of_equal_geometry_share_one_cache(tmp_path: Path) -> None:
+    residents = make_residents(SLOTS)
+    engines = [
+        residents.load_at_start(name, str(make_value_model(tmp_path / name, "q", Bernoulli(), family, seed=2))).engine
+        for name, family in (("a", "llama"), ("b", "llama"), ("c", "gpt2"))
+    ]
+    assert engines[0].cache is engines[1].cache
+    assert engines[2].cache is not engines[0].cache
+
+
+def test_a_value_model_with_too_few_positions_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    directory = make_value_model(tmp_path / "short", "v", Bernoulli(), "gpt2", seed=1, positions=63)
+    with pytest.raises(ValueError, match=r"covers 63 positions, max_model_len is 64: lower --max-model-len"):
+        make_residents(SLOTS).load_at_start("short", str(directory))
