@@ -53,6 +53,14 @@ class GuidanceFlags:
             "--guidance-kv-fraction and --guidance-kv-tokens both say how large value caches are: give one of them",
         )
         _require(
+            self.backbone is None or not self.value_models,
+            "--guidance-backbone is for a start without --value-model, whose memory is known: give one of them",
+        )
+        _require(
+            self.backbone_layers is None or self.backbone is not None,
+            "--guidance-backbone-layers says how many layers of --guidance-backbone: give that too",
+        )
+        _require(
             self.backbone_layers is None or self.backbone_layers >= 1,
             f"--guidance-backbone-layers must be at least 1, got {self.backbone_layers}",
         )

@@ -112,10 +112,11 @@ def test_sizes_are_those_of_what_is_allocated(tmp_path: Path, type_: str, family
     model = load_value_model(directory)
     assert size.weights == sum(parameter.nbytes for parameter in model.parameters())
     assert published.geometry(torch.float32, CPU) == measure_geometry(model.backbone, 64)
-    plan = plan_memory(GIB, size, size, serving, value_tokens=200)
-    cache = ValueEngine(model, serving.slots, serving.max_length, kv_fraction=plan.kv_fraction(serving)).cache
-    assert plan.value_tokens == cache.pages.total * cache.pages.size == 224
-    assert plan.value_cache == sum(content.nbytes for content in cache.memory.content)
+    for tokens, held in ((200, 224), (10_000, 6 * 64)):
+        plan = plan_memory(GIB, size, size, serving, value_tokens=tokens)
+        cache = ValueEngine(model, serving.slots, serving.max_length, kv_fraction=plan.kv_fraction(serving)).cache
+        assert plan.value_tokens == cache.pages.total * cache.pages.size == held
+        assert plan.value_cache == sum(content.nbytes for content in cache.memory.content)
     requests = PlayedRequests(serving.slots, speculates=False)
     table = StepTable(requests)
     assert plan.records == table.divergence_SP3.nbytes + table.candidates_SP.nbytes

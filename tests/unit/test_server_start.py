@@ -71,7 +71,7 @@ BAD_FLAGS = {
     "--guidance-kv-fraction=0": "above 0 and at most 1",
     "--guidance-kv-tokens=0": "expected auto or a number of at least 1, got '0'",
     "--guidance-kv-tokens=many": "expected auto or a number",
-    "--guidance-backbone-layers=0": "at least 1",
+    "--guidance-backbone-layers=4": "give that too",
     "--guidance-plan=0": "above 0",
     "--guidance-plan=80": "give --value-model or --guidance-backbone",
 }
@@ -81,6 +81,13 @@ BAD_FLAGS = {
 def test_bad_flags_are_refused_saying_why(flag: str, reason: str) -> None:
     with pytest.raises(StartupError, match=reason):
         parse_own_flags(["model-id", flag])
+
+
+def test_value_models_of_the_start_leave_nothing_to_reserve(directory: Path) -> None:
+    with pytest.raises(StartupError, match="--guidance-backbone is for a start without --value-model"):
+        parse_own_flags(["model-id", f"--value-model=a={directory}", "--guidance-backbone=some/hub-id"])
+    with pytest.raises(StartupError, match="--guidance-backbone-layers must be at least 1, got 0"):
+        parse_own_flags(["model-id", "--guidance-backbone=some/hub-id", "--guidance-backbone-layers=0"])
 
 
 def test_a_name_given_twice_is_refused(directory: Path) -> None:

@@ -35,8 +35,9 @@ def test_auto_is_as_many_tokens_as_vllms_cache_holds(served: Served) -> None:
         assert pages.total * pages.size == BLOCKS * BLOCK
 
 
-def test_what_is_planned_is_what_is_allocated(served: Served) -> None:
-    config = PluginConfig(value_models=directories(served), kv_tokens=200)
+@pytest.mark.parametrize("asked", [{"kv_tokens": 200}, {"kv_fraction": 0.3}, {"kv_fraction": 1.0}], ids=str)
+def test_what_is_planned_is_what_is_allocated(served: Served, asked: dict[str, float]) -> None:
+    config = PluginConfig(value_models=directories(served), **asked)
     made = processor(served, **config.to_dict())
     plan = plan_of(served.engine.vllm_config, config, bytes_of(CPU))
     versions = list(made.residents)

@@ -63,6 +63,12 @@ class Serving:
         of_one = math.ceil(self.max_length / PAGE_TOKENS)
         return max(min(math.ceil(tokens / PAGE_TOKENS), self.slots * of_one), of_one)
 
+    def cache_positions(self, pages: int) -> int:
+        """How many positions are allocated for so many: with all of them a slot is one piece, and one is a scratch."""
+        if pages == self.pages(self.slots * self.max_length):
+            return (self.slots + 1) * self.max_length
+        return (pages + 2) * PAGE_TOKENS
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
@@ -140,7 +146,7 @@ def plan_memory(
     if value_tokens is None:
         value_tokens = (left // (reference.token + value.token)) if cache is None else cache // reference.token
     pages = serving.pages(max(value_tokens, 0))
-    value_cache = (pages + 2) * PAGE_TOKENS * value.token
+    value_cache = serving.cache_positions(pages) * value.token
     left -= value_cache
     plan = MemoryPlan(
         budget=budget,

@@ -1,5 +1,6 @@
 """From vLLM's configuration and ours to a plan of memory: in the worker before it loads anything, and for a dry run."""
 
+import math
 import os
 from collections.abc import Mapping
 
@@ -63,9 +64,16 @@ def plan_for(
         reference,
         all_of([each.size(dtype) for each in published(config).values()]),
         serving,
-        config.kv_tokens if isinstance(config.kv_tokens, int) else None,
+        _value_tokens(config, serving),
         cache_bytes if cache_tokens is None else cache_tokens * reference.token,
     )
+
+
+def _value_tokens(config: PluginConfig, serving: Serving) -> int | None:
+    """What the user has said of value caches; None: as many as vLLM's own."""
+    if config.kv_fraction is not None:
+        return math.ceil(config.kv_fraction * serving.slots * serving.max_length)
+    return config.kv_tokens if isinstance(config.kv_tokens, int) else None
 
 
 def serving_of(vllm_config: VllmConfig, config: PluginConfig) -> Serving:
