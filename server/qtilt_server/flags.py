@@ -166,7 +166,7 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance-backbone",
         metavar="DIR|HUB_ID",
         help="What value models will be made of that are yet to be published, or one of them: without --value-model, "
-        "memory for two versions and their cache is held from the start.",
+        "memory for three versions and their cache is held from the start.",
     )
     group.add_argument(
         "--guidance-backbone-layers",

@@ -1,5 +1,6 @@
 """LoRA adapters are other policies: a value model guides the one whose roll-outs it was fitted on, and no other."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from real_server.models import make_value_model
+from qtilt_trainer.client import Guidance, GuidedClient, Sampling
+from qtilt_trainer.config import ServerConfig
+from qtilt_trainer.prompts import Framing
+from real_server.models import POSITIONS, make_value_model
 from real_server.process import RunningServer, running_server
 
 ADAPTER = "support"
@@ -72,3 +76,18 @@ def test_a_value_model_of_another_policy_is_refused(
 def test_requests_without_guidance_are_vllms_own(adapted: RunningServer) -> None:
     texts = [complete(adapted, model, None).json()["choices"][0]["text"] for model in (adapted.model, ADAPTER)]
     assert texts[0] != texts[1], "the adapter is one that changes what is generated"
+
+
+def test_the_trainer_collects_from_an_adapter(adapted: RunningServer) -> None:
+    """vLLM's card of an adapter doesn't say how long its sequences may be; that of the model that it is of does."""
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=3)
+
+    async def ask() -> None:
+        async with GuidedClient(ServerConfig(url=adapted.origin, model=ADAPTER, retries=0)) as client:
+            assert await client.context_length() == POSITIONS
+            assert await client.prompt_length("a b", Framing()) == len("a b")
+            guidance = Guidance("adapted@1", 0.1, 8, "qsharp", guided_tokens=2)
+            completions = await client.complete("a b", 2, 5, sampling, guidance)
+            assert [completion.guided_tokens for completion in completions] == [2, 2]
+
+    asyncio.run(ask())

@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from guided_vllm.tiny_models import make_value_model
 from qtilt.checkpoint import load_value_model
 from qtilt.distributions import Bernoulli, Categorical
 from qtilt.engine import ValueEngine
+from qtilt.engine.cache import KVCache
+from qtilt.forwards.memory import CacheGeometry
 from qtilt.forwards.probe import measure_geometry
 from qtilt.vllm_plugin.plan import (
     GIB,
@@ -60,7 +63,7 @@ def test_the_pair_of_the_documentation_on_80_gib(tmp_path: Path) -> None:
     assert value.weights == 2 * (1_235_814_400 + 2048 + 1)
     assert (reference.token, value.token) == (128 * 1024, 32 * 1024)
     plan = plan_memory(int(0.92 * 80 * GIB), reference, value, ON_80_GB)
-    assert plan.value_weights == 2 * value.weights
+    assert plan.value_weights == 3 * value.weights, "in use, still named, and being loaded"
     # Both caches hold the same tokens, up to a page.
     assert abs(plan.value_tokens - plan.cache_tokens) <= 64
     assert plan.value_tokens > 250_000
@@ -87,13 +90,54 @@ def test_tensor_parallel_ranks_share_the_reference_and_not_the_value_model() -> 
 def test_what_the_user_has_said_of_vllms_cache_decides_both() -> None:
     reference, value = reference_size(LLAMA_8B, BFLOAT16), ModelSize(10**9, 2**15, 70_000, 128256)
     given = plan_memory(73 * GIB, reference, value, ON_80_GB, cache=100_000 * reference.token)
-    assert given.value_tokens == 100_000
+    assert (given.value_tokens, given.cache_tokens, given.cache) == (100_000, 100_000, 100_000 * reference.token)
+    with pytest.raises(PlanError, match="the size that vLLM's cache is given"):
+        plan_memory(73 * GIB, reference, value, ON_80_GB, cache=500 * GIB)
     asked = plan_memory(73 * GIB, reference, value, ON_80_GB, value_tokens=50_000)
     assert asked.value_tokens == 50_016  # whole pages
-    assert asked.cache_tokens > given.cache_tokens
+    assert asked.cache_tokens > 200_000
     most = plan_memory(73 * GIB, reference, value, Serving(4, 4096, 2048, 64), value_tokens=10**9)
     assert most.value_tokens == 4 * 4096
     assert most.kv_fraction(Serving(4, 4096, 2048, 64)) == 1
+
+
+@pytest.mark.parametrize("max_length", [31, 32, 33, 100, 1000, 2048])
+@pytest.mark.parametrize("tokens", [1, 200, 560, 1000, 3000, 10**6])
+def test_a_cache_of_the_planned_fraction_has_the_planned_size_at_any_length(max_length: int, tokens: int) -> None:
+    serving = Serving(5, max_length, 64, 8)
+    geometry = CacheGeometry(1, 1, 8, torch.float32, CPU)
+    size = ModelSize(0, geometry.token_bytes, 8, 90)
+    plan = plan_memory(GIB, size, size, serving, value_tokens=tokens)
+    cache = KVCache(geometry, serving.slots, serving.max_length, plan.kv_fraction(serving))
+    assert plan.value_cache == sum(content.nbytes for content in cache.memory.content)
+    assert plan.value_tokens == cache.pages.total * cache.pages.size
+    assert plan.value_tokens >= min(tokens, serving.slots * max_length)
+
+
+def test_drafts_are_rows_of_a_step_too() -> None:
+    value = ModelSize(10**9, 2**15, 70_000, 128256)
+    plain, drafted = (
+        plan_memory(73 * GIB, value, value, Serving(64, 4096, 2048, 20, drafts=drafts), 10_000) for drafts in (0, 3)
+    )
+    rows = 3 * 64
+    assert drafted.step_activations - plain.step_activations == rows * (21 * 70_000 + 6 * 4 * 128256)
+
+
+def test_a_reference_whose_size_is_unknown_leaves_it_to_the_user(tmp_path: Path) -> None:
+    unknown, value = ModelSize(0, 0, 0, 128256), ModelSize(10**9, 2**15, 70_000, 128256)
+    with pytest.raises(PlanError, match="--guidance-kv-tokens"):
+        plan_memory(73 * GIB, unknown, value, ON_80_GB)
+    plan = plan_memory(73 * GIB, unknown, value, ON_80_GB, value_tokens=50_000)
+    assert plan.cache == 73 * GIB - plan.guidance
+    assert "reference: weights" not in plan.table()
+
+    class OwnConfig(PreTrainedConfig):
+        model_type = "nobody-knows"
+        vocab_size, hidden_size = 90, 8
+        auto_map: ClassVar = {"AutoModel": "their_code.TheirModel"}
+
+    with pytest.raises(ValueError, match=r"OwnConfig|trust_remote_code"):
+        reference_size(OwnConfig(), BFLOAT16)
 
 
 def test_what_does_not_fit_is_refused_in_one_line_that_says_what_to_change() -> None:
@@ -131,9 +175,14 @@ def test_a_reference_is_as_large_as_vllm_will_load_it(tmp_path: Path) -> None:
         assert reference_size(config, torch.float32).weights == sum(weight.nbytes for weight in model.parameters())
 
 
-def test_several_value_models_are_held_side_by_side() -> None:
-    sizes = [ModelSize(100, 8, 5, 90), ModelSize(50, 8, 7, 90), ModelSize(10, 4, 1, 90)]
-    assert all_of(sizes) == ModelSize(160, 12, 7, 90)
+def test_value_models_of_one_geometry_share_a_cache_and_others_of_as_many_bytes_do_not(tmp_path: Path) -> None:
+    small = saved(LLAMA_1B, tmp_path / "1b")
+    eight_layers = saved(LLAMA_8B, tmp_path / "8b", layers=8)
+    token = small.size(BFLOAT16).token
+    assert eight_layers.size(BFLOAT16).token == token
+    both = all_of([small, eight_layers, small], BFLOAT16)
+    assert both.token == 2 * token
+    assert both.weights == 2 * small.size(BFLOAT16).weights + eight_layers.size(BFLOAT16).weights
 
 
 def test_a_backbone_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:

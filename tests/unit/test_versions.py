@@ -1,5 +1,6 @@
 """The value-model versions of a worker, without vLLM: their dtype, their cache, and which are refused."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from engine_histories import acquire, value_logits
 from guided_vllm.tiny_models import make_value_model
 from qtilt.distributions import Bernoulli
-from running_batch import make_residents
+from qtilt.vllm_plugin.reserve import Reserve
+from running_batch import CPU, make_residents
 
 SLOTS = 6
 
@@ -39,3 +41,18 @@ def test_a_value_model_with_too_few_positions_is_refused_with_what_to_do(tmp_pat
     directory = make_value_model(tmp_path / "short", "v", Bernoulli(), "gpt2", seed=1, positions=63)
     with pytest.raises(ValueError, match=r"covers 63 positions, max_model_len is 64: lower --max-model-len"):
         make_residents(SLOTS).load_at_start("short", str(directory))
+
+
+def test_a_prepared_version_that_is_discarded_leaves_room_for_the_next_one(tmp_path: Path) -> None:
+    """And one that couldn't be prepared has taken none."""
+    residents = make_residents(SLOTS)
+    residents.reserve = Reserve(CPU, activations=0, weights=100, versions=2)
+    make_value_model(tmp_path / "good", "v", Bernoulli(), "llama", seed=1)
+    for version, name in ((1, "good"), (2, "missing")):
+        residents.prepare("value", version, str(tmp_path / name))
+        while residents.status("value", version)["state"] == "loading":
+            time.sleep(0.01)
+        assert residents.reserve.held_bytes == (100 if name == "good" else 200)
+        residents.discard("value", version)
+        residents._loader.submit(lambda: None).result()
+        assert residents.reserve.held_bytes == 200

@@ -159,10 +159,12 @@ class GuidedClient:
     async def context_length(self) -> int:
         """Most tokens of prompt and completion together."""
         name = await self.model()
-        lengths = {model["id"]: model.get("max_model_len") for model in await self._served()}
-        length = lengths.get(name)
+        served = {model["id"]: model for model in await self._served()}
+        card = served.get(name, {})
+        # A LoRA adapter's card has none, and names the model it is of.
+        length = card.get("max_model_len") or served.get(card.get("parent"), {}).get("max_model_len")
         if not isinstance(length, int):
-            raise ServerError(f"the server has no model {name!r} with a max_model_len, only {sorted(lengths)}")
+            raise ServerError(f"the server has no model {name!r} with a max_model_len, only {sorted(served)}")
         return length
 
     async def prompt_length(self, prompt: Prompt, framing: Framing) -> int:

@@ -20,8 +20,9 @@ from qtilt.model.checkpoint import BACKBONE_DIRECTORY, MANIFEST_FILE, read_manif
 from qtilt.model.value_model import ValueType, head_rows
 
 GIB = 2**30
-VERSIONS = 2
-"""How many versions of a value model are held at once: the one in use, and the one that is to replace it."""
+VERSIONS = 3
+"""How many versions of a value model are held at once: the one in use, an older one that requests may still name, and
+the one that is being loaded, for which the older one goes once it is known to be good."""
 RECORD_BYTES = 28
 """What was measured, of each position of each slot: see records.py."""
 VOCABULARY_COPIES = 6
@@ -38,7 +39,8 @@ class PlanError(ValueError):
 class ModelSize:
     """One model on one device. weights, token: bytes, of all weights, and of the keys and values of one token.
 
-    activations: bytes of a token's numbers in one layer. vocabulary: how many logits a row has.
+    activations: bytes of a token's numbers in one layer. vocabulary: how many logits a row has. All but this are 0 of a
+    model whose config doesn't tell.
     """
 
     weights: int
@@ -50,31 +52,48 @@ class ModelSize:
 @dataclass(frozen=True, slots=True)
 class Serving:
     """What is served at most: ``slots`` requests of up to ``max_length`` tokens, ``batched_tokens`` of them in a step,
-    guided with up to ``max_top_k`` candidates.
+    guided with up to ``max_top_k`` candidates. drafts: of each request in a step, if there is speculative decoding.
     """
 
     slots: int
     max_length: int
     batched_tokens: int
     max_top_k: int
+    drafts: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits in a step, at most."""
+        return self.slots * (1 + self.drafts)
+
+    @property
+    def pages_of_one(self) -> int:
+        """Value pages of one history of full length."""
+        return math.ceil(self.max_length / PAGE_TOKENS)
+
+    @property
+    def all_pages(self) -> int:
+        """Value pages of all histories at full length."""
+        return self.slots * self.pages_of_one
 
     def pages(self, tokens: int) -> int:
         """Value pages for so many tokens, or for one history of full length at least, and for all at most."""
-        of_one = math.ceil(self.max_length / PAGE_TOKENS)
-        return max(min(math.ceil(tokens / PAGE_TOKENS), self.slots * of_one), of_one)
+        return max(min(math.ceil(tokens / PAGE_TOKENS), self.all_pages), self.pages_of_one)
 
     def cache_positions(self, pages: int) -> int:
         """How many positions are allocated for so many: with all of them a slot is one piece, and one is a scratch."""
-        if pages == self.pages(self.slots * self.max_length):
-            return (self.slots + 1) * self.max_length
-        return (pages + 2) * PAGE_TOKENS
+        return (self.slots + 1) * self.max_length if pages == self.all_pages else (pages + 2) * PAGE_TOKENS
+
+    def tokens(self, pages: int) -> int:
+        """How many tokens so many pages hold."""
+        return self.slots * self.max_length if pages == self.all_pages else pages * PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of one device; ``budget`` is all that vLLM may use. value_tokens: how many the value pages hold.
+    """Bytes of one device; ``budget`` is all that vLLM may use. value_tokens: how many the ``value_pages`` hold.
 
-    cache_tokens: how many vLLM's own key-value cache holds with what is left to it.
+    cache: of vLLM's own key-value cache, what is left if the user hasn't said; it holds ``cache_tokens``.
     """
 
     budget: int
@@ -84,19 +103,14 @@ class MemoryPlan:
     value_cache: int
     records: int
     step_activations: int
+    cache: int
+    value_pages: int
     value_tokens: int
     cache_tokens: int
 
-    @property
-    def cache(self) -> int:
-        """What is left to vLLM's key-value cache."""
-        return self.budget - self.reference_weights - self.reference_activations - self.guidance
-
     def kv_fraction(self, serving: Serving) -> float:
-        """The value pages as a fraction of what all requests need at full length."""
-        all_pages = serving.pages(serving.slots * serving.max_length)
-        pages = self.value_tokens // PAGE_TOKENS
-        return 1.0 if pages == all_pages else (pages - 0.5) / all_pages
+        """The value pages as a fraction of what all requests need at full length, which a cache rounds up to pages."""
+        return 1.0 if self.value_pages == serving.all_pages else (self.value_pages - 0.5) / serving.all_pages
 
     @property
     def guidance(self) -> int:
@@ -105,15 +119,19 @@ class MemoryPlan:
 
     def table(self) -> str:
         """One line for each part, in GiB."""
-        lines = {
-            "what vLLM may use": self.budget,
-            "reference: weights": self.reference_weights,
-            "reference: activations, estimated": self.reference_activations,
+        is_known = self.reference_weights > 0
+        lines = {"what vLLM may use": self.budget}
+        if is_known:
+            lines["reference: weights"] = self.reference_weights
+            lines["reference: activations, estimated"] = self.reference_activations
+        lines |= {
             f"guidance: weights of {VERSIONS} versions": self.value_weights,
             f"guidance: value pages, {self.value_tokens:,} tokens": self.value_cache,
             "guidance: records": self.records,
-            "guidance: activations of a step, at most": self.step_activations,
-            f"left to vLLM's key-value cache, {self.cache_tokens:,} tokens": self.cache,
+            "guidance: activations of a step, estimated": self.step_activations,
+            f"vLLM's key-value cache, {self.cache_tokens:,} tokens"
+            if is_known
+            else "the reference, and vLLM's key-value cache": self.cache,
         }
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {size / GIB:9.3f} GiB" for name, size in lines.items())
@@ -130,16 +148,23 @@ def plan_memory(
     """value_tokens: of the value pages; None: as many as vLLM's own cache will hold. cache: bytes that this is given by
     the user, who then decides how large both are; None: what is left.
 
-    Raises PlanError when nothing is left for one request of full length.
+    Raises PlanError when it can't fit, nothing is left for one request of full length, or nobody says how large the
+    value caches are: not the user, nor the reference.
     """
+    is_known = reference.token > 0
+    if not is_known and value_tokens is None:
+        raise PlanError(
+            "the size of the reference isn't told by its config, so value caches can't be as large as vLLM's own: say "
+            "how many --guidance-kv-tokens they hold"
+        )
     fixed = {
         "reference_weights": reference.weights,
-        "reference_activations": serving.batched_tokens * reference.activations
-        + serving.slots * reference.vocabulary * 4 * 3,
+        "reference_activations": is_known
+        * (serving.batched_tokens * reference.activations + serving.rows * reference.vocabulary * 4 * 3),
         "value_weights": VERSIONS * value.weights,
         "records": (serving.slots + 1) * serving.max_length * RECORD_BYTES,
-        "step_activations": (serving.batched_tokens + serving.slots * (1 + serving.max_top_k)) * value.activations
-        + VOCABULARY_COPIES * serving.slots * reference.vocabulary * 4
+        "step_activations": (serving.batched_tokens + serving.rows * (1 + serving.max_top_k)) * value.activations
+        + VOCABULARY_COPIES * serving.rows * reference.vocabulary * 4
         + ATTENTION_BYTES,
     }
     left = budget - sum(fixed.values())
@@ -148,28 +173,34 @@ def plan_memory(
     pages = serving.pages(max(value_tokens, 0))
     value_cache = serving.cache_positions(pages) * value.token
     left -= value_cache
-    plan = MemoryPlan(
+    needed = serving.max_length * reference.token if cache is None else cache
+    if left < needed:
+        of_cache = (
+            f"a request of {serving.max_length} tokens" if cache is None else "the size that vLLM's cache is given"
+        )
+        raise PlanError(
+            f"guidance and the reference need {(budget - left) / GIB:.1f} of the {budget / GIB:.1f} GiB that vLLM may "
+            f"use, which leaves too little for the keys and values of {of_cache}: serve fewer (--max-num-seqs) or "
+            "shorter (--max-model-len) requests, have fewer --guidance-kv-tokens, take smaller models, or let vLLM use "
+            "more (--gpu-memory-utilization)"
+        )
+    cache = left if cache is None else cache
+    return MemoryPlan(
         budget=budget,
         **fixed,
         value_cache=value_cache,
-        value_tokens=pages * PAGE_TOKENS,
-        cache_tokens=max(left, 0) // reference.token,
+        cache=cache,
+        value_pages=pages,
+        value_tokens=serving.tokens(pages),
+        cache_tokens=cache // reference.token if is_known else 0,
     )
-    if left < serving.max_length * reference.token:
-        raise PlanError(
-            f"guidance and the reference need {(budget - left) / GIB:.1f} of the {budget / GIB:.1f} GiB that vLLM may "
-            f"use, which leaves too little for the keys and values of a request of {serving.max_length} tokens: serve "
-            "fewer (--max-num-seqs) or shorter (--max-model-len) requests, have fewer --guidance-kv-tokens, or take a "
-            "smaller value model"
-        )
-    return plan
 
 
 def model_size(config: PreTrainedConfig, dtype: torch.dtype, *, further_weights: int = 0, ranks: int = 1) -> ModelSize:
     """Of a decoder and ``further_weights`` numbers, a head say, shared out among tensor-parallel ``ranks``."""
     text = config.get_text_config()
     with torch.device("meta"):
-        decoder = AutoModel.from_config(config)
+        decoder = AutoModel.from_config(config, trust_remote_code=False)
     numbers = sum(parameter.numel() for parameter in decoder.parameters()) + further_weights
     heads, hidden = text.num_attention_heads, text.hidden_size
     all_kv_heads, head_size = _kv_heads(text)
@@ -224,11 +255,13 @@ class Published:
         return config, head_rows(type_, distribution, text.vocab_size) * (text.hidden_size + 1)
 
 
-def all_of(sizes: Sequence[ModelSize]) -> ModelSize:
-    """Of several value models held side by side, as if they were one. Equal caches are shared."""
+def all_of(models: Sequence[Published], dtype: torch.dtype) -> ModelSize:
+    """Of several value models held side by side, as if they were one: those of equal geometry share a cache."""
+    sizes = [model.size(dtype) for model in models]
+    geometries = {model.geometry(dtype, torch.device("meta")) for model in models}
     return ModelSize(
         weights=sum(size.weights for size in sizes),
-        token=sum({size.token for size in sizes}),
+        token=sum(geometry.token_bytes for geometry in geometries),
         activations=max(size.activations for size in sizes),
         vocabulary=max(size.vocabulary for size in sizes),
     )

@@ -199,6 +199,7 @@ def _engine_settings(
         max_length=vllm_config.model_config.max_model_len,
         dtype=value_dtype(vllm_config.model_config, config),
         device=requests.device,
+        max_new_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         kv_fraction=kv_fraction,
         kernels=_custom_ops,
         served=[vllm_config.model_config.model],

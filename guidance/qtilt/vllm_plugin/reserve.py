@@ -48,6 +48,8 @@ class Reserve:
 
     def hold_again(self) -> None:
         """A version is gone."""
+        if self._weight_bytes == 0:
+            return
         try:
             self._versions.append(self._hold(self._weight_bytes))
         except RuntimeError as error:

@@ -34,6 +34,7 @@ class EngineSettings:
 
     kv_fraction: memory of a cache, as a fraction of what ``slots`` sequences of ``max_length`` need. kernels: for
     backbones that can be fused. served: where the reference model is, the usual base of low-rank value models.
+    max_new_tokens: of one forward of a value model.
     """
 
     slots: int
@@ -43,6 +44,7 @@ class EngineSettings:
     kv_fraction: float = 1.0
     kernels: Kernels | None = None
     served: Sequence[str] = ()
+    max_new_tokens: int = 8192
 
 
 @dataclass(eq=False)
@@ -164,7 +166,9 @@ class Residents:
         Waits for nothing.
         """
         if (name, version) in self._preparing:
-            self._preparing.pop((name, version)).cancel()
+            preparing = [self._preparing.pop((name, version))]
+            if not preparing[0].cancel():
+                self._loader.submit(self._hold_again_after, preparing)
             return
         resident = self.get(name, version)
         if resident.rows:
@@ -177,6 +181,11 @@ class Residents:
             steps.record(torch.cuda.current_stream(self._settings.device))
             self._loader.submit(_keep_until_done, resident, steps)
             self._loader.submit(self.reserve.hold_again)
+
+    def _hold_again_after(self, preparing: list[Future[ResidentVersion]]) -> None:
+        """Drop what a preparation that nobody wants any more has loaded; one that failed has loaded nothing."""
+        if preparing.pop().exception() is None:
+            self.reserve.hold_again()
 
     def _prepared(self, name: str, version: int) -> Future[ResidentVersion]:
         try:
@@ -195,6 +204,7 @@ class Residents:
                 settings.slots,
                 settings.max_length,
                 self._caches,
+                max_new_tokens=settings.max_new_tokens,
                 kv_fraction=settings.kv_fraction,
                 kernels=settings.kernels,
             )
