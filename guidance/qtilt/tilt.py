@@ -16,7 +16,7 @@ from qtilt.method.tilt import (
     offsets,
     qsharp_offsets,
     reference_mass,
-    tilt,
+    tilt_,
     top_candidates,
     total_variation_bound,
 )
@@ -37,7 +37,7 @@ __all__ = [
     "offsets",
     "qsharp_offsets",
     "reference_mass",
-    "tilt",
+    "tilt_",
     "top_candidates",
     "total_variation_bound",
 ]

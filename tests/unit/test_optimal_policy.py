@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qtilt.distributions import Bernoulli, Categorical
-from qtilt.tilt import divergence, drops, lowest_offset, offsets, reference_mass, tilt, top_candidates
+from qtilt.tilt import divergence, drops, lowest_offset, offsets, reference_mass, tilt_, top_candidates
 
 VOCABULARY, HORIZON = 3, 3
 ATOMS = Categorical(low=-1.0, high=2.0, atoms=4)
@@ -23,8 +23,8 @@ def tilted_step(reference: list[float], distribution, value_logits: list[list[fl
     floor_B, temperature_B = lowest_offset(distribution, inv_eta_B), torch.ones(1)
     mass = reference_mass(logits_BV, candidates, temperature_B)
     dropped = drops(mass, candidates.valid_BK, offsets_BK, floor_B, "floor")
-    tilted_BV = tilt(logits_BV, candidates, dropped, temperature_B)
-    return tilted_BV[0].softmax(-1).tolist(), divergence(mass, dropped)[0, 0].item()
+    tilt_(logits_BV, candidates, dropped, temperature_B)
+    return logits_BV[0].softmax(-1).tolist(), divergence(mass, dropped)[0, 0].item()
 
 
 def random_tree(seed: int):

@@ -60,7 +60,7 @@ PUBLIC_NAMES = {
         "offsets",
         "qsharp_offsets",
         "reference_mass",
-        "tilt",
+        "tilt_",
         "top_candidates",
         "total_variation_bound",
     },

@@ -20,9 +20,9 @@ from qtilt.tilt import (
     lowest_offset,
     offsets,
     reference_mass,
+    tilt_,
     top_candidates,
 )
-from qtilt.tilt import tilt as tilt_by_drops
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -32,6 +32,12 @@ INF = float("inf")
 def tilt(logits_BV, candidates, offsets_BK, floor_B, temperature_B, tail="floor"):
     dropped = drops_of(logits_BV, candidates, offsets_BK, floor_B, temperature_B, tail)
     return tilt_by_drops(logits_BV, candidates, dropped, temperature_B)
+
+
+def tilt_by_drops(logits_BV, candidates, dropped, temperature_B):
+    tilted_BV = logits_BV.clone()
+    tilt_(tilted_BV, candidates, dropped, temperature_B)
+    return tilted_BV
 
 
 def measured(logits_BV, candidates, offsets_BK, floor_B, temperature_B, tail="floor") -> Divergence:

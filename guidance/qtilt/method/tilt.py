@@ -46,7 +46,7 @@ class TiltFunctions(Protocol):
     def drops(
         self, mass: "ReferenceMass", scored_BK: Tensor, offsets_BK: Tensor, floor_B: Tensor, tail: str
     ) -> "Drops": ...
-    def tilt(self, logits_BV: Tensor, candidates: Candidates, drops: "Drops", temperature_B: Tensor) -> Tensor: ...
+    def tilt_(self, logits_BV: Tensor, candidates: Candidates, drops: "Drops", temperature_B: Tensor) -> None: ...
     def divergence(self, mass: "ReferenceMass", drops: "Drops") -> Tensor: ...
 
 
@@ -139,17 +139,18 @@ def _mean_drops(mass: "ReferenceMass", scored_BK: Tensor, offsets_BK: Tensor, _f
 TAILS = {"floor": _floor_drops, "mean": _mean_drops}
 
 
-def tilt(logits_BV: Tensor, candidates: Candidates, drops: Drops, temperature_B: Tensor) -> Tensor:
-    """Tilted logits ``[B, V]``: softmax(tilted/T) is the guided distribution; the dtype is that of ``logits_BV``.
+def tilt_(logits_BV: Tensor, candidates: Candidates, drops: Drops, temperature_B: Tensor) -> None:
+    """Tilt in place: softmax(logits/T) is then the guided distribution.
 
-    A row in which nothing drops comes back bit-identical. −inf and NaN logits stay as they are.
+    The most valuable token keeps its logit. (To move the candidates alone would be K writes a row, but a large number
+    added to those that matter rounds away their differences.) A row in which nothing drops stays bit-identical. −inf
+    and NaN logits stay as they are.
     """
     scale_B1 = _scale(temperature_B).double().unsqueeze(-1)
-    # Minus, not plus a negative: a logit of −0 less 0 is −0.
-    tilted_BV = logits_BV - (scale_B1 * drops.others_B1).to(logits_BV.dtype)
-    candidate_logits_BK = logits_BV.gather(-1, candidates.token_ids_BK)
     drops_BK = (scale_B1 * drops.candidates_BK).to(logits_BV.dtype)
-    return tilted_BV.scatter_(-1, candidates.token_ids_BK, candidate_logits_BK - drops_BK)
+    # Minus, not plus a negative: a logit of −0 less 0 is −0.
+    tilted_BK = logits_BV.gather(-1, candidates.token_ids_BK) - drops_BK
+    logits_BV.sub_((scale_B1 * drops.others_B1).to(logits_BV.dtype)).scatter_(-1, candidates.token_ids_BK, tilted_BK)
 
 
 def _scale(temperature_B: Tensor) -> Tensor:

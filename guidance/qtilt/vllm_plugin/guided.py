@@ -277,16 +277,15 @@ class GuidedBatch:
             some = LastTokens(last.slots_B[rows_R], last.positions_B[rows_R], last.token_ids_B[rows_R], last.longest)
             return engine.score(some, candidates_RK)
 
-        in_stages = self._kind(group.requests[0])[1]
-        guided = guide_step(group.version, logits_GV, settings, score, in_stages=in_stages)
-        tilted_GV = guided.logits_GV
         if self._requests.speculates:
             # Of the tokens that are guided the host knows only how many have been drawn at least.
             is_guided_G = positions_G < settings.guided_below_G
             is_mine_G = is_guided_G if is_mine_G is None else is_mine_G & is_guided_G
-            tilted_GV = tilted_GV.where(is_mine_G.unsqueeze(-1), logits_GV)
             slots_G = slots_G.where(is_mine_G, engine.cache.scratch_slot)
-        logits_RV[where] = tilted_GV
+        in_stages = self._kind(group.requests[0])[1]
+        guided = guide_step(group.version, logits_GV, settings, score, is_mine_G, in_stages=in_stages)
+        if isinstance(where, Tensor):  # what indexing by a slice gives is the rows themselves
+            logits_RV[where] = logits_GV
         self._failures_S.index_add_(0, slots_G, guided.failed.int())
         self.table.write(slots_G, positions_G, guided.divergence_G3, guided.candidates_G)
         self._steps_S[group.slots_G] += 1

@@ -133,14 +133,13 @@ class Scored(NamedTuple):
     finite_G: Tensor
 
 
-class GuidedLogits(NamedTuple):
-    """What a step gives.
+class Guided(NamedTuple):
+    """What a step has measured.
 
     divergence_G3: the columns of :class:`qtilt.tilt.Divergence`, NaN where guidance failed. candidates_G: how many
     tokens of a row were scored.
     """
 
-    logits_GV: Tensor
     divergence_G3: Tensor
     candidates_G: Tensor
 
@@ -159,13 +158,19 @@ def scores_in_stages(version: ResidentVersion, params: GuidanceParams) -> bool:
 
 
 def guide_step(
-    version: ResidentVersion, logits_GV: Tensor, settings: StepSettings, score: Score, *, in_stages: bool = False
-) -> GuidedLogits:
-    """The guided logits of the rows of one version; ``in_stages`` stops scoring within each row's tolerance.
+    version: ResidentVersion,
+    logits_GV: Tensor,
+    settings: StepSettings,
+    score: Score,
+    applies_G: Tensor | None = None,
+    *,
+    in_stages: bool = False,
+) -> Guided:
+    """Guide, in place, the rows of one version; ``in_stages`` stops scoring within each row's tolerance.
 
     What is sampled from, and the KL of it, treats a candidate without a score like the tokens that aren't candidates.
     A row whose values aren't finite numbers isn't tilted: it gets logits that end its request, in this same step and
-    without the host knowing.
+    without the host knowing. applies_G: the rows that are guided, None: all; the others stay bit-identical.
     """
     candidates = version.tilt.top_candidates(logits_GV, settings.max_top_k, version.scorable, settings.top_k_G)
     mass = version.tilt.reference_mass(logits_GV, candidates, settings.temperature_G)
@@ -174,12 +179,13 @@ def guide_step(
     else:
         offsets_GK, is_scored_GK, finite_G = _score_all(version, candidates, settings, score)
     # A row without a score keeps the reference's logits.
-    dropped = _drops(version, mass, is_scored_GK & finite_G.unsqueeze(-1), offsets_GK, settings)
-    tilted_GV = version.tilt.tilt(logits_GV, candidates, dropped, settings.temperature_G)
+    counts_G = finite_G if applies_G is None else finite_G & applies_G
+    dropped = _drops(version, mass, is_scored_GK & counts_G.unsqueeze(-1), offsets_GK, settings)
     divergence_G3 = version.tilt.divergence(mass, dropped)
+    version.tilt.tilt_(logits_GV, candidates, dropped, settings.temperature_G)
     finite_G = finite_G & (divergence_G3[:, 0] < math.inf)
-    tilted_GV = end_unless(finite_G, tilted_GV, settings.ending_token_G)
-    return GuidedLogits(tilted_GV, divergence_G3.masked_fill(~finite_G.unsqueeze(-1), math.nan), is_scored_GK.sum(-1))
+    end_unless(finite_G if applies_G is None else finite_G | ~applies_G, logits_GV, settings.ending_token_G)
+    return Guided(divergence_G3.masked_fill(~finite_G.unsqueeze(-1), math.nan), is_scored_GK.sum(-1))
 
 
 def finite_rows(values_GKA: Tensor, offsets_GK: Tensor, valid_GK: Tensor) -> Tensor:

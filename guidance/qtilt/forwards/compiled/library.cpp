@@ -25,7 +25,8 @@ TORCH_LIBRARY(qtilt, library) {
       "drops(Tensor log_mass, Tensor scored, Tensor offsets, Tensor floor, bool with_mean) -> (Tensor, Tensor)",
       qtilt::drops);
   library.def(
-      "tilt(Tensor logits, Tensor token_ids, Tensor drops, Tensor others, Tensor temperature) -> Tensor", qtilt::tilt);
+      "tilt_(Tensor(a!) logits, Tensor token_ids, Tensor drops, Tensor others, Tensor temperature) -> ()",
+      qtilt::tilt_);
   library.def(
       "divergence(Tensor log_mass, Tensor rest, Tensor drops, Tensor others) -> Tensor", qtilt::divergence);
 }

@@ -181,27 +181,29 @@ inline std::tuple<Tensor, Tensor> drops(
   return {drops_BK, others_B1};
 }
 
-inline Tensor tilt(
+inline void tilt_(
     const Tensor& logits_BV, const Tensor& token_ids, const Tensor& drops, const Tensor& others,
     const Tensor& temperature) {
   const int64_t rows = token_ids.size(0), count = token_ids.size(1), size = logits_BV.size(1);
   const Tensor token_ids_BK = token_ids.contiguous(), drops_BK = drops.contiguous(), others_B1 = others.contiguous();
   const Tensor temperature_B = temperature.to(at::kDouble).contiguous();
-  Tensor tilted_BV = at::empty({rows, size}, logits_BV.options());
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> tilted(count);
     for (int64_t b = begin; b < end; b++) {
-      const float* logits = numbers(logits_BV) + b * logits_BV.stride(0);
+      float* logits = logits_BV.mutable_data_ptr<float>() + b * logits_BV.stride(0);
       const int64_t* ids = token_ids_BK.const_data_ptr<int64_t>() + b * count;
       const double* drops_K = drops_BK.const_data_ptr<double>() + b * count;
-      float* tilted = writable(tilted_BV) + b * size;
       const double scale = scale_of(temperature_B.const_data_ptr<double>()[b]);
       const float others_drop = static_cast<float>(scale * others_B1.const_data_ptr<double>()[b]);
+      for (int64_t i = 0; i < count; i++)
+        tilted[i] = logits[ids[i]] - static_cast<float>(scale * drops_K[i]);
+      if (others_drop != 0) {
 #pragma omp simd
-      for (int64_t v = 0; v < size; v++) tilted[v] = logits[v] - others_drop;
-      for (int64_t i = 0; i < count; i++) tilted[ids[i]] = logits[ids[i]] - static_cast<float>(scale * drops_K[i]);
+        for (int64_t v = 0; v < size; v++) logits[v] -= others_drop;
+      }
+      for (int64_t i = 0; i < count; i++) logits[ids[i]] = tilted[i];
     }
   });
-  return tilted_BV;
 }
 
 inline Tensor divergence(const Tensor& log_mass, const Tensor& rest, const Tensor& drops, const Tensor& others) {

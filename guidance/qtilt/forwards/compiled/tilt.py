@@ -30,12 +30,12 @@ def drops(mass: ReferenceMass, scored_BK: Tensor, offsets_BK: Tensor, floor_B: T
     return Drops(*torch.ops.qtilt.drops(mass.candidates_BK, scored_BK, offsets_BK, floor_B, tail == "mean"))
 
 
-def tilt(logits_BV: Tensor, candidates: Candidates, drops: Drops, temperature_B: Tensor) -> Tensor:
-    """See :func:`qtilt.method.tilt.tilt`."""
-    if not library.takes(logits_BV):
-        return by_torch.tilt(logits_BV, candidates, drops, temperature_B)
-    tilted_BV: Tensor = torch.ops.qtilt.tilt(logits_BV, candidates.token_ids_BK, *drops, temperature_B)
-    return tilted_BV
+def tilt_(logits_BV: Tensor, candidates: Candidates, drops: Drops, temperature_B: Tensor) -> None:
+    """See :func:`qtilt.method.tilt.tilt_`."""
+    if library.takes(logits_BV):
+        torch.ops.qtilt.tilt_(logits_BV, candidates.token_ids_BK, *drops, temperature_B)
+    else:
+        by_torch.tilt_(logits_BV, candidates, drops, temperature_B)
 
 
 def divergence(mass: ReferenceMass, drops: Drops) -> Tensor:
