@@ -61,6 +61,10 @@ class GuidanceFlags:
             "--guidance-backbone-layers says how many layers of --guidance-backbone: give that too",
         )
         _require(
+            self.backbone != "",
+            "--guidance-backbone is empty, expected a directory or a hub id",
+        )
+        _require(
             self.backbone_layers is None or self.backbone_layers >= 1,
             f"--guidance-backbone-layers must be at least 1, got {self.backbone_layers}",
         )

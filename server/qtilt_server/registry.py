@@ -158,6 +158,7 @@ def _describe(version: ResidentVersion, active: bool) -> VersionStatus:
         running=version.leases,
         failed=version.failed,
         rollouts=version.rollouts,
+        adapter=version.adapter,
     )
 
 

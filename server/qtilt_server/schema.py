@@ -91,6 +91,7 @@ class VersionStatus(StrictModel):
     running: int = Field(description="requests that use it now")
     failed: int = Field(description="requests answered with an error because guidance by it failed")
     rollouts: dict[str, Any] = Field(description="sampling parameters of the roll-outs it was fitted on, if recorded")
+    adapter: str | None = Field(description="the LoRA adapter whose requests it guides; null: those of the reference")
 
 
 class ValueModelStatus(StrictModel):

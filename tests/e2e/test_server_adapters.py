@@ -49,6 +49,11 @@ def complete(server: RunningServer, model: str, value_model: str | None) -> http
     return server.post("/v1/completions", body)
 
 
+def test_whose_value_models_they_are_is_told(adapted: RunningServer) -> None:
+    told = {each["name"]: each["versions"][0]["adapter"] for each in adapted.get("/v1/guidance").json()["value_models"]}
+    assert told == {"plain": None, "adapted": ADAPTER}
+
+
 def test_each_policy_is_guided_by_its_own_value_model(adapted: RunningServer) -> None:
     for model, value_model in ((adapted.model, "plain"), (ADAPTER, "adapted")):
         answer = complete(adapted, model, value_model)

@@ -62,10 +62,13 @@ def test_a_plan_of_memory_is_printed_in_place_of_serving(models: Path) -> None:
     assert f"guidance: value pages, {100 * 200:,} tokens" in table, "more than these requests can't have"
 
 
-def test_value_models_to_come_that_cannot_be_planned_for(models: Path) -> None:
+def test_value_models_to_come_that_cannot_be_planned_for(models: Path, tmp_path: Path) -> None:
     line = refused(COMMAND, models / "reference", "--guidance-backbone=/no/such/place", *QUICK_START)
     assert "/no/such/place" in line
     start = f"--value-model=value={models / 'published' / 'start'}"
+    short = f"--guidance-backbone={make_value_model(tmp_path / 'short', seed=1, positions=64) / 'backbone'}"
+    line = refused(COMMAND, models / "reference", short, "--guidance-plan=80", "--max-model-len=65")
+    assert "has 64 positions, fewer than the 65 tokens of the longest request" in line
     line = refused(COMMAND, models / "reference", start, "--guidance-plan=0.5", "--max-num-seqs=1024")
     assert "of the 0.5 GiB that vLLM may use" in line
     assert "--max-num-seqs" in line

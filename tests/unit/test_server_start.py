@@ -72,6 +72,7 @@ BAD_FLAGS = {
     "--guidance-kv-tokens=0": "expected auto or a number of at least 1, got '0'",
     "--guidance-kv-tokens=many": "expected auto or a number",
     "--guidance-backbone-layers=4": "give that too",
+    "--guidance-backbone=": "--guidance-backbone is empty",
     "--guidance-plan=0": "above 0",
     "--guidance-plan=80": "give --value-model or --guidance-backbone",
 }

@@ -241,6 +241,11 @@ class Published:
         text = self._read()[0].get_text_config()
         return CacheGeometry(text.num_hidden_layers, *_kv_heads(text), dtype, device)
 
+    @property
+    def max_positions(self) -> int:
+        """Of the longest history they can read."""
+        return int(self._read()[0].get_text_config().max_position_embeddings)
+
     def _read(self) -> tuple[PreTrainedConfig, int]:
         """The decoder's config, and how many numbers the head has."""
         type_: ValueType = "v"

@@ -10,7 +10,16 @@ from vllm.config import ModelConfig, VllmConfig
 
 from qtilt.forwards.memory import PAGE_TOKENS
 from qtilt.vllm_plugin.config import PluginConfig
-from qtilt.vllm_plugin.plan import MemoryPlan, ModelSize, Published, Serving, all_of, plan_memory, reference_size
+from qtilt.vllm_plugin.plan import (
+    MemoryPlan,
+    ModelSize,
+    PlanError,
+    Published,
+    Serving,
+    all_of,
+    plan_memory,
+    reference_size,
+)
 
 logger = logging.getLogger("vllm.qtilt.sizing")  # vLLM configures the loggers below its own name only
 
@@ -67,12 +76,19 @@ def plan_for(
     Raises ValueError when it can't fit, or a config can't be read.
     """
     assert isinstance(model_config.dtype, torch.dtype), "vLLM resolves its dtype before"
+    values = list(published(config).values())
+    for value in values:
+        if value.max_positions < serving.max_length:
+            raise PlanError(
+                f"{value.source} has {value.max_positions} positions, fewer than the {serving.max_length} tokens of "
+                "the longest request: lower --max-model-len, or take a backbone with more"
+            )
     reference = _reference_size(model_config, model_config.dtype, ranks)
     dtype = value_dtype(model_config, config)
     return plan_memory(
         int(device_bytes * (utilization if cache_bytes is None else 1)),
         reference,
-        all_of(list(published(config).values()), dtype),
+        all_of(values, dtype),
         serving,
         _value_tokens(config, serving),
         cache_bytes if cache_tokens is None else (cache_tokens * reference.token or None),
