@@ -231,8 +231,8 @@ class GuidedEngine:
         if asked != version.adapter:
             raise VLLMValidationError(
                 f"{version.label} was fitted to {_policy(version.adapter)}, and this request asks for "
-                f"{_policy(asked)}: its values are of another policy; take a value model whose adapter, as GET /v1/guidance "
-                "tells it, is the request's",
+                f"{_policy(asked)}: its values are of another policy; take a value model whose adapter is the "
+                "request's (GET /v1/guidance tells it)",
                 parameter="guidance.value_model",
             )
 

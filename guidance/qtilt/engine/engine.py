@@ -174,8 +174,7 @@ class ValueEngine:
 
     def _run(self, spans: Sequence[Span], last: LastTokens | None, candidates_BK: Tensor | None) -> Tensor:
         """One packed forward: hidden states ``[B·R, H]`` of each row's last token and candidates."""
-        step = pack(self.cache.memory, spans, last, candidates_BK)
-        return self.forward(step)[step.span_tokens :]
+        return self.forward(pack(self.cache.memory, spans, last, candidates_BK))
 
 
 def _own_or_shared(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
-from qtilt.forwards.attention import AttentionStep
 from qtilt.forwards.cpu_linear import linear
 from qtilt.forwards.packed_attention import PackedAttention
 from qtilt.forwards.packing import PackedStep
@@ -63,14 +62,21 @@ class FusedForward:
         residual = torch.zeros_like(hidden)
         for layer in self._backbone.layers:
             self._add_and_norm(hidden, residual, layer.input_layernorm)
-            hidden = self._attend(layer.self_attn, hidden, position_ids_T, attention)
+            is_last = layer is self._backbone.layers[-1]
+            hidden = self._attend(layer.self_attn, hidden, position_ids_T, attention, tails_only=is_last)
+            if is_last:
+                residual = residual[step.span_tokens :]
+                if step.last is None:
+                    return residual
             self._add_and_norm(hidden, residual, layer.post_attention_layernorm)
             gate = silu(linear(layer.mlp.gate_proj, hidden))
             hidden = linear(layer.mlp.down_proj, gate.mul_(linear(layer.mlp.up_proj, hidden)))
         self._add_and_norm(hidden, residual, self._backbone.norm)
         return hidden
 
-    def _attend(self, layer: Any, hidden: Tensor, position_ids_T: Tensor, attention: AttentionStep) -> Tensor:
+    def _attend(
+        self, layer: Any, hidden: Tensor, position_ids_T: Tensor, attention: PackedAttention, *, tails_only: bool
+    ) -> Tensor:
         query, key = linear(layer.q_proj, hidden), linear(layer.k_proj, hidden)
         value = linear(layer.v_proj, hidden)
         if hasattr(layer, "q_norm"):
@@ -79,7 +85,7 @@ class FusedForward:
         query_1HTD, key_1GTD, value_1GTD = (
             packed.unflatten(-1, (-1, layer.head_dim)).transpose(0, 1).unsqueeze(0) for packed in (query, key, value)
         )
-        out_1THD = attention.attend(layer, query_1HTD, key_1GTD, value_1GTD, layer.scaling, {})
+        out_1THD = attention.attend(layer, query_1HTD, key_1GTD, value_1GTD, layer.scaling, {}, tails_only=tails_only)
         return linear(layer.o_proj, out_1THD[0].flatten(1))
 
     def _add_and_norm(self, hidden: Tensor, residual: Tensor, norm: Any) -> None:

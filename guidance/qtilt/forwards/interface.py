@@ -17,4 +17,7 @@ class Forward(Protocol):
     name: ClassVar[str]
 
     def __call__(self, step: PackedStep) -> Tensor:
-        """Cache the keys and values of the step's spans and last tokens; hidden states ``[T, H]`` of all its tokens."""
+        """Cache the keys and values of the step's spans and last tokens; hidden states ``[B·R, H]`` of the tails.
+
+        Of spans nothing else is wanted, so the last layer needn't do more than that for them.
+        """

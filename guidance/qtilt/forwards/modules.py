@@ -36,7 +36,7 @@ class ModulesForward:
                 use_cache=False,
                 attention_step=PackedAttention(step),
             )
-        return outputs.last_hidden_state[0]  # type: ignore[no-any-return]
+        return outputs.last_hidden_state[0, step.span_tokens :]  # type: ignore[no-any-return]
 
 
 @contextmanager

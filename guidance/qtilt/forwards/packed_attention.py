@@ -45,25 +45,38 @@ class PackedAttention:
         self.tail_rows = [] if step.last is None else _tail_rows(step.memory, step.last)
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, extras: dict[str, Any]
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        extras: dict[str, Any],
+        *,
+        tails_only: bool = False,
     ) -> Tensor:
-        """Cache the histories' new keys and values, then attend: ``[1, T, H, D]``. See :class:`AttentionStep`."""
+        """Cache the histories' new keys and values, then attend: ``[1, T, H, D]``. See :class:`AttentionStep`.
+
+        tails_only: spans are cached, and nobody wants their own states: ``[1, B·R, H, D]``.
+        """
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         query_THD, key_TGD, value_TGD = (packed[0].transpose(0, 1) for packed in (query, key, value))
-        outs, first = [], 0
+        outs, first = [query_THD[:0]], 0
         for span, visible_CE in zip(self.spans, self.visible_by_span, strict=True):
             part = slice(first, first + len(span.token_ids_C))
             self.memory.write_span(layer, span.slot, span.start, key_TGD[part], value_TGD[part])
+            first = part.stop
+            if tails_only:
+                continue
             key_1GED, value_1GED = self.memory.read(layer, slice(span.slot, span.slot + 1), span.end)
             out_1HCD = attend_span(query[:, :, part], key_1GED, value_1GED, visible_CE, scaling)
             outs.append(out_1HCD[0].transpose(0, 1))
-            first = part.stop
         if self.last is not None:
             query_BRHD, key_BRGD, value_BRGD = (
                 packed[first:].unflatten(0, (len(self.last.slots_B), -1)) for packed in (query_THD, key_TGD, value_TGD)
             )
             outs.append(self._attend_tails(layer, query_BRHD, key_BRGD, value_BRGD, scaling).flatten(0, 1))
-        out_THD = outs[0] if len(outs) == 1 else torch.cat(outs)
+        out_THD = outs[-1] if len(outs) <= 2 else torch.cat(outs)
         return out_THD.unsqueeze(0)
 
     def _attend_tails(

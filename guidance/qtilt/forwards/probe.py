@@ -135,7 +135,7 @@ def _packed_steps(forward: Forward, memory: PageMemory, histories: Sequence[Tens
     rest = [Span(0, cut, histories[0][cut:-1])] if cut < ends[0] else []
     slots_B, positions_B = torch.tensor([range(len(ends)), ends], device=candidates_BK.device)
     last = LastTokens(slots_B, positions_B, torch.stack([history[-1] for history in histories]), max(ends) + 1)
-    return forward(pack(memory, rest, last, candidates_BK))[ends[0] - cut :]
+    return forward(pack(memory, rest, last, candidates_BK))
 
 
 def _plain_steps(backbone: PreTrainedModel, histories: Sequence[Tensor], candidates_BK: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class LlamaForward : public torch::CustomClassHolder {
          {down, down_bias}});
   }
 
-  // Hidden states [T, E]. ids, positions: int64 [T]. spans: int64 [spans, 3] of slot, start and tokens, first in the
+  // Hidden states [B·R, E] of the tails: of spans the last layer computes keys and values only. ids, positions: int64 [T]. spans: int64 [spans, 3] of slot, start and tokens, first in the
   // step. row_slots, row_positions: int64 [B] of the rows' last tokens, whose tails of equal size come after the spans.
   Tensor forward(
       const Tensor& ids, const Tensor& positions, const Tensor& spans, const Tensor& row_slots,
@@ -88,7 +88,9 @@ class LlamaForward : public torch::CustomClassHolder {
     const int64_t* id = ids.const_data_ptr<int64_t>();
     for (int64_t t = 0; t < tokens; t++)
       std::copy_n(numbers(embedding_) + id[t] * hidden_size_, hidden_size_, residual + t * hidden_size_);
-    const std::vector<Block> blocks = cut_blocks(tokens, spans, slots, last_positions);
+    std::vector<Block> blocks = cut_blocks(tokens, spans, slots, last_positions);
+    // From this token on hidden states are wanted.
+    int64_t first = 0;
     Cache cache{
         nullptr, nullptr, table.const_data_ptr<int64_t>(), table.size(1), keys_LNGPD.size(3), heads_.kv, heads_.size};
     for (size_t number = 0; number < layers_.size(); number++) {
@@ -99,14 +101,21 @@ class LlamaForward : public torch::CustomClassHolder {
       layer.qkv.run<Then::WRITE>(hidden, qkv, tokens, width);
       rotate_rows(layer, positions, qkv, tokens);
       for (const Block& block : blocks) store(block, qkv, cache);
+      if (number + 1 == layers_.size()) {
+        std::erase_if(blocks, [](const Block& block) { return block.is_span; });
+        first = blocks.empty() ? tokens : blocks.front().first;
+        if (first == tokens) return hidden_TE.slice(0, tokens);
+      }
       attend(blocks, qkv, attended, cache, static_cast<float>(scaling));
-      layer.out.run<Then::ADD>(attended, residual, tokens, hidden_size_);
-      norm_rows(residual, layer.post_norm, hidden, tokens);
-      layer.gate_up.run<Then::GATE>(hidden, gated, tokens, intermediate_size_);
-      layer.down.run<Then::ADD>(gated, residual, tokens, hidden_size_);
+      const int64_t wanted = tokens - first;
+      float* sum = residual + first * hidden_size_;
+      layer.out.run<Then::ADD>(attended + first * heads_.query * heads_.size, sum, wanted, hidden_size_);
+      norm_rows(sum, layer.post_norm, hidden, wanted);
+      layer.gate_up.run<Then::GATE>(hidden, gated, wanted, intermediate_size_);
+      layer.down.run<Then::ADD>(gated, sum, wanted, hidden_size_);
     }
-    norm_rows(residual, norm_, hidden, tokens);
-    return hidden_TE;
+    norm_rows(residual + first * hidden_size_, norm_, hidden, tokens - first);
+    return hidden_TE.slice(0, 0, tokens - first);
   }
 
  private:
