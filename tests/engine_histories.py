@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_oracle import POSITIONS, VOCABULARY, plain_value_logits
 from qtilt.engine import ValueEngine
 from qtilt.engine.arrays import copy_to_device
-from qtilt.forwards.packing import LastTokens
+from qtilt.forwards.packing import LastTokens, Span, pack
 from qtilt.value_model import ValueModel
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
@@ -117,3 +117,16 @@ class Histories:
             self.grow(slot, 1)
         elif event < 0.95:
             self.grow(slot, self.random.randint(2, 12))
+
+
+def assert_only_tails_come_out(engine: ValueEngine) -> None:
+    """Of a forward; what spans there are beside them makes no difference to them."""
+    memory, hidden_size = engine.cache.memory, engine.model.backbone.config.hidden_size
+    span, one = Span(0, 0, torch.arange(5)), torch.tensor([1])
+    last = LastTokens(one, torch.tensor([0]), one, longest=1)
+    with torch.inference_mode():
+        assert engine.forward(pack(memory, [span])).shape == (0, hidden_size)
+        alone_RH = engine.forward(pack(memory, [], last, torch.tensor([[2, 3]])))
+        beside_RH = engine.forward(pack(memory, [span], last, torch.tensor([[2, 3]])))
+    assert alone_RH.shape == (3, hidden_size)
+    torch.testing.assert_close(beside_RH, alone_RH, rtol=1e-5, atol=1e-5)

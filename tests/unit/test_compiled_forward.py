@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine_histories import Histories, acquire, value_logits
+from engine_histories import Histories, acquire, assert_only_tails_come_out, value_logits
 from hf_oracle import CONFIGS, DISTRIBUTIONS, POSITIONS, make_backbone, plain_value_logits
 from qtilt.engine import ValueEngine
 from qtilt.forwards.compiled.llama_forward import CompiledForward
-from qtilt.forwards.packing import LastTokens, Span, pack
+from qtilt.forwards.packing import LastTokens
 from qtilt.forwards.probe import check_forward, measure_geometry
 from qtilt.value_model import ValueModel, ValueType
 
@@ -178,13 +178,4 @@ def test_the_same_with_narrower_vectors() -> None:
 
 
 def test_only_tails_come_out_and_of_spans_nothing() -> None:
-    engine = ValueEngine(make_model("llama-gqa"), 2, 32)
-    memory, hidden_size = engine.cache.memory, engine.model.backbone.config.hidden_size
-    span, one = Span(0, 0, torch.arange(5)), torch.tensor([1])
-    last = LastTokens(one, torch.tensor([0]), one, longest=1)
-    with torch.inference_mode():
-        assert engine.forward(pack(memory, [span])).shape == (0, hidden_size)
-        alone_RH = engine.forward(pack(memory, [], last, torch.tensor([[2, 3]])))
-        beside_RH = engine.forward(pack(memory, [span], last, torch.tensor([[2, 3]])))
-    assert alone_RH.shape == (3, hidden_size)
-    torch.testing.assert_close(beside_RH, alone_RH, rtol=1e-5, atol=1e-5)
+    assert_only_tails_come_out(ValueEngine(make_model("llama-gqa"), 2, 32))

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine_histories import Histories, acquire, value_logits
+from engine_histories import Histories, acquire, assert_only_tails_come_out, value_logits
 from hf_oracle import CONFIGS, DISTRIBUTIONS, POSITIONS, make_backbone, make_value_model
 from qtilt.engine import ValueEngine
 from qtilt.forwards.compiled import library
 from qtilt.forwards.fused import FusedForward, can_fuse
-from qtilt.forwards.packing import LastTokens, Span, pack
 from qtilt.forwards.probe import check_forward, measure_geometry
 from qtilt.value_model import ValueModel
 from vllm import _custom_ops
@@ -125,13 +124,4 @@ def test_an_engine_refuses_kernels_that_compute_something_else() -> None:
 
 
 def test_only_tails_come_out_and_of_spans_nothing() -> None:
-    engine = ValueEngine(make_value_model("llama-gqa", "v"), 2, 32, kernels=_custom_ops)
-    memory, hidden_size = engine.cache.memory, engine.model.backbone.config.hidden_size
-    span, one = Span(0, 0, torch.arange(5)), torch.tensor([1])
-    last = LastTokens(one, torch.tensor([0]), one, longest=1)
-    with torch.inference_mode():
-        assert engine.forward(pack(memory, [span])).shape == (0, hidden_size)
-        alone_RH = engine.forward(pack(memory, [], last, torch.tensor([[2, 3]])))
-        beside_RH = engine.forward(pack(memory, [span], last, torch.tensor([[2, 3]])))
-    assert alone_RH.shape == (3, hidden_size)
-    torch.testing.assert_close(beside_RH, alone_RH, rtol=1e-5, atol=1e-5)
+    assert_only_tails_come_out(ValueEngine(make_value_model("llama-gqa", "v"), 2, 32, kernels=_custom_ops))

@@ -61,7 +61,7 @@ class PackedAttention:
         """
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         query_THD, key_TGD, value_TGD = (packed[0].transpose(0, 1) for packed in (query, key, value))
-        outs, first = [query_THD[:0]], 0
+        outs, first = [query_THD[:0]], 0  # with tails_only and no tails, that is all
         for span, visible_CE in zip(self.spans, self.visible_by_span, strict=True):
             part = slice(first, first + len(span.token_ids_C))
             self.memory.write_span(layer, span.slot, span.start, key_TGD[part], value_TGD[part])

@@ -64,8 +64,9 @@ class LlamaForward : public torch::CustomClassHolder {
          {down, down_bias}});
   }
 
-  // Hidden states [B·R, E] of the tails: of spans the last layer computes keys and values only. ids, positions: int64 [T]. spans: int64 [spans, 3] of slot, start and tokens, first in the
-  // step. row_slots, row_positions: int64 [B] of the rows' last tokens, whose tails of equal size come after the spans.
+  // Hidden states [B·R, E] of the tails: of spans the last layer stores keys and values, and no more is computed. ids,
+  // positions: int64 [T]. spans: int64 [spans, 3] of slot, start and tokens, first in the step. row_slots, row_positions:
+  // int64 [B] of the rows' last tokens, whose tails of equal size come after the spans.
   Tensor forward(
       const Tensor& ids, const Tensor& positions, const Tensor& spans, const Tensor& row_slots,
       const Tensor& row_positions, const Tensor& keys_LNGPD, const Tensor& values_LNGPD, const Tensor& table,
