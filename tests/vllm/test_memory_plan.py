@@ -1,5 +1,6 @@
 """Value caches sized with vLLM's own, and the plan against what the processor really allocates."""
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +48,16 @@ def test_what_is_planned_is_what_is_allocated(served: Served, asked: dict[str, f
     )
     records = made.batch.table.divergence_SP3.nbytes + made.batch.table.candidates_SP.nbytes
     assert plan.records == pytest.approx(records, rel=0.05)
+
+
+def test_the_plan_is_in_the_servers_log(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM has handlers for the loggers below its own name, and for no others."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("vllm"), "handlers", [handler])
+    processor(served, value_models=directories(served), kv_tokens=200)
+    assert any("what vLLM may use" in line for line in lines)
 
 
 def test_the_cache_of_value_models_to_come_is_there_from_the_start(served: Served, tmp_path: Path) -> None:

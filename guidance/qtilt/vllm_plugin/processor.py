@@ -8,12 +8,12 @@ scheduler ends a request at its end or stop tokens whatever ``min_tokens`` says 
 Penalties come after it on V1 and before it on V2.
 """
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
@@ -37,7 +37,7 @@ from qtilt.vllm_plugin.v2.requests import V2Requests, step_rows
 from qtilt.vllm_plugin.versions import EngineSettings, Residents
 from vllm import _custom_ops
 
-logger = init_logger(__name__)
+logger = logging.getLogger("vllm.qtilt.processor")  # vLLM configures the loggers below its own name only
 
 
 class GuidanceProcessor(V1Interface, V2Interface):
