@@ -114,10 +114,10 @@ def vllm_kernels() -> Kernels:
     """Loads vLLM."""
     from vllm.platforms import current_platform
 
-    from vllm import _custom_ops
+    from qtilt.vllm_plugin.kernels import VllmKernels
 
     current_platform.import_kernels()
-    return _custom_ops
+    return VllmKernels()
 
 
 def seconds(step: Callable[[], object], device: str) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_oracle import POSITIONS, VOCABULARY, plain_value_logits
 from qtilt.engine import ValueEngine
-from qtilt.engine.arrays import copy_to_device
+from qtilt.forwards.arrays import copy_to_device
 from qtilt.forwards.packing import LastTokens, Span, pack
 from qtilt.value_model import ValueModel
 

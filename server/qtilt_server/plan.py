@@ -17,7 +17,7 @@ BLOCK_TOKENS = 16
 
 def print_plan(args: argparse.Namespace, config: PluginConfig, device_gib: float) -> None:
     """``--guidance-plan``. Raises StartupError when it can't fit, or a config can't be read."""
-    serving, plan = _plan(args, config, int(device_gib * GIB))
+    serving, plan = _plan(args, config, int(device_gib * GIB), on_gpu=True)
     print(f"{args.model} with {serving.slots} requests of up to {serving.max_length} tokens:")  # noqa: T201 - asked for
     print(plan.table())  # noqa: T201
 
@@ -34,10 +34,12 @@ def check_plan(args: argparse.Namespace, config: PluginConfig) -> None:
     if is_planned(config, torch.device(current_platform.device_type)):
         on_cpu = current_platform.is_cpu()
         device_bytes = bytes_of(torch.device("cpu")) if on_cpu else current_platform.get_device_total_memory()
-        _plan(args, config, device_bytes)
+        _plan(args, config, device_bytes, on_gpu=not on_cpu)
 
 
-def _plan(args: argparse.Namespace, config: PluginConfig, device_bytes: int) -> tuple[Serving, MemoryPlan]:
+def _plan(
+    args: argparse.Namespace, config: PluginConfig, device_bytes: int, *, on_gpu: bool
+) -> tuple[Serving, MemoryPlan]:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from qtilt.vllm_plugin.sizing import plan_for
@@ -45,7 +47,7 @@ def _plan(args: argparse.Namespace, config: PluginConfig, device_bytes: int) -> 
     blocks = args.num_gpu_blocks_override
     try:
         model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
-        serving = _serving(args, model_config, config, device_bytes)
+        serving = _serving(args, model_config, config, device_bytes, on_gpu=on_gpu)
         plan = plan_for(
             model_config,
             config,
@@ -61,11 +63,14 @@ def _plan(args: argparse.Namespace, config: PluginConfig, device_bytes: int) -> 
     return serving, plan
 
 
-def _serving(args: argparse.Namespace, model_config: Any, config: PluginConfig, device_bytes: int) -> Serving:
+def _serving(
+    args: argparse.Namespace, model_config: Any, config: PluginConfig, device_bytes: int, *, on_gpu: bool
+) -> Serving:
     slots, tokens = next((slots, tokens) for gib, slots, tokens in DEFAULTS if device_bytes >= gib * GIB)
     return Serving(
         args.max_num_seqs or slots,
         model_config.max_model_len,
         args.max_num_batched_tokens or tokens,
         config.max_top_k,
+        on_gpu=on_gpu,
     )

@@ -27,6 +27,7 @@ def run_model_runner_v2() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a spawned engine would have none of the below
     _name_a_triton_backend_for_cpus()
     _let_masks_be_integers()
+    _multiply_bfloat16()
     _look_up_builtins_once()
     _be_silent_about_infinities()
     _truncate_without_triton()
@@ -62,6 +63,22 @@ def _let_masks_be_integers() -> None:
 
     InterpreterBuilder.create_masked_load = load_masked
     InterpreterBuilder.create_masked_store = store_masked
+
+
+def _multiply_bfloat16() -> None:
+    """Triton's interpreter holds bfloat16 as integers, and multiplies matrices of them as such."""
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot = InterpreterBuilder.create_dot
+
+    def dot_of_numbers(builder: Any, left: Any, right: Any, *more: Any) -> Any:
+        numbers = (
+            builder.cast_impl(each, float32) if each.dtype.scalar == bfloat16 else each for each in (left, right)
+        )
+        return dot(builder, *numbers, *more)
+
+    InterpreterBuilder.create_dot = dot_of_numbers
 
 
 def _look_up_builtins_once() -> None:

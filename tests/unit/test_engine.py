@@ -9,7 +9,7 @@ from torch import Tensor
 from engine_histories import EXACT, Histories, acquire, value_logits
 from hf_oracle import CONFIGS, POSITIONS, VOCABULARY, make_value_model, plain_value_logits
 from qtilt.engine import ValueEngine
-from qtilt.forwards.attention import attend_prefix, attend_prefix_plainly
+from qtilt.forwards.attention import attend_prefix
 
 
 @pytest.fixture(params=["q", "v"])
@@ -197,11 +197,6 @@ def test_two_models_that_share_a_small_cache_drop_each_others_histories(type: st
         new.check(*theirs)
         for slot in ours:
             old.grow(slot, 1)
-
-
-def test_the_attention_of_devices_without_a_kernel_is_exact_too(type: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("qtilt.forwards.packed_attention.attend_prefix", attend_prefix_plainly)
-    Histories(make_value_model("llama-gqa", type)).wander(steps=15)
 
 
 @pytest.mark.parametrize("together", [1, 2])

@@ -24,8 +24,7 @@ from hf_oracle import CONFIGS, POSITIONS, SIZES, VOCABULARY, make_backbone, make
 from qtilt.distributions import Bernoulli
 from qtilt.engine import ValueEngine
 from qtilt.engine.cache import KVCache
-from qtilt.forwards import attention
-from qtilt.forwards.attention import attend_prefix, attend_prefix_plainly, merge_own_
+from qtilt.forwards.attention import attend_prefix, merge_own_
 from qtilt.forwards.memory import PAGE_TOKENS, CacheGeometry
 from qtilt.forwards.probe import measure_geometry
 from qtilt.value_model import ValueModel
@@ -48,56 +47,17 @@ def prefix_inputs(query_size: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-@pytest.mark.parametrize("most_scores", [1, attention.MOST_SCORES])
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("attend", [attend_prefix, attend_prefix_plainly])
-def test_attention_over_a_prefix_is_the_softmax_over_its_visible_positions(
-    attend, dtype: torch.dtype, most_scores: int, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(attention, "MOST_SCORES", most_scores)
+def test_attention_over_a_prefix_is_the_softmax_over_its_visible_positions(dtype: torch.dtype):
     # Scores of about 30: in half precision they would be rounded by more than the weights may be.
     query, keys, values, mask = (tensor.to(dtype) for tensor in prefix_inputs(query_size=40))
-    out, lse = attend(query, keys, values, mask, SCALING)
+    out, lse = attend_prefix(query, keys, values, mask, SCALING)
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
     for row, length in enumerate(LENGTHS_W.tolist()):
         scores = query[row].double() @ keys[row, :, :length].double().mT * SCALING
         torch.testing.assert_close(lse[row].double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
         expected = scores.softmax(-1) @ values[row, :, :length].double()
         torch.testing.assert_close(out[row].double(), expected, atol=ROUNDING[dtype], rtol=ROUNDING[dtype])
-
-
-def test_plain_attention_without_a_mask_sees_every_position():
-    query, keys, values, _ = prefix_inputs()
-    expected = attend_prefix(query, keys, values, None, SCALING)
-    for got, wanted in zip(attend_prefix_plainly(query, keys, values, None, SCALING), expected, strict=True):
-        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
-
-
-class LargestScores(TorchDispatchMode):
-    """The most elements of a tensor with ``positions`` in its last dimension that torch made."""
-
-    def __init__(self, positions: int) -> None:
-        super().__init__()
-        self.positions = positions
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.shape[-1:] == (self.positions,):
-            self.largest = max(self.largest, result.numel())
-        return result
-
-
-@pytest.mark.parametrize(("rows_at_once", "queries"), [(1, 10), (2, 10), (3, 10), (2, SIZE // 2)])
-def test_plain_attention_holds_no_more_scores_than_it_may(
-    rows_at_once: int, queries: int, monkeypatch: pytest.MonkeyPatch
-):
-    query, keys, values, mask = prefix_inputs()
-    of_a_row = KV_HEADS * PREFIX * max(queries, SIZE)
-    monkeypatch.setattr(attention, "MOST_SCORES", rows_at_once * of_a_row)
-    with LargestScores(PREFIX) as scores:
-        attend_prefix_plainly(query[:, :, :queries], keys, values, mask, SCALING)
-    assert scores.largest == rows_at_once * of_a_row
 
 
 @pytest.mark.parametrize("own_size", [1.0, 60.0])

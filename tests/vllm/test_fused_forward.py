@@ -14,7 +14,7 @@ from qtilt.forwards.compiled import library
 from qtilt.forwards.fused import FusedForward, can_fuse
 from qtilt.forwards.probe import check_forward, measure_geometry
 from qtilt.value_model import ValueModel
-from vllm import _custom_ops
+from qtilt.vllm_plugin.kernels import VllmKernels
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def llama3_rope(head_dim: int) -> Any:
 @pytest.mark.parametrize("value_type", ["q", "v"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whatever_happens_between_steps(family: str, value_type: str) -> None:
-    run = Histories(make_value_model(family, value_type), kernels=_custom_ops)
+    run = Histories(make_value_model(family, value_type), kernels=VllmKernels())
     assert run.engine.forward.name == "fused"
     run.wander(steps=25)
 
@@ -57,7 +57,7 @@ def test_rotations_of_any_size_and_kind(head_dim: int) -> None:
     backbone = make_backbone(llama3_rope(head_dim))
     model = ValueModel.from_backbone(backbone, "v", DISTRIBUTIONS["bernoulli"], 0.5).eval()
     torch.nn.init.normal_(model.head.bias)
-    run = Histories(model, kernels=_custom_ops)
+    run = Histories(model, kernels=VllmKernels())
     assert run.engine.forward.name == "fused"
     run.check(*run.start(POSITIONS - 1, 40, 1))
 
@@ -72,15 +72,15 @@ def test_half_precision_is_no_further_from_float32_than_transformers_own_operati
 
     exact = logits(torch.float32)
     plain = (logits(torch.bfloat16) - exact).norm()
-    fused = (logits(torch.bfloat16, kernels=_custom_ops) - exact).norm()
+    fused = (logits(torch.bfloat16, kernels=VllmKernels()) - exact).norm()
     assert 0 < fused < 1.5 * plain
 
 
 def test_other_backbones_run_as_they_are() -> None:
     model = make_value_model("gpt2", "v")
-    assert ValueEngine(model, 1, 8, kernels=_custom_ops).forward.name == "transformers"
+    assert ValueEngine(model, 1, 8, kernels=VllmKernels()).forward.name == "transformers"
     with pytest.raises(ValueError, match=r"GPT2Model can't be fused"):
-        FusedForward(model.backbone, _custom_ops, 8)
+        FusedForward(model.backbone, VllmKernels(), 8)
     for change in ({"hidden_act": "gelu"}, {"hidden_size": 24}):
         config = type(CONFIGS["llama"]).from_dict(CONFIGS["llama"].to_dict() | change)
         assert not can_fuse(make_backbone(config))
@@ -102,20 +102,16 @@ def test_other_backbones_run_as_they_are() -> None:
 def test_a_forward_that_is_not_the_backbones_is_noticed(change: Callable[[Any], None]) -> None:
     backbone, other = make_backbone(CONFIGS["qwen3"]), make_backbone(CONFIGS["qwen3"])
     geometry = measure_geometry(backbone, POSITIONS)
-    check_forward(backbone, FusedForward(other, _custom_ops, POSITIONS), geometry, POSITIONS)
+    check_forward(backbone, FusedForward(other, VllmKernels(), POSITIONS), geometry, POSITIONS)
     change(other.layers[1])
     with pytest.raises(ValueError, match=r"Qwen3Model, run by fused, computes something else .* allowed 1e-03"):
-        check_forward(backbone, FusedForward(other, _custom_ops, POSITIONS), geometry, POSITIONS)
+        check_forward(backbone, FusedForward(other, VllmKernels(), POSITIONS), geometry, POSITIONS)
 
 
-class NoRotation:
+class NoRotation(VllmKernels):
     """vLLM's kernels but one."""
 
-    rms_norm = staticmethod(_custom_ops.rms_norm)
-    fused_add_rms_norm = staticmethod(_custom_ops.fused_add_rms_norm)
-
-    def rotary_embedding(self, *_: Any) -> None:
-        pass
+    rotary_embedding = staticmethod(lambda *_: None)
 
 
 def test_an_engine_refuses_kernels_that_compute_something_else() -> None:
@@ -124,4 +120,4 @@ def test_an_engine_refuses_kernels_that_compute_something_else() -> None:
 
 
 def test_only_tails_come_out_and_of_spans_nothing() -> None:
-    assert_only_tails_come_out(ValueEngine(make_value_model("llama-gqa", "v"), 2, 32, kernels=_custom_ops))
+    assert_only_tails_come_out(ValueEngine(make_value_model("llama-gqa", "v"), 2, 32, kernels=VllmKernels()))

@@ -12,20 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtilt.engine.arrays import IntArray
-from qtilt.forwards.memory import PAGE_TOKENS, CacheGeometry, PageMemory
+from qtilt.forwards.arrays import IntArray
+from qtilt.forwards.memory import PAGE_TOKENS, CacheGeometry, PageMemory, has_one_piece
 
 
 class Pages:
     """Which pages hold which slot's positions.
 
-    With memory for the longest history in every slot (``fraction`` 1) each slot has one page of its own, and its
-    positions lie in one piece. With less, pages of ``PAGE_TOKENS`` go to slots as their histories grow; where a slot
-    has none, it reads from one that is never written. The last slot has a single page, whatever the position.
+    With memory for the longest history in every slot (``fraction`` 1) each slot has one page of its own on a CPU, and
+    its positions lie in one piece. With less, and on GPUs, pages of ``PAGE_TOKENS`` go to slots as their histories
+    grow; where a slot has none, it reads from one that is never written. The last slot has a single page, whatever the
+    position.
     """
 
     def __init__(self, slots: int, max_length: int, fraction: float, device: torch.device) -> None:
-        self.in_one_piece = fraction == 1
+        self.in_one_piece = fraction == 1 and has_one_piece(device)
         self.size = max_length if self.in_one_piece else PAGE_TOKENS
         self.per_slot = math.ceil(max_length / self.size)
         # One history of full length always fits.

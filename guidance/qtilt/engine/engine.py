@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtilt.engine.arrays import BoolArray, Int32Array, IntArray
 from qtilt.engine.cache import KVCache
 from qtilt.engine.prefixes import SharedPrefixes
+from qtilt.forwards.arrays import BoolArray, Int32Array, IntArray
 from qtilt.forwards.choice import choose_forward
 from qtilt.forwards.compiled.llama_forward import CompiledForward, candidate_logits
 from qtilt.forwards.fused import Kernels

@@ -5,7 +5,7 @@ Everything here is on the host: the tokens that a request came with, its prompt 
 
 from collections.abc import Callable
 
-from qtilt.engine.arrays import Int32Array
+from qtilt.forwards.arrays import Int32Array
 
 # Copying fewer tokens isn't worth an operation of its own.
 SHORTEST = 16

@@ -18,9 +18,6 @@ from transformers import AttentionInterface
 
 ATTENTION_NAME = "qtilt_packed"
 
-MOST_SCORES = 2**25
-"""Scores that plain attention holds at once, or elements of the keys they are of: 128 MiB each, in float32."""
-
 
 class AttentionStep(Protocol):
     """What one packed forward does in each attention layer; it reaches the layers as the keyword ``attention_step``."""
@@ -64,44 +61,13 @@ def attend_prefix(
     """Attention of all queries of a row over the same visible positions: output ``[W, G, Q, D]``, lse ``[W, G, Q]``.
 
     ``mask_W11P`` is added to the scores: 0 where visible, −inf elsewhere, one visible position a row at least; None
-    when all are visible. The log-sum-exp is float32.
+    when all are visible. The log-sum-exp is float32. On CPUs only.
     """
-    if query_WGQD.device.type == "cpu":
-        # The public scaled_dot_product_attention drops the log-sum-exp that its own kernel computes.
-        out_WGQD, lse_WGQ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query_WGQD, key_WGPD, value_WGPD, 0.0, False, attn_mask=mask_W11P, scale=scaling
-        )
-        return out_WGQD, lse_WGQ
-    return attend_prefix_plainly(query_WGQD, key_WGPD, value_WGPD, mask_W11P, scaling)
-
-
-def attend_prefix_plainly(
-    query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """:func:`attend_prefix` written out, for devices without a kernel that gives the log-sum-exp under a mask.
-
-    Takes as many rows at once as have ``MOST_SCORES``, one at least, however many there are.
-    """
-    kv_heads, queries, size = query_WGQD.shape[1:]
-    rows = max(MOST_SCORES // (kv_heads * key_WGPD.shape[2] * max(queries, size)), 1)
-    whole = (query_WGQD, key_WGPD, value_WGPD) if mask_W11P is None else (query_WGQD, key_WGPD, value_WGPD, mask_W11P)
-    parts = [_attend_rows(scaling, *part) for part in zip(*(tensor.split(rows) for tensor in whole), strict=True)]
-    if len(parts) == 1:
-        return parts[0]
-    outs_WGQD, lses_WGQ = zip(*parts, strict=True)
-    return torch.cat(outs_WGQD), torch.cat(lses_WGQ)
-
-
-def _attend_rows(
-    scaling: float, query_WGQD: Tensor, key_WGPD: Tensor, value_WGPD: Tensor, mask_W11P: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    # Scores in float32: half precision would round large ones by more than the softmax forgives, or overflow.
-    scores_WGQP = (query_WGQD.float() * scaling) @ key_WGPD.float().transpose(-1, -2)
-    if mask_W11P is not None:
-        scores_WGQP += mask_W11P
-    lse_WGQ = scores_WGQP.logsumexp(-1)
-    weights_WGQP = scores_WGQP.sub_(lse_WGQ.unsqueeze(-1)).exp_().to(value_WGPD.dtype)
-    return weights_WGQP @ value_WGPD, lse_WGQ
+    # The public scaled_dot_product_attention drops the log-sum-exp that its own kernel computes.
+    out_WGQD, lse_WGQ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query_WGQD, key_WGPD, value_WGPD, 0.0, False, attn_mask=mask_W11P, scale=scaling
+    )
+    return out_WGQD, lse_WGQ
 
 
 def attend_span(
@@ -111,10 +77,6 @@ def attend_span(
 
     ``visible_CE`` is None when the tokens are the first of their row (C = E), otherwise True where a token may look.
     """
-    groups = query_1HCD.shape[1] // key_1GED.shape[1]
-    if groups > 1 and query_1HCD.device.type != "cpu":
-        # The CUDA kernels that accept a mask don't accept fewer key heads; torch's fallback holds all scores at once.
-        key_1GED, value_1GED = key_1GED.repeat_interleave(groups, 1), value_1GED.repeat_interleave(groups, 1)
     return scaled_dot_product_attention(
         query_1HCD,
         key_1GED,

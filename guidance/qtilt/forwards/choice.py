@@ -1,5 +1,7 @@
 """What runs a value model: chosen once, when it is loaded."""
 
+from functools import partial
+
 import torch
 from transformers import PreTrainedModel
 
@@ -7,9 +9,11 @@ from qtilt.forwards.compiled import library
 from qtilt.forwards.compiled import tilt as compiled_tilt
 from qtilt.forwards.compiled.llama_forward import CompiledForward, can_compile
 from qtilt.forwards.fused import FusedForward, Kernels, can_fuse
-from qtilt.forwards.interface import Forward
+from qtilt.forwards.interface import AttentionOf, Forward
 from qtilt.forwards.memory import CacheGeometry
 from qtilt.forwards.modules import ModulesForward
+from qtilt.forwards.packed_attention import PackedAttention
+from qtilt.forwards.paged.attention import PagedAttention
 from qtilt.forwards.probe import check_forward
 from qtilt.method import tilt as torch_tilt
 from qtilt.method.tilt import TiltFunctions
@@ -23,16 +27,28 @@ def choose_forward(
 
     Raises ValueError when it computes something else than the backbone does.
     """
+    attention = choose_attention(geometry, kernels)
     positions = min(max_length + 1, backbone.config.get_text_config().max_position_embeddings)
     forward: Forward
     if library.is_loaded() and can_compile(backbone, geometry):
         forward = CompiledForward(backbone, geometry, positions)
     elif kernels is not None and can_fuse(backbone):
-        forward = FusedForward(backbone, kernels, positions)
+        forward = FusedForward(backbone, kernels, positions, attention, together=geometry.device.type != "cpu")
     else:
-        forward = ModulesForward(backbone)
+        forward = ModulesForward(backbone, attention)
     check_forward(backbone, forward, geometry, max_length)
     return forward
+
+
+def choose_attention(geometry: CacheGeometry, kernels: Kernels | None) -> AttentionOf:
+    """On GPUs over pages in place: by FlashAttention, if there is one for such a cache, else by Triton's kernels."""
+    if geometry.device.type == "cpu":
+        return PackedAttention
+    from qtilt.forwards.paged.flash_kernels import FlashKernels
+    from qtilt.forwards.paged.triton_kernels import TritonKernels
+
+    flash = None if kernels is None else kernels.flash_attention(geometry)
+    return partial(PagedAttention, kernels=TritonKernels() if flash is None else FlashKernels(flash))
 
 
 def choose_tilt(device: torch.device) -> TiltFunctions:

@@ -4,16 +4,21 @@ Shapes: ``T`` packed tokens (see packing.py), ``H`` query heads and ``G`` key/va
 that are normalised together, ``P`` positions.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
 from qtilt.forwards.cpu_linear import linear
+from qtilt.forwards.interface import AttentionOf, StepAttention
+from qtilt.forwards.memory import CacheGeometry
 from qtilt.forwards.packed_attention import PackedAttention
 from qtilt.forwards.packing import PackedStep
+from qtilt.forwards.paged.kernels import FlashAttention
 
 FUSED = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
 """The classes of transformers that compute what :class:`FusedForward` does.
@@ -27,7 +32,7 @@ NORM_MULTIPLE = 16
 
 
 class Kernels(Protocol):
-    """What vLLM brings along for CPUs and GPUs (``vllm._custom_ops``). All write in place."""
+    """What vLLM brings along for CPUs and GPUs. All but the last write in place."""
 
     def rms_norm(self, out_Tn: Tensor, hidden_Tn: Tensor, weight: Tensor, epsilon: float, /) -> None:
         """Write what is normalised to ``out_Tn``."""
@@ -40,45 +45,74 @@ class Kernels(Protocol):
     ) -> None:
         """Turn ``query [T, H·D]`` and ``key [T, G·D]``; the table has cosines, then sines, of half a head each."""
 
+    def silu_and_mul(self, out_TI: Tensor, gate_up: Tensor, /) -> None:
+        """Of ``gate_up [T, 2·I]`` write silu of the first half, times the second."""
+
+    def flash_attention(self, geometry: CacheGeometry) -> FlashAttention | None:
+        """Over pages of such a cache, on a GPU; None if there is none for it."""
+
 
 class FusedForward:
     """See :class:`qtilt.forwards.interface.Forward`. Runs on the backbone's own weights.
 
-    positions: how many the rotation is tabulated for. Raises ValueError for a backbone that isn't of this kind.
+    positions: how many the rotation is tabulated for. together: lay weights that multiply the same numbers side by side
+    in memory, for one product each; on CPUs that is slower. Raises ValueError for a backbone that isn't of this kind.
     """
 
     name: ClassVar[str] = "fused"
 
-    def __init__(self, backbone: PreTrainedModel, kernels: Kernels, positions: int) -> None:
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        kernels: Kernels,
+        positions: int,
+        attention: AttentionOf = PackedAttention,
+        *,
+        together: bool = False,
+    ) -> None:
         if not can_fuse(backbone):
             raise ValueError(f"{type(backbone).__name__} can't be fused: see can_fuse")
         self._backbone = cast(Any, backbone)  # no class has what the four have in common
-        self._kernels = kernels
+        self._kernels, self._attention = kernels, attention
         self._rotation_PD = rotation_table(backbone, positions)
+        products = Together if together else Apart
+        self._layers = [
+            (
+                layer,
+                products(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                products(layer.mlp.gate_proj, layer.mlp.up_proj),
+            )
+            for layer in self._backbone.layers
+        ]
 
     def __call__(self, step: PackedStep) -> Tensor:
-        attention, position_ids_T = PackedAttention(step), step.position_ids_T
+        attention, position_ids_T = self._attention(step), step.position_ids_T
         hidden: Tensor = self._backbone.embed_tokens(step.input_ids_T)
         residual = torch.zeros_like(hidden)
-        for layer in self._backbone.layers:
+        for layer, query_key_value, gate_up in self._layers:
             self._add_and_norm(hidden, residual, layer.input_layernorm)
             is_last = layer is self._backbone.layers[-1]
-            hidden = self._attend(layer.self_attn, hidden, position_ids_T, attention, tails_only=is_last)
+            packed = query_key_value(hidden)
+            hidden = self._attend(layer.self_attn, packed, position_ids_T, attention, tails_only=is_last)
             if is_last:
                 residual = residual[step.span_tokens :]
                 if step.last is None:
                     return residual
             self._add_and_norm(hidden, residual, layer.post_attention_layernorm)
-            gate = silu(linear(layer.mlp.gate_proj, hidden))
-            hidden = linear(layer.mlp.down_proj, gate.mul_(linear(layer.mlp.up_proj, hidden)))
+            hidden = linear(layer.mlp.down_proj, gate_up.gated(hidden, self._kernels))
         self._add_and_norm(hidden, residual, self._backbone.norm)
         return hidden
 
     def _attend(
-        self, layer: Any, hidden: Tensor, position_ids_T: Tensor, attention: PackedAttention, *, tails_only: bool
+        self,
+        layer: Any,
+        packed: Sequence[Tensor],
+        position_ids_T: Tensor,
+        attention: StepAttention,
+        *,
+        tails_only: bool,
     ) -> Tensor:
-        query, key = linear(layer.q_proj, hidden), linear(layer.k_proj, hidden)
-        value = linear(layer.v_proj, hidden)
+        query, key, value = packed
         if hasattr(layer, "q_norm"):
             query, key = self._norm_heads(query, layer.q_norm), self._norm_heads(key, layer.k_norm)
         self._kernels.rotary_embedding(position_ids_T, query, key, layer.head_dim, self._rotation_PD, True)
@@ -93,10 +127,56 @@ class FusedForward:
 
     def _norm_heads(self, packed: Tensor, norm: Any) -> Tensor:
         """Each head by itself."""
-        heads = packed.view(-1, len(norm.weight))
+        heads = packed.reshape(-1, len(norm.weight))
         out = torch.empty_like(heads)
         self._kernels.rms_norm(out, heads, norm.weight, norm.variance_epsilon)
         return out.view_as(packed)
+
+
+class Apart:
+    """Linear layers of the same input, a product each."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        self._layers = layers
+
+    def __call__(self, hidden: Tensor) -> Sequence[Tensor]:
+        return [linear(layer, hidden) for layer in self._layers]
+
+    def gated(self, hidden: Tensor, kernels: Kernels) -> Tensor:
+        """Of two layers: silu of the first's output, times the second's."""
+        gate, up = self(hidden)
+        return silu(gate).mul_(up)
+
+
+class Together:
+    """Linear layers of the same input, one product: the layers' weights, and biases, become views of ours."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        self._sizes = [layer.out_features for layer in layers]
+        self._weight = torch.cat([layer.weight.detach() for layer in layers])
+        self._bias: Tensor | None = None
+        for layer, weight in zip(layers, self._weight.split(self._sizes), strict=True):
+            layer.weight.data = weight
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        if biases:
+            assert len(biases) == len(layers), "can_fuse knows no backbone that has some of them only"
+            self._bias = torch.cat([bias.detach() for bias in biases])
+            for layer, bias in zip(layers, self._bias.split(self._sizes), strict=True):
+                layer.bias.data = bias
+
+    def __call__(self, hidden: Tensor) -> Sequence[Tensor]:
+        parts: Sequence[Tensor] = self._product(hidden).split(self._sizes, dim=-1)
+        return parts
+
+    def gated(self, hidden: Tensor, kernels: Kernels) -> Tensor:
+        """See :class:`Apart`."""
+        both = self._product(hidden)
+        out = both.new_empty(len(both), self._sizes[0])
+        kernels.silu_and_mul(out, both)
+        return out
+
+    def _product(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden, self._weight, self._bias)
 
 
 def rotation_table(backbone: PreTrainedModel, positions: int) -> Tensor:

@@ -1,10 +1,35 @@
 """What runs a value model's backbone. Each way is a file beside this one; choice.py takes the best that there is."""
 
-from typing import ClassVar, Protocol
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtilt.forwards.packing import PackedStep
+
+
+class StepAttention(Protocol):
+    """What attention layers do in one packed forward, of transformers' models and of others."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        extras: dict[str, Any],
+        *,
+        tails_only: bool = False,
+    ) -> Tensor:
+        """Cache the histories' new keys and values, then attend: ``[1, T, H, D]``.
+
+        See :class:`qtilt.forwards.attention.AttentionStep`. tails_only: spans are cached, and nobody wants their own
+        states: ``[1, B·R, H, D]``.
+        """
+
+
+AttentionOf = Callable[[PackedStep], StepAttention]
 
 
 class Forward(Protocol):

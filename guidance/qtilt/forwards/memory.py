@@ -16,6 +16,11 @@ PAGE_TOKENS = 32
 """Positions of a page where a slot has many."""
 
 
+def has_one_piece(device: torch.device) -> bool:
+    """Whether a slot may be one piece of memory. CPUs read it faster; the kernels of GPUs are made for pages."""
+    return device.type == "cpu"
+
+
 @dataclass(frozen=True, slots=True)
 class CacheGeometry:
     """What two models must agree on to share a cache."""

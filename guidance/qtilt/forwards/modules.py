@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from qtilt.forwards.attention import ATTENTION_NAME, register_attention
 from qtilt.forwards.cpu_linear import onednn_linears, slow_linears
+from qtilt.forwards.interface import AttentionOf
 from qtilt.forwards.packed_attention import PackedAttention
 from qtilt.forwards.packing import PackedStep
 
@@ -19,9 +20,9 @@ class ModulesForward:
 
     name: ClassVar[str] = "transformers"
 
-    def __init__(self, backbone: PreTrainedModel) -> None:
+    def __init__(self, backbone: PreTrainedModel, attention: AttentionOf = PackedAttention) -> None:
         register_attention()
-        self._backbone = backbone
+        self._backbone, self._attention = backbone, attention
         self._slow_linears = slow_linears(backbone)
         # A mask of four dimensions is passed through untouched: no mask is built and, in GPT-2, no ids are compared
         # with the padding token on the device.
@@ -34,7 +35,7 @@ class ModulesForward:
                 position_ids=step.position_ids_T.unsqueeze(0),
                 attention_mask=self._any_mask,
                 use_cache=False,
-                attention_step=PackedAttention(step),
+                attention_step=self._attention(step),
             )
         return outputs.last_hidden_state[0, step.span_tokens :]  # type: ignore[no-any-return]
 

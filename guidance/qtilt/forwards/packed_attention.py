@@ -1,4 +1,4 @@
-"""Attention of packed, ragged rows over a memory in pages: what transformers and fused forwards do in each layer.
+"""Attention of packed, ragged rows on CPUs: what transformers and fused forwards do there in each layer.
 
 Shapes: ``T`` packed tokens (see packing.py), ``C`` tokens of a span that ends at position ``E``, ``B`` rows with
 ``R = 1 + K`` tail tokens each; ``W`` rows of one attention call, ``P`` cached positions it reads; ``H`` query heads,
@@ -36,7 +36,7 @@ class TailRows:
 
 
 class PackedAttention:
-    """What attention layers do in one packed forward: see :class:`AttentionStep`."""
+    """See :class:`qtilt.forwards.interface.StepAttention`."""
 
     def __init__(self, step: PackedStep) -> None:
         device = step.memory.geometry.device
@@ -55,10 +55,6 @@ class PackedAttention:
         *,
         tails_only: bool = False,
     ) -> Tensor:
-        """Cache the histories' new keys and values, then attend: ``[1, T, H, D]``. See :class:`AttentionStep`.
-
-        tails_only: spans are cached, and nobody wants their own states: ``[1, B·R, H, D]``.
-        """
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         query_THD, key_TGD, value_TGD = (packed[0].transpose(0, 1) for packed in (query, key, value))
         outs, first = [query_THD[:0]], 0  # with tails_only and no tails, that is all
@@ -131,13 +127,13 @@ def _visible(span: Span, device: torch.device) -> Tensor | None:
 def _tail_rows(memory: PageMemory, last: LastTokens) -> list[TailRows]:
     """How the tails are divided into attention calls.
 
-    On CPUs copying keys costs more than attending to them, so rows are taken together only where their slots are
-    neighbours and their lengths similar, and the cache is read in place. Elsewhere, and where slots are in many pages,
-    a call reads a copy, of all rows if that isn't too much memory.
+    Copying keys costs more than attending to them, so rows are taken together only where their slots are neighbours and
+    their lengths similar, and the cache is read in place. Where slots are in many pages a call reads a copy, of all
+    rows if that isn't too much memory.
     """
     lengths_B = last.positions_B + 1
     elements = memory.geometry.kv_heads * memory.geometry.head_size
-    if memory.geometry.device.type != "cpu" or not memory.in_one_piece:
+    if not memory.in_one_piece:
         together = max(COPIED_ELEMENTS // (elements * last.longest), 1)
         parts = [slice(first, first + together) for first in range(0, len(lengths_B), together)]
         mask_B11P = prefix_mask(lengths_B, last.longest, memory)

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qtilt.forwards.attention import ATTENTION_NAME, attend_span, register_attention
 from qtilt.forwards.interface import Forward
-from qtilt.forwards.memory import PAGE_TOKENS, CacheGeometry, PageMemory
+from qtilt.forwards.memory import PAGE_TOKENS, CacheGeometry, PageMemory, has_one_piece
 from qtilt.forwards.modules import attention_of
 from qtilt.forwards.packing import LastTokens, Span, pack
 
@@ -112,10 +112,11 @@ def check_forward(backbone: PreTrainedModel, forward: Forward, geometry: CacheGe
 
 
 def _memories(geometry: CacheGeometry, lengths: Sequence[int]) -> Iterator[PageMemory]:
-    """Room for histories of these lengths: in one piece, and in pages that lie in another order than the positions."""
+    """Room for histories of these lengths: in one piece, if that may be, and in pages that aren't in order."""
     slots, longest = len(lengths), max(lengths)
-    table_S1 = torch.arange(slots + 1, device=geometry.device).unsqueeze(1)
-    yield PageMemory(geometry, slots + 1, longest, table_S1, in_one_piece=True)
+    if has_one_piece(geometry.device):
+        table_S1 = torch.arange(slots + 1, device=geometry.device).unsqueeze(1)
+        yield PageMemory(geometry, slots + 1, longest, table_S1, in_one_piece=True)
     pages = math.ceil(longest / PAGE_TOKENS)
     table_SM = torch.arange((slots + 1) * pages, device=geometry.device).flip(0).view(slots + 1, pages)
     yield PageMemory(geometry, table_SM.numel(), PAGE_TOKENS, table_SM, in_one_piece=False)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtilt.engine.arrays import BoolArray, IntArray, copy_to_device
+from qtilt.forwards.arrays import BoolArray, IntArray, copy_to_device
 from qtilt.forwards.packing import LastTokens, Span
 from qtilt.method.params import GuidanceParams
 from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, PreTrainedConfig
 
-from qtilt.forwards.attention import MOST_SCORES
 from qtilt.forwards.memory import PAGE_TOKENS, CacheGeometry
+from qtilt.forwards.packed_attention import COPIED_ELEMENTS
 from qtilt.method.distributions import Bernoulli, ReturnDistribution
 from qtilt.model.backbone import first_layers, read_config
 from qtilt.model.checkpoint import BACKBONE_DIRECTORY, MANIFEST_FILE, read_manifest
@@ -27,8 +27,8 @@ RECORD_BYTES = 28
 """What was measured, of each position of each slot: see records.py."""
 VOCABULARY_COPIES = 6
 """How many copies of a step's logits the tilt holds at once, in float32."""
-ATTENTION_BYTES = 5 * 4 * MOST_SCORES
-"""What the attention of rows takes at once: scores and copies of keys and values, see forwards/attention.py."""
+COPIED_BYTES = 2 * 4 * COPIED_ELEMENTS
+"""What the attention of rows copies at once where they have pages, on CPUs: see forwards/packed_attention.py."""
 
 
 class PlanError(ValueError):
@@ -53,6 +53,7 @@ class ModelSize:
 class Serving:
     """What is served at most: ``slots`` requests of up to ``max_length`` tokens, ``batched_tokens`` of them in a step,
     guided with up to ``max_top_k`` candidates. drafts: of each request in a step, if there is speculative decoding.
+    on_gpu: value caches then always have pages, which are read in place.
     """
 
     slots: int
@@ -60,6 +61,7 @@ class Serving:
     batched_tokens: int
     max_top_k: int
     drafts: int = 0
+    on_gpu: bool = False
 
     @property
     def rows(self) -> int:
@@ -82,11 +84,14 @@ class Serving:
 
     def cache_positions(self, pages: int) -> int:
         """How many positions are allocated for so many: with all of them a slot is one piece, and one is a scratch."""
-        return (self.slots + 1) * self.max_length if pages == self.all_pages else (pages + 2) * PAGE_TOKENS
+        return (self.slots + 1) * self.max_length if self._in_one_piece(pages) else (pages + 2) * PAGE_TOKENS
 
     def tokens(self, pages: int) -> int:
         """How many tokens so many pages hold."""
-        return self.slots * self.max_length if pages == self.all_pages else pages * PAGE_TOKENS
+        return self.slots * self.max_length if self._in_one_piece(pages) else pages * PAGE_TOKENS
+
+    def _in_one_piece(self, pages: int) -> bool:
+        return pages == self.all_pages and not self.on_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +170,7 @@ def plan_memory(
         "records": (serving.slots + 1) * serving.max_length * RECORD_BYTES,
         "step_activations": (serving.batched_tokens + serving.rows * (1 + serving.max_top_k)) * value.activations
         + VOCABULARY_COPIES * serving.rows * reference.vocabulary * 4
-        + ATTENTION_BYTES,
+        + (0 if serving.on_gpu else COPIED_BYTES),
     }
     left = budget - sum(fixed.values())
     if value_tokens is None:

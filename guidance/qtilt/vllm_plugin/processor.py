@@ -25,6 +25,7 @@ from qtilt.vllm_plugin.compatibility import Reference
 from qtilt.vllm_plugin.config import PluginConfig
 from qtilt.vllm_plugin.failure import of_exception
 from qtilt.vllm_plugin.guided import GuidedBatch, GuidedRequest
+from qtilt.vllm_plugin.kernels import VllmKernels
 from qtilt.vllm_plugin.plan import VERSIONS, MemoryPlan
 from qtilt.vllm_plugin.records import Records, Stay
 from qtilt.vllm_plugin.reserve import Reserve
@@ -35,7 +36,6 @@ from qtilt.vllm_plugin.v1.interface import V1Interface, v1_requests
 from qtilt.vllm_plugin.v2.interface import V2Interface
 from qtilt.vllm_plugin.v2.requests import V2Requests, step_rows
 from qtilt.vllm_plugin.versions import EngineSettings, Residents
-from vllm import _custom_ops
 
 logger = logging.getLogger("vllm.qtilt.processor")  # vLLM configures the loggers below its own name only
 
@@ -201,7 +201,7 @@ def _engine_settings(
         device=requests.device,
         max_new_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         kv_fraction=kv_fraction,
-        kernels=_custom_ops,
+        kernels=VllmKernels(),
         served=[vllm_config.model_config.model],
     )
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtilt.engine.arrays import IntArray
+from qtilt.forwards.arrays import IntArray
 from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers
 from qtilt.vllm_plugin.runner import Requests
 

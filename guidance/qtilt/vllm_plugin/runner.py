@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qtilt.engine.arrays import Int32Array, IntArray
+from qtilt.forwards.arrays import Int32Array, IntArray
 
 
 class Requests(Protocol):

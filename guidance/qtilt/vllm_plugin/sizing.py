@@ -121,6 +121,7 @@ def serving_of(vllm_config: VllmConfig, config: PluginConfig) -> Serving:
         scheduler.max_num_batched_tokens,
         config.max_top_k,
         drafts=speculative.num_speculative_tokens if speculative is not None else 0,
+        on_gpu=vllm_config.device_config.device_type == "cuda",
     )
 
 

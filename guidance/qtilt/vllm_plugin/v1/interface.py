@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from qtilt.engine.arrays import IntArray
+from qtilt.forwards.arrays import IntArray
 from qtilt.method.params import asks_for_guidance
 from qtilt.vllm_plugin.guided import GuidedBatch
 from qtilt.vllm_plugin.runner import StepRows, TakesRequests

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtilt.engine.arrays import Int32Array, IntArray, copy_to_device
+from qtilt.forwards.arrays import Int32Array, IntArray, copy_to_device
 from qtilt.vllm_plugin.runner import StepRows
 
 

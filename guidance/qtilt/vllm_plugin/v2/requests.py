@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from qtilt.engine.arrays import Int32Array
+from qtilt.forwards.arrays import Int32Array
 from qtilt.vllm_plugin.runner import StepRows
 
 if TYPE_CHECKING:

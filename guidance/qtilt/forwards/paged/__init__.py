@@ -1,0 +1,1 @@
+"""Attention that reads pages where they lie: what GPUs run."""

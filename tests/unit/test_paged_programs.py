@@ -1,0 +1,82 @@
+"""What Triton makes of our kernels for GPUs, compiled without one: their numbers are tested in tests/vllm_v2."""
+
+import re
+import subprocess
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qtilt.forwards.paged import programs
+from qtilt.forwards.paged.kernels import LayerPages
+from qtilt.forwards.paged.triton_kernels import WARPS, attention_blocks
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+SHARED_BYTES = 99 * 1024
+"""Of the cards that have least: consumer ones, A10, L4."""
+KV_HEADS = 8
+
+
+def compiled(program: Any, constants: Mapping[str, Any], dtype: torch.dtype, capability: int) -> Any:
+    """For an NVIDIA card of this compute capability."""
+    types = {"scaling": "fp32", "tail": "i32", "lses": "*fp32"} | dict.fromkeys(
+        ("pages_of_rows", "lengths", "starts"), "*i32"
+    )
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32" if "stride" in name else TYPES[dtype])
+        for name in program.arg_names
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Triton announces other defaults of its options
+        return triton.compile(
+            ASTSource(program, signature, constants),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": WARPS},
+        )
+
+
+def stack_bytes(kernel: Any, directory: Path) -> int:
+    """What of a program's numbers doesn't find registers, by NVIDIA's own tool."""
+    (directory / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", directory / "kernel.cubin"], capture_output=True, text=True, check=True)
+    (stack,) = re.findall(r"STACK:(\d+)", usage.stdout)
+    return int(stack)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "group", "tokens"),
+    [
+        (torch.float32, 64, 3, 21),
+        (torch.float32, 256, 8, 21),
+        (torch.bfloat16, 64, 4, 1),
+        (torch.bfloat16, 128, 4, 65),
+        (torch.float16, 80, 1, 21),
+    ],
+)
+def test_attention_fits_a_gpu(
+    dtype: torch.dtype, head_size: int, group: int, tokens: int, capability: int, tmp_path: Path
+) -> None:
+    query_XHD = torch.empty(tokens, KV_HEADS * group, head_size, dtype=dtype)
+    pages = LayerPages(*(torch.empty(1, KV_HEADS, 32, head_size, dtype=dtype) for _ in range(2)))
+    for tails in (False, True):
+        constants = {**attention_blocks(query_XHD, pages, tokens), "TAILS": tails}
+        kernel = compiled(programs.attend, constants, dtype, capability)
+        assert kernel.metadata.shared <= SHARED_BYTES
+        assert stack_bytes(kernel, tmp_path) <= 64
+
+
+@pytest.mark.parametrize("only_numbers", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_stores_and_merges_compiles(dtype: torch.dtype, only_numbers: bool) -> None:
+    sizes = {"KV_HEADS": KV_HEADS, "SIZE": 80}
+    stores = {"PAGE": 32, "BLOCK": 1024, "TAILS": only_numbers, "ONLY_NUMBERS": only_numbers}
+    compiled(programs.store, sizes | stores, dtype, 90)
+    compiled(programs.merge_own, sizes | {"GROUP": 3, "BLOCK_G": 4, "BLOCK_D": 128}, dtype, 90)

@@ -1,0 +1,299 @@
+"""Attention over pages in place, as GPUs run it: Triton's interpreter runs our kernels here."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine_histories import EXACT, Histories, acquire, assert_only_tails_come_out, value_logits
+from hf_oracle import CONFIGS, DISTRIBUTIONS, POSITIONS, make_backbone, make_value_model, plain_value_logits
+from qtilt.engine import ValueEngine, cache
+from qtilt.forwards import choice, probe
+from qtilt.forwards.compiled import library
+from qtilt.forwards.fused import FusedForward
+from qtilt.forwards.interface import AttentionOf
+from qtilt.forwards.memory import CacheGeometry, PageMemory
+from qtilt.forwards.packed_attention import PackedAttention
+from qtilt.forwards.packing import LastTokens, Span, pack
+from qtilt.forwards.paged import programs
+from qtilt.forwards.paged.attention import PagedAttention
+from qtilt.forwards.paged.flash_kernels import FlashKernels
+from qtilt.forwards.paged.kernels import PagedKernels
+from qtilt.forwards.paged.triton_kernels import TritonKernels
+from qtilt.value_model import ValueModel
+from qtilt.vllm_plugin.kernels import VllmKernels
+
+SCALING = 0.3
+
+
+def flash_attention(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    max_seqlen_q: int,
+    cu_seqlens_q: Tensor,
+    max_seqlen_k: int,
+    seqused_k: Tensor,
+    block_table: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    return_softmax_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Stands in for FlashAttention's kernel, as its documentation has it; it also reads what is idle in a last page."""
+    assert return_softmax_lse
+    assert {cu_seqlens_q.dtype, seqused_k.dtype, block_table.dtype} == {torch.int32}
+    assert k.shape[1] % 16 == 0
+    assert {tensor.stride(-1) for tensor in (q, k, v, out)} == {1}
+    counts = cu_seqlens_q.diff()
+    assert int(counts.max()) <= max_seqlen_q
+    assert int(seqused_k.max()) <= max_seqlen_k <= block_table.shape[1] * k.shape[1]
+    lse = q.new_full(q.shape[1::-1], torch.nan, dtype=torch.float32)
+    rows = zip(cu_seqlens_q[:-1].tolist(), counts.tolist(), seqused_k.tolist(), strict=True)
+    for row, (first, count, length) in enumerate(rows):
+        pages = block_table[row, : -(-length // k.shape[1])]
+        keys, values = (cache[pages].flatten(0, 1).repeat_interleave(q.shape[1] // k.shape[2], 1) for cache in (k, v))
+        hidden = torch.arange(len(keys)) >= length
+        if causal:
+            hidden = torch.arange(len(keys)) > torch.arange(length - count, length)[:, None]
+        scores = torch.einsum("qhd,khd->hqk", q[first : first + count].float(), keys.float()) * softmax_scale
+        scores = scores.masked_fill(hidden, -torch.inf)
+        lse[:, first : first + count] = scores.logsumexp(-1)
+        out[first : first + count] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.float()).to(out.dtype)
+    return out, lse
+
+
+KERNELS: dict[str, PagedKernels] = {"triton": TritonKernels(), "flash": FlashKernels(flash_attention)}
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PagedKernels:
+    """What every engine of the test attends with."""
+    use(KERNELS[request.param], monkeypatch)
+    return KERNELS[request.param]
+
+
+def use(kernels: PagedKernels, patch: pytest.MonkeyPatch) -> None:
+    """Have every engine run transformers' modules, or vLLM's kernels, with attention by these, as on a GPU."""
+    patch.setattr(library, "_loaded", [])
+    for module in (cache, probe):
+        patch.setattr(module, "has_one_piece", lambda _: False)
+    patch.setattr(choice, "choose_attention", lambda *_: partial(PagedAttention, kernels=kernels))
+
+
+def exact_attention(
+    query_CHD: Tensor, keys_EGD: Tensor, values_EGD: Tensor, visible: Sequence[Sequence[int]]
+) -> Tensor:
+    """One query after the other, over the positions that it sees, in float64."""
+    group = query_CHD.shape[1] // keys_EGD.shape[1]
+    keys_EHD, values_EHD = (each.double().repeat_interleave(group, 1) for each in (keys_EGD, values_EGD))
+    outs = []
+    for query_HD, seen in zip(query_CHD.double(), visible, strict=True):
+        weights_HE = torch.einsum("hd,ehd->he", query_HD * SCALING, keys_EHD[seen]).softmax(-1)
+        outs.append(torch.einsum("he,ehd->hd", weights_HE, values_EHD[seen]))
+    return torch.stack(outs)
+
+
+class Layer:
+    """Of a backbone, as far as attention asks."""
+
+    layer_idx = 1
+
+
+@pytest.mark.parametrize("tails_only", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 5e-5), (torch.bfloat16, 2**-6), (torch.float16, 2**-9)]
+)
+@pytest.mark.parametrize(("head_size", "kv_heads", "group"), [(16, 2, 4), (24, 1, 3), (80, 3, 1)])
+def test_attention_is_the_softmax_over_what_each_token_sees(
+    kernels: PagedKernels,
+    head_size: int,
+    kv_heads: int,
+    group: int,
+    dtype: torch.dtype,
+    rounding: float,
+    tails_only: bool,
+) -> None:
+    torch.manual_seed(0)
+    geometry = CacheGeometry(2, kv_heads, head_size, dtype, torch.device("cpu"))
+    table_SM = torch.randperm(15).view(5, 3)
+    memory = PageMemory(geometry, 15, 32, table_SM, in_one_piece=False)
+    for content_LNGPD in memory.content:
+        content_LNGPD.normal_()
+    pages_S = table_SM.tolist()
+
+    def cached(slot: int, length: int) -> list[Tensor]:
+        return [
+            torch.cat([content_LNGPD[1, page].transpose(0, 1) for page in pages_S[slot]])[:length]
+            for content_LNGPD in memory.content
+        ]
+
+    spans = [Span(0, 30, torch.arange(40)), Span(3, 0, torch.arange(5))]
+    lengths, tail = [71, 33, 1], 3
+    last = LastTokens(torch.tensor([0, 2, 1]), torch.tensor(lengths) - 1, torch.tensor([1, 2, 3]), 71)
+    step = pack(memory, spans, last, torch.ones(3, tail - 1, dtype=torch.long))
+    tokens = len(step.input_ids_T)
+    # Parts of one product, as a forward has them.
+    packed = 3 * torch.randn(1, tokens, (group + 2) * kv_heads, head_size).to(dtype).transpose(1, 2)
+    query, key, value = packed.split([group * kv_heads, kv_heads, kv_heads], 1)
+    attention = PagedAttention(step, kernels)
+    got_1THD = attention.attend(Layer(), query, key, value, SCALING, {}, tails_only=tails_only)  # type: ignore[arg-type]
+    query_THD, key_TGD, value_TGD = (each[0].transpose(0, 1) for each in (query, key, value))
+    expected, first = [], 0
+    for span in spans:
+        part = slice(first, first + len(span.token_ids_C))
+        first = part.stop
+        keys, values = cached(span.slot, span.end)
+        assert torch.equal(keys[span.start :], key_TGD[part])
+        assert torch.equal(values[span.start :], value_TGD[part])
+        if not tails_only:
+            seen = [range(position + 1) for position in range(span.start, span.end)]
+            expected.append(exact_attention(query_THD[part], keys, values, seen))
+    for slot, length in zip(last.slots_B.tolist(), lengths, strict=True):
+        row = slice(first, first + tail)
+        first = row.stop
+        keys, values = cached(slot, length)
+        assert torch.equal(keys[-1], key_TGD[row][0])
+        keys, values = torch.cat([keys, key_TGD[row][1:]]), torch.cat([values, value_TGD[row][1:]])
+        seen = [range(length), *([*range(length), length + candidate] for candidate in range(tail - 1))]
+        expected.append(exact_attention(query_THD[row], keys, values, seen))
+    assert got_1THD.is_contiguous()
+    torch.testing.assert_close(got_1THD[0].double(), torch.cat(expected), atol=rounding, rtol=rounding)
+
+
+@pytest.mark.parametrize("value_type", ["q", "v"])
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "qwen3", "gpt2"])
+def test_whatever_happens_between_steps(kernels: PagedKernels, family: str, value_type: str) -> None:
+    model = make_value_model(family, value_type)
+    run = Histories(model, kv_fraction=0.3, max_new_tokens=24, kernels=VllmKernels())
+    assert run.engine.forward.name == ("transformers" if family == "gpt2" else "fused")
+    run.wander(steps=10)
+
+
+def test_only_tails_come_out_and_of_spans_nothing(kernels: PagedKernels) -> None:
+    assert_only_tails_come_out(ValueEngine(make_value_model("llama-gqa", "v"), 2, 64))
+
+
+class TooMuch(TritonKernels):
+    """A token more than the history."""
+
+    def attend_tails(self, *args: Any) -> None:
+        *before, rows, scaling = args
+        longer = type(rows)(rows.pages_WM, rows.lengths_W + 1, rows.starts_Y, rows.most_tokens, rows.longest)
+        super().attend_tails(*before, longer, scaling)
+
+
+def test_an_engine_refuses_kernels_that_compute_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(TooMuch(), monkeypatch)
+    with pytest.raises(ValueError, match="LlamaModel, run by transformers, computes something else"):
+        ValueEngine(make_value_model("llama", "v"), 1, 8)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value_type", ["q", "v"])
+def test_a_draft_that_overflows_fails_itself_and_not_the_tokens_before_it(
+    kernels: PagedKernels, value_type: str, broken: float
+) -> None:
+    model = make_value_model("llama-gqa", value_type)
+    good, bad = 3, 7
+    engine = ValueEngine(model, 1, 64)
+    slot = acquire(engine)
+    candidates_BK = torch.tensor([[1, 2]])
+    expected = value_logits(engine, [slot], [[good, good]], candidates_BK)
+    model.backbone.embed_tokens.weight.data[bad] = broken
+    slots_B, positions_B = torch.tensor([slot] * 2), torch.tensor([1, 2])
+    last = LastTokens(slots_B, positions_B, torch.tensor([good, bad]), longest=3, has_drafts=True)
+    got = engine.score(last, candidates_BK.expand(2, -1))
+    torch.testing.assert_close(got[:1], expected)
+    assert got[1].isnan().all()
+    # It hasn't come true: another token takes its place.
+    got = value_logits(engine, [slot], [[good] * 3], candidates_BK)
+    torch.testing.assert_close(got, plain_value_logits(model, [[good] * 3], candidates_BK), **EXACT)
+
+
+@pytest.mark.parametrize("value_type", ["q", "v"])
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "qwen2", "qwen3"])
+def test_weights_side_by_side_give_the_same(family: str, value_type: str) -> None:
+    model = make_value_model(family, value_type)
+    run = Histories(model)
+    run.engine.forward = together(model, PackedAttention)
+    run.wander(steps=10)
+    layer = model.backbone.layers[0]
+    of_one_product = layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+    assert len({each.weight.untyped_storage().data_ptr() for each in of_one_product}) == 1
+
+
+def together(model: ValueModel, attention: AttentionOf) -> FusedForward:
+    """As on a GPU."""
+    return FusedForward(model.backbone, VllmKernels(), POSITIONS, attention, together=True)
+
+
+class Launches(TorchDispatchMode):
+    """How many kernels a GPU would be given: torch's operations, and starts of ours and FlashAttention's."""
+
+    ON_THE_HOST = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::_unsafe_view", "aten::detach")
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._inside = False
+        for name in ("store", "merge_own", "attend"):
+            patch.setattr(programs, name, Started(name, getattr(programs, name), self))
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        name, result = func.name().split(".")[0], func(*args, **(kwargs or {}))
+        is_view = func.is_view and result is args[0] if name == "aten::to" else func.is_view
+        if not (self._inside or is_view or name in self.ON_THE_HOST):
+            self.names.append(name)
+        return result
+
+    def start(self, name: str, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the stand-in, or the interpreter, does for one kernel isn't counted."""
+        self.names.append(name)
+        self._inside = True
+        try:
+            return kernel(*args, **kwargs)
+        finally:
+            self._inside = False
+
+
+@dataclass
+class Started:
+    """A program of Triton's, which tells when it is started."""
+
+    name: str
+    program: Any
+    launches: Launches
+
+    def __getitem__(self, grid: object) -> Callable[..., Any]:
+        return partial(self.launches.start, self.name, self.program[grid])
+
+
+@pytest.mark.parametrize("has_span", [False, True])
+@pytest.mark.parametrize(("value_type", "of_a_layer"), [("q", 10), ("v", 11)])
+@pytest.mark.parametrize("layers", [2, 5])
+def test_how_many_kernels_a_step_starts(
+    layers: int, value_type: str, of_a_layer: int, has_span: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = type(CONFIGS["llama-gqa"]).from_dict(CONFIGS["llama-gqa"].to_dict() | {"num_hidden_layers": layers})
+    model = ValueModel.from_backbone(make_backbone(config), value_type, DISTRIBUTIONS["bernoulli"], 0.5).eval()
+    engine = ValueEngine(model, 4, 64)
+    launches = Launches(monkeypatch)
+    flash = partial(launches.start, "flash", flash_attention)
+    engine.forward = together(model, partial(PagedAttention, kernels=FlashKernels(flash)))
+    monkeypatch.setattr(cache, "has_one_piece", lambda _: False)
+    ids = torch.arange(3)
+    last = LastTokens(ids, ids, ids, longest=3)
+    spans = [Span(3, 0, torch.arange(5))] if has_span else []
+    engine.cache = cache.KVCache(engine.cache.geometry, 4, 64)
+    with launches:
+        engine.score(last, ids.expand(3, 3), spans)
+    more_with_a_span = layers + layers - 1 + 5  # stores, attention but for the last layer, and their layout
+    assert len(launches.names) <= of_a_layer * layers + 25 + has_span * more_with_a_span, launches.names
+    assert launches.names.count("flash") == layers + has_span * (layers - 1)
