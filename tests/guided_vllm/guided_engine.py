@@ -10,6 +10,16 @@ from guided_vllm.served import Served
 from guided_vllm.tiny_models import VALUE_MODELS, make_reference, make_value_model
 from qtilt.vllm_plugin.config import PROCESSOR, WORKER_EXTENSION, PluginConfig
 
+N_GRAM_SPECULATION = {
+    "speculative_config": {
+        "method": "ngram_gpu",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    }
+}
+"""Engine arguments, for Model Runner V2."""
+
 
 def start(
     models: Path,

@@ -15,6 +15,8 @@ ENGINES = {
     "async": "V1, async scheduling",
     "plain": "V2",
     "ngram": "V2, n-gram speculation",
+    "paged": "V2, n-gram speculation, attention of GPUs",
+    "v2-tensor-parallel-2": "V2, tensor parallel 2",
     "tensor-parallel-2": "V1, tensor parallel 2",
 }
 FEATURES = [

@@ -15,17 +15,7 @@ from guided_vllm.served import Served
 from guided_vllm.v2_watcher import Watcher
 from guided_vllm.vllm_on_cpu import allow_async_scheduling
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "ngram": {
-        "speculative_config": {
-            "method": "ngram_gpu",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_min": 1,
-            "prompt_lookup_max": 3,
-        }
-    },
-}
+ENGINES: dict[str, dict[str, Any]] = {"plain": {}, "ngram": guided_engine.N_GRAM_SPECULATION}
 
 
 @pytest.fixture(scope="session", params=ENGINES)

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine_histories import EXACT, Histories, acquire, assert_only_tails_come_out, value_logits
+from guided_vllm.as_on_gpus import attend_over_pages
 from hf_oracle import CONFIGS, DISTRIBUTIONS, POSITIONS, make_backbone, make_value_model, plain_value_logits
 from qtilt.engine import ValueEngine, cache
-from qtilt.forwards import choice, probe
-from qtilt.forwards.compiled import library
 from qtilt.forwards.fused import FusedForward
 from qtilt.forwards.interface import AttentionOf
 from qtilt.forwards.memory import CacheGeometry, PageMemory
@@ -75,16 +74,8 @@ KERNELS: dict[str, PagedKernels] = {"triton": TritonKernels(), "flash": FlashKer
 @pytest.fixture(params=KERNELS)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PagedKernels:
     """What every engine of the test attends with."""
-    use(KERNELS[request.param], monkeypatch)
+    attend_over_pages(KERNELS[request.param], monkeypatch)
     return KERNELS[request.param]
-
-
-def use(kernels: PagedKernels, patch: pytest.MonkeyPatch) -> None:
-    """Have every engine run transformers' modules, or vLLM's kernels, with attention by these, as on a GPU."""
-    patch.setattr(library, "_loaded", [])
-    for module in (cache, probe):
-        patch.setattr(module, "has_one_piece", lambda _: False)
-    patch.setattr(choice, "choose_attention", lambda *_: partial(PagedAttention, kernels=kernels))
 
 
 def exact_attention(
@@ -190,7 +181,7 @@ class TooMuch(TritonKernels):
 
 
 def test_an_engine_refuses_kernels_that_compute_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(TooMuch(), monkeypatch)
+    attend_over_pages(TooMuch(), monkeypatch)
     with pytest.raises(ValueError, match="LlamaModel, run by transformers, computes something else"):
         ValueEngine(make_value_model("llama", "v"), 1, 8)
 

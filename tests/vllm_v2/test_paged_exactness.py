@@ -1,0 +1,44 @@
+"""Guided distributions under Model Runner V2 with attention as on GPUs, by Triton's kernels, and with drafts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from guided_vllm import guided_engine
+from guided_vllm.as_on_gpus import attend_over_pages
+from guided_vllm.exactness import test_chunked_prefill, test_prefix_cache_hits  # noqa: F401 - interpreted, slow
+from guided_vllm.served import Served
+from guided_vllm.tiny_models import VALUE_MODELS
+from guided_vllm.vllm_on_cpu import allow_async_scheduling
+from qtilt.forwards.paged.triton_kernels import TritonKernels
+from qtilt.vllm_plugin import processor
+
+
+class Checked(TritonKernels):
+    """What a GPU would read without asking, and interpreted programs too."""
+
+    def store_tails(self, *args: Any) -> None:
+        rows = args[-1]
+        assert int(rows.lengths_W.max()) <= rows.longest
+        super().store_tails(*args)
+
+
+@pytest.fixture(scope="module", params=["paged"])
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch:
+        allow_async_scheduling(patch)
+        patch.setattr(processor, "load_compiled_parts", lambda _: None)
+        attend_over_pages(Checked(), patch)
+        speculation = guided_engine.N_GRAM_SPECULATION
+        served = guided_engine.start(tmp_path_factory.mktemp("paged"), ask_plain=False, kv_fraction=0.2, **speculation)
+    served.penalties_first = True
+    yield served
+    served.engine.engine_core.shutdown()
+
+
+def test_backbones_run_on_vllms_kernels_where_they_can(served: Served) -> None:
+    forwards = {entry["name"]: entry["forward"] for entry in served.rpc("qtilt_describe")["value_models"]}
+    assert forwards == {
+        name: "transformers" if family == "gpt2" else "fused" for name, (_, _, family) in VALUE_MODELS.items()
+    }
