@@ -35,6 +35,7 @@ def test_a_row_with_nan_values_ends_and_no_step_waits_for_the_device(tmp_path: P
         steps = [running.batch.guide(logits_BV.clone(), layout) for layout in layouts]
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
     running.batch.look_for_failures()
     assert running.records.failures() == {"0": not_numbers()}
     assert version.engine.cache.free_slots == 2

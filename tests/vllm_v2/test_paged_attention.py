@@ -1,6 +1,6 @@
 """Attention over pages in place, as GPUs run it: Triton's interpreter runs our kernels here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine_histories import EXACT, Histories, acquire, assert_only_tails_come_out, value_logits
 from guided_vllm.as_on_gpus import attend_over_pages
 from hf_oracle import CONFIGS, DISTRIBUTIONS, POSITIONS, make_backbone, make_value_model, plain_value_logits
+from paged_oracle import check_attention
 from qtilt.engine import ValueEngine, cache
 from qtilt.forwards.fused import FusedForward
 from qtilt.forwards.interface import AttentionOf
-from qtilt.forwards.memory import CacheGeometry, PageMemory
+from qtilt.forwards.memory import CacheGeometry
 from qtilt.forwards.packed_attention import PackedAttention
-from qtilt.forwards.packing import LastTokens, Span, pack
+from qtilt.forwards.packing import LastTokens, Span
 from qtilt.forwards.paged import programs
 from qtilt.forwards.paged.attention import PagedAttention
 from qtilt.forwards.paged.flash_kernels import FlashKernels
@@ -26,8 +27,6 @@ from qtilt.forwards.paged.kernels import PagedKernels
 from qtilt.forwards.paged.triton_kernels import TritonKernels
 from qtilt.value_model import ValueModel
 from qtilt.vllm_plugin.kernels import VllmKernels
-
-SCALING = 0.3
 
 
 def flash_attention(
@@ -78,25 +77,6 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return KERNELS[request.param]
 
 
-def exact_attention(
-    query_CHD: Tensor, keys_EGD: Tensor, values_EGD: Tensor, visible: Sequence[Sequence[int]]
-) -> Tensor:
-    """One query after the other, over the positions that it sees, in float64."""
-    group = query_CHD.shape[1] // keys_EGD.shape[1]
-    keys_EHD, values_EHD = (each.double().repeat_interleave(group, 1) for each in (keys_EGD, values_EGD))
-    outs = []
-    for query_HD, seen in zip(query_CHD.double(), visible, strict=True):
-        weights_HE = torch.einsum("hd,ehd->he", query_HD * SCALING, keys_EHD[seen]).softmax(-1)
-        outs.append(torch.einsum("he,ehd->hd", weights_HE, values_EHD[seen]))
-    return torch.stack(outs)
-
-
-class Layer:
-    """Of a backbone, as far as attention asks."""
-
-    layer_idx = 1
-
-
 @pytest.mark.parametrize("tails_only", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "rounding"), [(torch.float32, 5e-5), (torch.bfloat16, 2**-6), (torch.float16, 2**-9)]
@@ -111,51 +91,8 @@ def test_attention_is_the_softmax_over_what_each_token_sees(
     rounding: float,
     tails_only: bool,
 ) -> None:
-    torch.manual_seed(0)
     geometry = CacheGeometry(2, kv_heads, head_size, dtype, torch.device("cpu"))
-    table_SM = torch.randperm(15).view(5, 3)
-    memory = PageMemory(geometry, 15, 32, table_SM, in_one_piece=False)
-    for content_LNGPD in memory.content:
-        content_LNGPD.normal_()
-    pages_S = table_SM.tolist()
-
-    def cached(slot: int, length: int) -> list[Tensor]:
-        return [
-            torch.cat([content_LNGPD[1, page].transpose(0, 1) for page in pages_S[slot]])[:length]
-            for content_LNGPD in memory.content
-        ]
-
-    spans = [Span(0, 30, torch.arange(40)), Span(3, 0, torch.arange(5))]
-    lengths, tail = [71, 33, 1], 3
-    last = LastTokens(torch.tensor([0, 2, 1]), torch.tensor(lengths) - 1, torch.tensor([1, 2, 3]), 71)
-    step = pack(memory, spans, last, torch.ones(3, tail - 1, dtype=torch.long))
-    tokens = len(step.input_ids_T)
-    # Parts of one product, as a forward has them.
-    packed = 3 * torch.randn(1, tokens, (group + 2) * kv_heads, head_size).to(dtype).transpose(1, 2)
-    query, key, value = packed.split([group * kv_heads, kv_heads, kv_heads], 1)
-    attention = PagedAttention(step, kernels)
-    got_1THD = attention.attend(Layer(), query, key, value, SCALING, {}, tails_only=tails_only)  # type: ignore[arg-type]
-    query_THD, key_TGD, value_TGD = (each[0].transpose(0, 1) for each in (query, key, value))
-    expected, first = [], 0
-    for span in spans:
-        part = slice(first, first + len(span.token_ids_C))
-        first = part.stop
-        keys, values = cached(span.slot, span.end)
-        assert torch.equal(keys[span.start :], key_TGD[part])
-        assert torch.equal(values[span.start :], value_TGD[part])
-        if not tails_only:
-            seen = [range(position + 1) for position in range(span.start, span.end)]
-            expected.append(exact_attention(query_THD[part], keys, values, seen))
-    for slot, length in zip(last.slots_B.tolist(), lengths, strict=True):
-        row = slice(first, first + tail)
-        first = row.stop
-        keys, values = cached(slot, length)
-        assert torch.equal(keys[-1], key_TGD[row][0])
-        keys, values = torch.cat([keys, key_TGD[row][1:]]), torch.cat([values, value_TGD[row][1:]])
-        seen = [range(length), *([*range(length), length + candidate] for candidate in range(tail - 1))]
-        expected.append(exact_attention(query_THD[row], keys, values, seen))
-    assert got_1THD.is_contiguous()
-    torch.testing.assert_close(got_1THD[0].double(), torch.cat(expected), atol=rounding, rtol=rounding)
+    check_attention(kernels, geometry, group, rounding, tails_only=tails_only)
 
 
 @pytest.mark.parametrize("value_type", ["q", "v"])

@@ -150,8 +150,10 @@ class GuidedBatch:
             self.remove(slot)
 
     def look_for_failures(self) -> None:
-        """Find out, waiting for the device, in which slots values weren't finite numbers."""
-        for slot in self._failures_S.nonzero().flatten().tolist():
+        """Find out in which slots values weren't finite numbers; in steps whose end nobody has seen, another time."""
+        with self.table.reading():
+            failures_S = self._failures_S.cpu()
+        for slot in failures_S.nonzero().flatten().tolist():
             request = self._guided.get(slot)
             if request is not None:
                 request.stay.read()

@@ -2,7 +2,10 @@
 
 Shapes: ``S`` slots and a scratch slot, ``P`` positions of a slot, ``R`` rows of a step, ``N`` generated tokens.
 
-Each step writes what it measured into one table on the device, by slot and position. A request's *stay* lasts from its
+Each step writes what it measured into one table on the device, by slot and position. Whoever reads it has seen the
+token that a step drew, or has asked only to ask again: so nobody waits for steps that are queued behind that one. What
+they write meanwhile isn't asked for, and is read in the order against which it is written: how many tokens there are,
+then the tokens; whether a step was measured, then what. A request's *stay* lasts from its
 arrival in the batch, or its return after a preemption, until its slot is given to another one; from then on it has a
 copy of what was measured and generated.
 
@@ -12,7 +15,8 @@ begin with these, whichever choice of the trace they were measured for.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -54,6 +58,26 @@ class StepTable:
         self.divergence_SP3 = torch.zeros((*shape, 3), dtype=torch.float64, device=device)
         self.candidates_SP = torch.full(shape, UNMEASURED, dtype=torch.int32, device=device)
         self.longest_S = np.zeros(slots, dtype=np.int64)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def reading(self, after: torch.cuda.Event | None = None) -> Iterator[None]:
+        """What is copied to the host inside the block waits for ``after`` and for no step that is queued."""
+        if self._stream is None:
+            yield
+            return
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self) -> torch.cuda.Event | None:
+        """The steps that are queued, for :meth:`reading`."""
+        if self._stream is None:
+            return None
+        mark = torch.cuda.Event()
+        mark.record(torch.cuda.current_stream(self._stream.device))
+        return mark
 
     def clear(self, slot: int, length: int) -> None:
         """Another request takes the slot, with so many tokens."""
@@ -98,7 +122,7 @@ class Stay:
         self._table = table
         self._slot = slot
         self._prompt_len = requests.prompt_len(slot)
-        self._ended: tuple[Steps, Tensor | int] | None = None
+        self._ended: tuple[Steps, Tensor | int, torch.cuda.Event | None] | None = None
         self.guided_tokens = guided_tokens
         self.failed: tuple[GuidanceFailure, int] | None = None
 
@@ -121,18 +145,20 @@ class Stay:
         if self._ended is None:
             steps, count = self._on_device()
             count = count if isinstance(count, int) else count.clone()
-            self._ended = Steps(*(column.clone() for column in steps)), count
+            self._ended = Steps(*(column.clone() for column in steps)), count, self._table.mark()
 
     def read(self) -> Steps:
         """The steps that drew tokens, the stay's and the ones before it, on the host; a NaN becomes the failure.
 
-        Waits for the device, once if the stay has ended.
+        Copies from the device, once if the stay has ended.
         """
-        on_device, count = self._ended or self._on_device()
-        drawn = int(count)
-        steps = Steps(*(column[:drawn].cpu() for column in on_device))
+        on_device, count, mark = self._ended or (*self._on_device(), None)
+        with self._table.reading(mark):
+            drawn = int(count)
+            tokens_N, candidates_N = on_device.tokens_N[:drawn].cpu(), on_device.candidates_N[:drawn].cpu()
+            steps = Steps(tokens_N, on_device.divergence_N3[:drawn].cpu(), candidates_N)
         if self._ended is not None:
-            self._ended = steps, drawn
+            self._ended = steps, drawn, None
         failed = (steps.divergence_N3[:, 0].isnan() & (steps.candidates_N != UNMEASURED)).nonzero()
         if len(failed) and (self.failed is None or int(failed[0]) < self.failed[1]):
             self.fail(not_numbers(), int(failed[0]))
@@ -175,7 +201,7 @@ class Records:
             self._traces.setdefault(trace_id, []).append(stay)
 
     def failures(self) -> dict[str, GuidanceFailure]:
-        """The traces, not taken yet, of which a request has failed. Waits for what ended requests have left."""
+        """The traces, not taken yet, of which a request has failed."""
         for stays in self._traces.values():
             for stay in stays:
                 if stay.has_ended:
