@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine_histories import EXACT, Histories, acquire, assert_only_tails_come_out, value_logits
-from guided_vllm.as_on_gpus import attend_over_pages
+from guided_vllm.as_on_gpus import run_as_on_gpus
 from hf_oracle import CONFIGS, DISTRIBUTIONS, POSITIONS, make_backbone, make_value_model, plain_value_logits
 from paged_oracle import check_attention
 from qtilt.engine import ValueEngine, cache
@@ -73,7 +73,7 @@ KERNELS: dict[str, PagedKernels] = {"triton": TritonKernels(), "flash": FlashKer
 @pytest.fixture(params=KERNELS)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PagedKernels:
     """What every engine of the test attends with."""
-    attend_over_pages(KERNELS[request.param], monkeypatch)
+    run_as_on_gpus(KERNELS[request.param], monkeypatch)
     return KERNELS[request.param]
 
 
@@ -118,7 +118,7 @@ class TooMuch(TritonKernels):
 
 
 def test_an_engine_refuses_kernels_that_compute_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend_over_pages(TooMuch(), monkeypatch)
+    run_as_on_gpus(TooMuch(), monkeypatch)
     with pytest.raises(ValueError, match="LlamaModel, run by transformers, computes something else"):
         ValueEngine(make_value_model("llama", "v"), 1, 8)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from guided_vllm import guided_engine
-from guided_vllm.as_on_gpus import attend_over_pages
+from guided_vllm.as_on_gpus import run_as_on_gpus
 from guided_vllm.exactness import test_chunked_prefill, test_prefix_cache_hits  # noqa: F401 - interpreted, slow
 from guided_vllm.served import Served
 from guided_vllm.tiny_models import VALUE_MODELS
@@ -29,7 +29,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
         allow_async_scheduling(patch)
         patch.setattr(processor, "load_compiled_parts", lambda _: None)
-        attend_over_pages(Checked(), patch)
+        run_as_on_gpus(Checked(), patch)
         speculation = guided_engine.N_GRAM_SPECULATION
         served = guided_engine.start(tmp_path_factory.mktemp("paged"), ask_plain=False, kv_fraction=0.2, **speculation)
     served.penalties_first = True

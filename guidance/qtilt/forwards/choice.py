@@ -52,5 +52,9 @@ def choose_attention(geometry: CacheGeometry, kernels: Kernels | None) -> Attent
 
 
 def choose_tilt(device: torch.device) -> TiltFunctions:
-    """In C++ on a CPU, if that library has been loaded; else by torch."""
-    return compiled_tilt if device.type == "cpu" and library.is_loaded() else torch_tilt
+    """In C++ on a CPU, if that library has been loaded, else by torch; on GPUs by Triton."""
+    if device.type != "cpu":
+        from qtilt.forwards.triton_tilt import tilt as triton_tilt
+
+        return triton_tilt
+    return compiled_tilt if library.is_loaded() else torch_tilt

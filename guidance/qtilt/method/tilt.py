@@ -15,8 +15,9 @@ The tail: which offset the tokens without a score get, see TAILS.
   guided mass of what is scored is then the reference's, every other token keeps the reference's probability, and a
   constant value tilts nothing. Neither the paper nor its code has this: what truncation does is left to sampling.
 
-What touches the vocabulary is written twice: here, and for float32 on CPUs in C++ (forwards/compiled/tilt.py). They
-differ where a logit over the temperature overflows float32: here such a token is masked, there it isn't.
+What touches the vocabulary is written again for float32: for CPUs in C++ (forwards/compiled/tilt.py), for GPUs in
+Triton (forwards/triton_tilt/tilt.py). They differ where a logit over the temperature overflows float32: here such a
+token is masked, there it isn't.
 """
 
 from typing import NamedTuple, Protocol
@@ -146,14 +147,14 @@ def tilt_(logits_BV: Tensor, candidates: Candidates, drops: Drops, temperature_B
     added to those that matter rounds away their differences.) A row in which nothing drops stays bit-identical. −inf
     and NaN logits stay as they are.
     """
-    scale_B1 = _scale(temperature_B).double().unsqueeze(-1)
+    scale_B1 = scale_of(temperature_B).double().unsqueeze(-1)
     drops_BK = (scale_B1 * drops.candidates_BK).to(logits_BV.dtype)
     # Minus, not plus a negative: a logit of −0 less 0 is −0.
     tilted_BK = logits_BV.gather(-1, candidates.token_ids_BK) - drops_BK
     logits_BV.sub_((scale_B1 * drops.others_B1).to(logits_BV.dtype)).scatter_(-1, candidates.token_ids_BK, tilted_BK)
 
 
-def _scale(temperature_B: Tensor) -> Tensor:
+def scale_of(temperature_B: Tensor) -> Tensor:
     """What logits are divided by: greedy rows are tilted and measured at T = 1."""
     return torch.where(temperature_B > 0, temperature_B, 1.0)
 
@@ -169,9 +170,13 @@ class ReferenceMass(NamedTuple):
 
 def reference_mass(logits_BV: Tensor, candidates: Candidates, temperature_B: Tensor) -> ReferenceMass:
     """From the full vocabulary, once. T = 0 is measured at T = 1; −inf and NaN logits have no mass."""
-    scaled_BV = logits_BV / _scale(temperature_B).to(logits_BV.dtype).unsqueeze(-1)
+    scaled_BV = logits_BV / scale_of(temperature_B).to(logits_BV.dtype).unsqueeze(-1)
     scaled_BV.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-    log_mass_BK = scaled_BV.log_softmax(-1).gather(-1, candidates.token_ids_BK).double()
+    return mass_and_rest(scaled_BV.log_softmax(-1).gather(-1, candidates.token_ids_BK).double(), candidates)
+
+
+def mass_and_rest(log_mass_BK: Tensor, candidates: Candidates) -> ReferenceMass:
+    """From what the candidates' masses are, or would be if they were valid."""
     log_mass_BK = log_mass_BK.masked_fill(~candidates.valid_BK, -torch.inf)
     rest_B1 = 1 - log_mass_BK.exp().sum(-1, keepdim=True)
     return ReferenceMass(log_mass_BK, rest_B1.masked_fill(rest_B1 < _ROUNDING, 0.0).log())

@@ -16,6 +16,8 @@ from triton.compiler import ASTSource
 from qtilt.forwards.paged import programs
 from qtilt.forwards.paged.kernels import LayerPages
 from qtilt.forwards.paged.triton_kernels import WARPS, attention_blocks
+from qtilt.forwards.triton_tilt import programs as tilt_programs
+from qtilt.forwards.triton_tilt.tilt import BLOCK
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 SHARED_BYTES = 99 * 1024
@@ -25,9 +27,14 @@ KV_HEADS = 8
 
 def compiled(program: Any, constants: Mapping[str, Any], dtype: torch.dtype, capability: int) -> Any:
     """For an NVIDIA card of this compute capability."""
-    types = {"scaling": "fp32", "tail": "i32", "lses": "*fp32"} | dict.fromkeys(
-        ("pages_of_rows", "lengths", "starts"), "*i32"
-    )
+    types = {
+        "scaling": "fp32",
+        "tail": "i32",
+        "k": "i32",
+        "size": "i32",
+        "lses": "*fp32",
+        "keys": "*i64",
+    } | dict.fromkeys(("pages_of_rows", "lengths", "starts"), "*i32")
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32" if "stride" in name else TYPES[dtype])
         for name in program.arg_names
@@ -80,3 +87,10 @@ def test_what_stores_and_merges_compiles(dtype: torch.dtype, only_numbers: bool)
     stores = {"PAGE": 32, "BLOCK": 1024, "TAILS": only_numbers, "ONLY_NUMBERS": only_numbers}
     compiled(programs.store, sizes | stores, dtype, 90)
     compiled(programs.merge_own, sizes | {"GROUP": 3, "BLOCK_G": 4, "BLOCK_D": 128}, dtype, 90)
+
+
+@pytest.mark.parametrize("program", [tilt_programs.largest, tilt_programs.log_sum_exp])
+def test_what_reads_the_vocabulary_compiles(program: Any, tmp_path: Path) -> None:
+    kernel = compiled(program, {"BLOCK": BLOCK}, torch.float32, 90)
+    assert kernel.metadata.shared <= SHARED_BYTES
+    assert stack_bytes(kernel, tmp_path) == 0

@@ -1,0 +1,1 @@
+"""The tilt's passes over the vocabulary in Triton: what GPUs run."""
