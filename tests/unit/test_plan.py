@@ -12,6 +12,7 @@ from guided_vllm.tiny_models import make_value_model
 from qtilt.checkpoint import load_value_model
 from qtilt.distributions import Bernoulli, Categorical
 from qtilt.engine import ValueEngine
+from qtilt.engine import cache as cache_module
 from qtilt.engine.cache import KVCache
 from qtilt.forwards.memory import CacheGeometry
 from qtilt.forwards.probe import measure_geometry
@@ -47,7 +48,7 @@ SMOLLM2 = LlamaConfig(
     max_position_embeddings=8192,
     tie_word_embeddings=True,
 )
-ON_80_GB = Serving(slots=1024, max_length=4096, batched_tokens=8192, max_top_k=64)
+ON_80_GB = Serving(slots=1024, max_length=4096, batched_tokens=8192, max_top_k=64, on_gpu=True)
 
 
 def saved(config: LlamaConfig, directory: Path, layers: int | None = None) -> Published:
@@ -103,8 +104,12 @@ def test_what_the_user_has_said_of_vllms_cache_decides_both() -> None:
 
 @pytest.mark.parametrize("max_length", [31, 32, 33, 100, 1000, 2048])
 @pytest.mark.parametrize("tokens", [1, 200, 560, 1000, 3000, 10**6])
-def test_a_cache_of_the_planned_fraction_has_the_planned_size_at_any_length(max_length: int, tokens: int) -> None:
-    serving = Serving(5, max_length, 64, 8)
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_cache_of_the_planned_fraction_has_the_planned_size_at_any_length(
+    max_length: int, tokens: int, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "has_one_piece", lambda _: not on_gpu)
+    serving = Serving(5, max_length, 64, 8, on_gpu=on_gpu)
     geometry = CacheGeometry(1, 1, 8, torch.float32, CPU)
     size = ModelSize(0, geometry.token_bytes, 8, 90)
     plan = plan_memory(GIB, size, size, serving, value_tokens=tokens)

@@ -25,8 +25,8 @@ VERSIONS = 3
 the one that is being loaded, for which the older one goes once it is known to be good."""
 RECORD_BYTES = 28
 """What was measured, of each position of each slot: see records.py."""
-VOCABULARY_COPIES = 6
-"""How many copies of a step's logits the tilt holds at once, in float32."""
+VOCABULARY_COPIES, VOCABULARY_COPIES_ON_GPU = 6, 1
+"""How many copies of a step's logits the tilt holds at once, in float32; by Triton, of rows that don't lie together."""
 COPIED_BYTES = 2 * 4 * COPIED_ELEMENTS
 """What the attention of rows copies at once where they have pages, on CPUs: see forwards/packed_attention.py."""
 
@@ -169,7 +169,7 @@ def plan_memory(
         "value_weights": VERSIONS * value.weights,
         "records": (serving.slots + 1) * serving.max_length * RECORD_BYTES,
         "step_activations": (serving.batched_tokens + serving.rows * (1 + serving.max_top_k)) * value.activations
-        + VOCABULARY_COPIES * serving.rows * reference.vocabulary * 4
+        + serving.rows * reference.vocabulary * 4 * (VOCABULARY_COPIES_ON_GPU if serving.on_gpu else VOCABULARY_COPIES)
         + (0 if serving.on_gpu else COPIED_BYTES),
     }
     left = budget - sum(fixed.values())
