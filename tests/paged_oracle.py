@@ -38,8 +38,8 @@ def check_attention(
     """Of a step with spans and tails, over a cache of two layers."""
     torch.manual_seed(0)
     kv_heads, head_size, dtype, device = geometry.kv_heads, geometry.head_size, geometry.dtype, geometry.device
-    table_SM = torch.randperm(15, device=device).view(5, 3)
-    memory = PageMemory(geometry, 15, 32, table_SM, in_one_piece=False)
+    table_SM = torch.randperm(20, device=device).view(5, 4)
+    memory = PageMemory(geometry, 20, 32, table_SM, in_one_piece=False)
     for content_LNGPD in memory.content:
         content_LNGPD.normal_()
     pages_S = table_SM.tolist()

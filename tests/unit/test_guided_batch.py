@@ -322,6 +322,9 @@ def test_choices_of_one_trace_are_told_apart_and_read_once_they_have_ended(tmp_p
     assert runner.records.take("t", choices, more_to_come=True) == each
     assert each[0] == each[1] != each[2], "what follows 5 is measured alike in both"
     runner.batch.keep_only([])
+    assert runner.records.take("t", choices, more_to_come=True) == each
+    for slot in range(3):
+        runner.batch.remove(slot)
     runner.requests.tokens_SP.zero_()
     assert runner.records.take("t", choices, more_to_come=True) == each
     on_host = [stay.read().tokens_N.data_ptr() for stay in stays]

@@ -4,6 +4,7 @@ import re
 import subprocess
 import warnings
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ SHARED_BYTES = 99 * 1024
 KV_HEADS = 8
 
 
-def compiled(program: Any, constants: Mapping[str, Any], dtype: torch.dtype, capability: int) -> Any:
-    """For an NVIDIA card of this compute capability."""
+def compiled(
+    program: Any, constants: Mapping[str, Any], dtype: torch.dtype, capability: int, *, is_aligned: bool = True
+) -> Any:
+    """For an NVIDIA card of this compute capability; with tensors and strides that are multiples of 16, as most are."""
     types = {
         "scaling": "fp32",
         "tail": "i32",
@@ -39,10 +42,15 @@ def compiled(program: Any, constants: Mapping[str, Any], dtype: torch.dtype, cap
         name: "constexpr" if name in constants else types.get(name, "i32" if "stride" in name else TYPES[dtype])
         for name in program.arg_names
     }
+    multiples = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(program.arg_names)
+        if is_aligned and (signature[name].startswith("*") or "stride" in name)
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Triton announces other defaults of its options
         return triton.compile(
-            ASTSource(program, signature, constants),
+            ASTSource(program, signature, constants, multiples),
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": WARPS},
         )
@@ -73,18 +81,18 @@ def test_attention_fits_a_gpu(
 ) -> None:
     query_XHD = torch.empty(tokens, KV_HEADS * group, head_size, dtype=dtype)
     pages = LayerPages(*(torch.empty(1, KV_HEADS, 32, head_size, dtype=dtype) for _ in range(2)))
-    for tails in (False, True):
-        constants = {**attention_blocks(query_XHD, pages, tokens), "TAILS": tails}
-        kernel = compiled(programs.attend, constants, dtype, capability)
+    for tails, is_aligned in product((False, True), repeat=2):
+        constants = attention_blocks(query_XHD, pages, tokens, tails=tails)
+        kernel = compiled(programs.attend, constants, dtype, capability, is_aligned=is_aligned)
         assert kernel.metadata.shared <= SHARED_BYTES
         assert stack_bytes(kernel, tmp_path) <= 64
 
 
-@pytest.mark.parametrize("only_numbers", [False, True])
+@pytest.mark.parametrize(("tails", "only_numbers"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_what_stores_and_merges_compiles(dtype: torch.dtype, only_numbers: bool) -> None:
+def test_what_stores_and_merges_compiles(dtype: torch.dtype, tails: bool, only_numbers: bool) -> None:
     sizes = {"KV_HEADS": KV_HEADS, "SIZE": 80}
-    stores = {"PAGE": 32, "BLOCK": 1024, "TAILS": only_numbers, "ONLY_NUMBERS": only_numbers}
+    stores = {"PAGE": 32, "BLOCK": 1024, "TAILS": tails, "ONLY_NUMBERS": only_numbers}
     compiled(programs.store, sizes | stores, dtype, 90)
     compiled(programs.merge_own, sizes | {"GROUP": 3, "BLOCK_G": 4, "BLOCK_D": 128}, dtype, 90)
 

@@ -42,10 +42,12 @@ def flash_attention(
     block_table: Tensor,
     softmax_scale: float,
     causal: bool,
+    num_splits: int,
     return_softmax_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Stands in for FlashAttention's kernel, as its documentation has it; it also reads what is idle in a last page."""
     assert return_softmax_lse
+    assert num_splits in (0, 1)  # version 2 has no others
     assert {cu_seqlens_q.dtype, seqused_k.dtype, block_table.dtype} == {torch.int32}
     assert k.shape[1] % 16 == 0
     assert {tensor.stride(-1) for tensor in (q, k, v, out)} == {1}

@@ -36,7 +36,8 @@ class Pages:
         self._free = [] if self.in_one_piece else list(range(self.total))
         scratch_page, self._empty = self.total, self.total + 1
         self.allocated = self.total + (1 if self.in_one_piece else 2)
-        self.table_SM = torch.full((slots + 1, self.per_slot), self._empty, device=device)
+        # A column more than there may be pages: kernels that read pages in place look one ahead.
+        self.table_SM = torch.full((slots + 1, self.per_slot + 1), self._empty, device=device)
         self.table_SM[slots] = scratch_page
         if self.in_one_piece:
             self.table_SM[:slots, 0] = torch.arange(slots, device=device)

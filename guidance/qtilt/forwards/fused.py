@@ -149,7 +149,7 @@ class Apart:
 
 
 class Together:
-    """Linear layers of the same input, one product: the layers' weights, and biases, become views of ours."""
+    """Linear layers of the same input, one product: the layers' weights become views of ours."""
 
     def __init__(self, *layers: nn.Linear) -> None:
         self._sizes = [layer.out_features for layer in layers]
@@ -161,8 +161,6 @@ class Together:
         if biases:
             assert len(biases) == len(layers), "can_fuse knows no backbone that has some of them only"
             self._bias = torch.cat([bias.detach() for bias in biases])
-            for layer, bias in zip(layers, self._bias.split(self._sizes), strict=True):
-                layer.bias.data = bias
 
     def __call__(self, hidden: Tensor) -> Sequence[Tensor]:
         parts: Sequence[Tensor] = self._product(hidden).split(self._sizes, dim=-1)

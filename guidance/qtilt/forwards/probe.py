@@ -106,9 +106,12 @@ def check_forward(backbone: PreTrainedModel, forward: Forward, geometry: CacheGe
     )
     candidates_BK = candidates_N.view(len(lengths), CANDIDATES)
     plain_TH = _plain_steps(backbone, histories, candidates_BK)
+    plain_BH = plain_TH.unflatten(0, (len(lengths), -1))[:, 0]
+    complaint = f"{type(backbone).__name__}, run by {forward.name}, computes something else"
     for memory in _memories(geometry, lengths):
-        hidden_TH = _packed_steps(forward, memory, histories, candidates_BK)
-        _check_same(hidden_TH, plain_TH, f"{type(backbone).__name__}, run by {forward.name}, computes something else")
+        hidden_TH, last = _packed_steps(forward, memory, histories, candidates_BK)
+        _check_same(hidden_TH, plain_TH, complaint)
+        _check_same(forward(pack(memory, [], last)), plain_BH, f"{complaint} without candidates")
 
 
 def _memories(geometry: CacheGeometry, lengths: Sequence[int]) -> Iterator[PageMemory]:
@@ -117,12 +120,14 @@ def _memories(geometry: CacheGeometry, lengths: Sequence[int]) -> Iterator[PageM
     if has_one_piece(geometry.device):
         table_S1 = torch.arange(slots + 1, device=geometry.device).unsqueeze(1)
         yield PageMemory(geometry, slots + 1, longest, table_S1, in_one_piece=True)
-    pages = math.ceil(longest / PAGE_TOKENS)
+    pages = math.ceil(longest / PAGE_TOKENS) + 1
     table_SM = torch.arange((slots + 1) * pages, device=geometry.device).flip(0).view(slots + 1, pages)
     yield PageMemory(geometry, table_SM.numel(), PAGE_TOKENS, table_SM, in_one_piece=False)
 
 
-def _packed_steps(forward: Forward, memory: PageMemory, histories: Sequence[Tensor], candidates_BK: Tensor) -> Tensor:
+def _packed_steps(
+    forward: Forward, memory: PageMemory, histories: Sequence[Tensor], candidates_BK: Tensor
+) -> tuple[Tensor, LastTokens]:
     """Hidden states of the histories' last tokens and, behind each, its candidates: ``[B·(1 + K), H]``.
 
     From two steps: the first caches the histories but for their ends, the longest's being of some tokens.
@@ -136,7 +141,7 @@ def _packed_steps(forward: Forward, memory: PageMemory, histories: Sequence[Tens
     rest = [Span(0, cut, histories[0][cut:-1])] if cut < ends[0] else []
     slots_B, positions_B = torch.tensor([range(len(ends)), ends], device=candidates_BK.device)
     last = LastTokens(slots_B, positions_B, torch.stack([history[-1] for history in histories]), max(ends) + 1)
-    return forward(pack(memory, rest, last, candidates_BK))
+    return forward(pack(memory, rest, last, candidates_BK)), last
 
 
 def _plain_steps(backbone: PreTrainedModel, histories: Sequence[Tensor], candidates_BK: Tensor) -> Tensor:

@@ -100,6 +100,8 @@ class GuidedBatch:
         self.table = StepTable(requests)
         self._guided: dict[int, GuidedRequest] = {}
         self._failed: dict[int, Stay] = {}
+        self._left: dict[int, Stay] = {}
+        """Of requests that have left slots which nobody has taken yet: what was measured is still there."""
         slots = requests.slots
         self._prefill_S = np.zeros(slots, dtype=np.int64)
         self._guided_steps_S = np.zeros(slots, dtype=np.int64)
@@ -131,11 +133,9 @@ class GuidedBatch:
         self._failed[slot] = stay
 
     def remove(self, slot: int) -> None:
-        """What is in the slot, if anything, has left."""
-        request, stay = self._guided.pop(slot, None), self._failed.pop(slot, None)
-        if request is not None:
-            self._leave(request)
-            stay = request.stay
+        """What is in the slot, if anything, has left, and somebody takes it."""
+        self._note_leaving(slot)
+        stay = self._left.pop(slot, None)
         if stay is not None:
             stay.end()
 
@@ -147,13 +147,11 @@ class GuidedBatch:
     def keep_only(self, running: Iterable[int]) -> None:
         """Of all slots only these still hold a running request."""
         for slot in {*self._guided, *self._failed} - set(running):
-            self.remove(slot)
+            self._note_leaving(slot)
 
     def look_for_failures(self) -> None:
-        """Find out in which slots values weren't finite numbers; in steps whose end nobody has seen, another time."""
-        with self.table.reading():
-            failures_S = self._failures_S.cpu()
-        for slot in failures_S.nonzero().flatten().tolist():
+        """Find out, waiting for the device, in which slots values weren't finite numbers."""
+        for slot in self._failures_S.nonzero().flatten().tolist():
             request = self._guided.get(slot)
             if request is not None:
                 request.stay.read()
@@ -177,12 +175,20 @@ class GuidedBatch:
         return logits_RV
 
     def _take(self, slot: int, settings: RowSettings) -> None:
-        assert slot not in self._guided and slot not in self._failed, f"slot {slot} is taken"
+        assert not any(slot in taken for taken in (self._guided, self._failed, self._left)), f"slot {slot} is taken"
         self._staged_SC[slot], self._is_staged = settings, True
         self._failures_S[slot] = 0
         self._steps_S[slot] = self._guided_steps_S[slot] = 0
         self._grouped = None
         self.table.clear(slot, self._requests.prefill_len(slot))
+
+    def _note_leaving(self, slot: int) -> None:
+        request, stay = self._guided.pop(slot, None), self._failed.pop(slot, None)
+        if request is not None:
+            self._leave(request)
+            stay = request.stay
+        if stay is not None:
+            self._left[slot] = stay
 
     def _leave(self, request: GuidedRequest) -> None:
         """The request isn't guided any more."""

@@ -2,12 +2,14 @@
 
 Shapes: ``S`` slots and a scratch slot, ``P`` positions of a slot, ``R`` rows of a step, ``N`` generated tokens.
 
-Each step writes what it measured into one table on the device, by slot and position. Whoever reads it has seen the
-token that a step drew, or has asked only to ask again: so nobody waits for steps that are queued behind that one. What
-they write meanwhile isn't asked for, and is read in the order against which it is written: how many tokens there are,
-then the tokens; whether a step was measured, then what. A request's *stay* lasts from its
+Each step writes what it measured into one table on the device, by slot and position. A request's *stay* lasts from its
 arrival in the batch, or its return after a preemption, until its slot is given to another one; from then on it has a
 copy of what was measured and generated.
+
+Who reads what a step measured has seen the token that it drew, and needn't wait for the steps that are queued behind
+it. What those write meanwhile isn't asked for, and whether a step was measured is read before what: they are written
+the other way round. The last token may still be missing, and makes no difference (``Steps.drawn_like``). With drafts
+only the device knows how many tokens there are, and that is written after they have been seen: then readers wait.
 
 A processor sees no request id, and the children of n > 1 share one trace id. So the steps of a choice are found by what
 was generated: a step's KL and its failure depend on the tokens before it only, and count for all returned tokens that
@@ -152,10 +154,13 @@ class Stay:
 
         Copies from the device, once if the stay has ended.
         """
-        on_device, count, mark = self._ended or (*self._on_device(), None)
+        on_device, count, mark = self._ended or (
+            *self._on_device(),
+            self._table.mark() if self._requests.speculates else None,
+        )
         with self._table.reading(mark):
             drawn = int(count)
-            tokens_N, candidates_N = on_device.tokens_N[:drawn].cpu(), on_device.candidates_N[:drawn].cpu()
+            candidates_N, tokens_N = on_device.candidates_N[:drawn].cpu(), on_device.tokens_N[:drawn].cpu()
             steps = Steps(tokens_N, on_device.divergence_N3[:drawn].cpu(), candidates_N)
         if self._ended is not None:
             self._ended = steps, drawn, None
@@ -171,13 +176,15 @@ class Stay:
         return None
 
     def _on_device(self) -> tuple[Steps, Tensor | int]:
-        """What the slot has of as many steps as there may have been, and how many have drawn a token."""
+        """What the slot has of as many steps as there may have been, and how many have drawn a token, or will have."""
         longest = int(self._table.longest_S[self._slot])
         steps = Steps(
             self._requests.tokens_SP[self._slot, self._prompt_len : longest + 1],
             self._table.divergence_SP3[self._slot, self._prompt_len - 1 : longest],
             self._table.candidates_SP[self._slot, self._prompt_len - 1 : longest],
         )
+        if not self._requests.speculates:
+            return steps, longest - self._prompt_len + 1
         return steps, self._requests.total_len(self._slot) - self._prompt_len
 
 

@@ -41,7 +41,7 @@ class Requests(Protocol):
         """These tokens, of a request that arrives, as far as the host knows them."""
 
     def total_len(self, slot: int) -> Tensor | int:
-        """Tokens of the prompt and drawn ones: a tensor where only the device knows."""
+        """Tokens of the prompt and drawn ones; asked with drafts, when only the device knows."""
 
 
 class TakesRequests(ABC):

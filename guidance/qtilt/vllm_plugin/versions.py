@@ -209,11 +209,15 @@ class Residents:
                 kernels=settings.kernels,
             )
         engine.free_what_is_kept_twice()
+        scorable, tilt = scorable_tokens(manifest, self._reference), choose_tilt(settings.device)
         if self._settings.device.type == "cuda":
+            # What the tilt compiles when it is first used is compiled here, not in a step.
+            logits_1V = torch.zeros(1, self._reference.vocab_size, device=settings.device)
+            candidates = tilt.top_candidates(logits_1V, 1, scorable)
+            tilt.reference_mass(logits_1V, candidates, torch.ones(1, device=settings.device))
             # Steps run on another stream than this thread: for them too, all must be in place. This waits for the
             # thread's own work only, and no step waits for it.
             torch.cuda.current_stream(self._settings.device).synchronize()
-        scorable, tilt = scorable_tokens(manifest, self._reference), choose_tilt(settings.device)
         return ResidentVersion(name, version, path, manifest, engine, scorable, warnings, tilt)
 
 

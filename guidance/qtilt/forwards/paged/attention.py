@@ -82,5 +82,5 @@ def _tail_rows(memory: PageMemory, last: LastTokens, tokens: int) -> Rows:
 
 
 def _pages(memory: PageMemory, slots_W: Tensor, longest: int) -> Tensor:
-    """int32 ``[W, M]``, as far as the longest of these histories reaches."""
-    return memory.table_SM[slots_W, : math.ceil(longest / memory.page_size)].int()
+    """int32 ``[W, M]``, as far as the longest of these histories reaches, and a page more: kernels may look ahead."""
+    return memory.table_SM[slots_W, : math.ceil(longest / memory.page_size) + 1].int()

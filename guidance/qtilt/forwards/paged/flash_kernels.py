@@ -8,14 +8,18 @@ from torch import Tensor
 from qtilt.forwards.paged.kernels import FlashAttention, LayerPages, Rows
 from qtilt.forwards.paged.triton_kernels import merge_own_, store
 
+PARALLEL = 128
+"""So many pairs of a row and a key/value head keep a GPU busy. Fewer are split, as FlashAttention likes: that takes
+memory for all parts' results, which nobody has counted, and here there can't be much of it."""
+
 
 class FlashKernels:
     """See :class:`qtilt.forwards.paged.kernels.PagedKernels`.
 
-    FlashAttention multiplies what lies behind a history's end, in its last page, by a weight of 0, and 0·NaN is NaN.
-    What a draft writes lies there for the tokens before it, and needn't come true: with drafts only numbers are stored
-    of tails, and a row whose last token had others gets NaN. The rows after it read zeros, but if they come true, so
-    has the one that failed.
+    What lies behind a history's end, in its last page, has a weight of 0, and 0·NaN is NaN: that FlashAttention never
+    multiplies them isn't promised. What a draft writes lies there for the tokens before it, and needn't come true: with
+    drafts only numbers are stored of tails, and a row whose last token had others gets NaN. The rows after it read
+    zeros, but if they come true, so has the one that failed.
     """
 
     def __init__(self, attention: FlashAttention) -> None:
@@ -59,6 +63,7 @@ class FlashKernels:
             block_table=rows.pages_WM,
             softmax_scale=scaling,
             causal=causal,
+            num_splits=1 if len(rows.lengths_W) * pages.keys_NGPD.shape[1] >= PARALLEL else 0,
             return_softmax_lse=True,
         )
         return lse_HX

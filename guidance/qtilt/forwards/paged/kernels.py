@@ -78,6 +78,7 @@ class FlashAttention(Protocol):
         block_table: Tensor,
         softmax_scale: float,
         causal: bool,
+        num_splits: int,
         return_softmax_lse: bool,
     ) -> tuple[Tensor, Tensor]:
         """``q`` and ``out [X, H, D]``, ``k`` and ``v [N, P, G, D]``; the log-sum-exp is float32 ``[H, X]``."""

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["pages_stride"])
+@triton.jit(do_not_specialize=["pages_stride"], do_not_specialize_on_alignment=["lengths", "starts"])
 def store(
     keys,
     values,
@@ -30,7 +30,7 @@ def store(
     ONLY_NUMBERS: tl.constexpr,
 ):
     """A program stores one token of one row."""
-    row, token = tl.program_id(0), tl.program_id(1)
+    token, row = tl.program_id(0), tl.program_id(1)
     first, length = tl.load(starts + row), tl.load(lengths + row)
     count = tl.load(starts + row + 1) - first
     if token < count:
@@ -52,7 +52,7 @@ def store(
         tl.store(value_pages + place, value, mask=is_there)
 
 
-@triton.jit(do_not_specialize=["pages_stride"])
+@triton.jit(do_not_specialize=["pages_stride"], do_not_specialize_on_alignment=["lengths", "starts"])
 def attend(
     outs,
     queries,
@@ -149,7 +149,7 @@ def attend(
         )
 
 
-@triton.jit(do_not_specialize=["tail"])
+@triton.jit(do_not_specialize=["tail", "lse_head_stride"])
 def merge_own(
     outs,
     lses,

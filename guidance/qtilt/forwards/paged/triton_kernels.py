@@ -3,7 +3,7 @@
 Shapes: as in kernels.py.
 
 Sizes of blocks are fixed by shapes: what autotuning chose might differ between the ranks of tensor parallelism. And
-there are few of them, for each is compiled when it is first met, for about a second: most at load, by probe.py.
+there are few of them, for each is compiled when it is first met, for about a second: at load, by probe.py.
 """
 
 import triton
@@ -51,7 +51,7 @@ def store(
 ) -> None:
     """Of spans all tokens, of tails the first ones. only_numbers: write 0 for what is infinite or no number."""
     kv_heads, page_size, head_size = pages.keys_NGPD.shape[1:]
-    programs.store[len(rows.lengths_W), 1 if tails else rows.most_tokens](
+    programs.store[1 if tails else rows.most_tokens, len(rows.lengths_W)](
         *(key_XGD, value_XGD, *pages),
         *(rows.pages_WM, rows.lengths_W, rows.starts_Y),
         *(rows.pages_WM.stride(0), *key_XGD.stride()[:2], *value_XGD.stride()[:2]),
@@ -73,7 +73,7 @@ def attend(
     scaling: float,
 ) -> None:
     """Of tails if there are their ``own`` keys and values, of spans otherwise."""
-    blocks = attention_blocks(query_XHD, pages, rows.most_tokens)
+    blocks = attention_blocks(query_XHD, pages, rows.most_tokens, tails=own is not None)
     kv_heads, queries = blocks["KV_HEADS"], rows.most_tokens * blocks["GROUP"]
     own_key_XGD, own_value_XGD = own or (query_XHD, query_XHD)  # which is then not read
     programs.attend[len(rows.lengths_W), kv_heads, triton.cdiv(queries, blocks["BLOCK_Q"])](
@@ -82,7 +82,6 @@ def attend(
         *(rows.pages_WM.stride(0), *query_XHD.stride()[:2]),
         *(*own_key_XGD.stride()[:2], *own_value_XGD.stride()[:2]),
         **blocks,
-        TAILS=own is not None,
         num_warps=WARPS,
     )
 
@@ -114,8 +113,8 @@ def merge_own_(
     )
 
 
-def attention_blocks(query_XHD: Tensor, pages: LayerPages, most_tokens: int) -> dict[str, int]:
-    """The constants that the kernel of attention is compiled for, but TAILS."""
+def attention_blocks(query_XHD: Tensor, pages: LayerPages, most_tokens: int, *, tails: bool) -> dict[str, int | bool]:
+    """The constants that the kernel of attention is compiled for."""
     kv_heads, page_size, head_size = pages.keys_NGPD.shape[1:]
     group = query_XHD.shape[1] // kv_heads
     block_d = max(triton.next_power_of_2(head_size), LEAST_BLOCK)
@@ -125,7 +124,8 @@ def attention_blocks(query_XHD: Tensor, pages: LayerPages, most_tokens: int) -> 
         "KV_HEADS": kv_heads,
         "PAGE": page_size,
         "SIZE": head_size,
-        "BLOCK_Q": LEAST_BLOCK if most_tokens * group <= LEAST_BLOCK else max(most, LEAST_BLOCK),
+        "BLOCK_Q": LEAST_BLOCK if most_tokens * group <= LEAST_BLOCK and not tails else max(most, LEAST_BLOCK),
         "BLOCK_P": max(min(MOST_POSITIONS, most), LEAST_BLOCK),
         "BLOCK_D": block_d,
+        "TAILS": tails,
     }

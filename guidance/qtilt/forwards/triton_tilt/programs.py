@@ -30,7 +30,7 @@ def largest(logits, keys, k, stride, size, BLOCK: tl.constexpr):
         key = tl.where(key == most, -0x8000000000000000, key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["largests", "sums"])
 def log_sum_exp(logits, scales, largests, sums, stride, size, BLOCK: tl.constexpr):
     """The part's largest logit, and its Σ e^((logit − largest)/scale)."""
     _, logit = _finite_part(logits, stride, size, BLOCK)

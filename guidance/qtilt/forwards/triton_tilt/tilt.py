@@ -48,7 +48,7 @@ def reference_mass(logits_BV: Tensor, candidates: Candidates, temperature_B: Ten
         return by_torch.reference_mass(logits_BV, candidates, temperature_B)
     rows, parts = len(logits_BV), triton.cdiv(logits_BV.shape[-1], BLOCK)
     scale_B1 = by_torch.scale_of(temperature_B).float().unsqueeze(-1)
-    largest_BP, sum_BP = torch.empty(2, rows, parts, device=logits_BV.device).unbind(0)
+    largest_BP, sum_BP = torch.empty(2, rows, parts, dtype=torch.float32, device=logits_BV.device).unbind(0)
     programs.log_sum_exp[rows, parts](
         logits_BV, scale_B1, largest_BP, sum_BP, logits_BV.stride(0), logits_BV.shape[-1], BLOCK=BLOCK
     )
