@@ -1,7 +1,7 @@
 """Attention over pages in place, as GPUs run it: Triton's interpreter runs our kernels here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -111,17 +111,24 @@ def test_only_tails_come_out_and_of_spans_nothing(kernels: PagedKernels) -> None
 
 
 class TooMuch(TritonKernels):
-    """A token more than the history."""
+    """A token more than the history, in tails of so many tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
 
     def attend_tails(self, *args: Any) -> None:
         *before, rows, scaling = args
-        longer = type(rows)(rows.pages_WM, rows.lengths_W + 1, rows.starts_Y, rows.most_tokens, rows.longest)
-        super().attend_tails(*before, longer, scaling)
+        if rows.most_tokens == self._tokens:
+            rows = replace(rows, lengths_W=rows.lengths_W + 1)
+        super().attend_tails(*before, rows, scaling)
 
 
-def test_an_engine_refuses_kernels_that_compute_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_as_on_gpus(TooMuch(), monkeypatch)
-    with pytest.raises(ValueError, match="LlamaModel, run by transformers, computes something else"):
+@pytest.mark.parametrize(("tokens", "where"), [(3, "over each sequence"), (1, "without candidates")])
+def test_an_engine_refuses_kernels_that_compute_something_else(
+    tokens: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_as_on_gpus(TooMuch(tokens), monkeypatch)
+    with pytest.raises(ValueError, match=f"LlamaModel, run by transformers, computes something else {where}"):
         ValueEngine(make_value_model("llama", "v"), 1, 8)
 
 
