@@ -59,7 +59,7 @@ def test_a_plan_of_memory_is_printed_in_place_of_serving(models: Path) -> None:
     table = ended.stdout[ended.stdout.index(f"{models / 'reference'} with 100 requests of up to 200 tokens:") :]
     assert "what vLLM may use" in table
     assert "73.600 GiB" in table
-    assert f"guidance: value pages, {100 * 200:,} tokens" in table, "more than these requests can't have"
+    assert f"guidance: value pages, {100 * 7 * 32:,} tokens" in table, "more pages than these requests can't have"
 
 
 def test_value_models_to_come_that_cannot_be_planned_for(models: Path, tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_value_models_to_come_that_cannot_be_planned_for(models: Path, tmp_path:
     short = f"--guidance-backbone={make_value_model(tmp_path / 'short', seed=1, positions=64) / 'backbone'}"
     line = refused(COMMAND, models / "reference", short, "--guidance-plan=80", "--max-model-len=65")
     assert "has 64 positions, fewer than the 65 tokens of the longest request" in line
-    line = refused(COMMAND, models / "reference", start, "--guidance-plan=0.5", "--max-num-seqs=1024")
-    assert "of the 0.5 GiB that vLLM may use" in line
+    line = refused(COMMAND, models / "reference", start, "--guidance-plan=0.1", "--max-num-seqs=1024")
+    assert "of the 0.1 GiB that vLLM may use" in line
     assert "--max-num-seqs" in line
 
 
