@@ -166,10 +166,9 @@ def test_fitted_values_and_the_policy_they_tilt_match_the_closed_form() -> None:
 
 
 def test_labelling_tokens_before_the_switch_point_would_bias_the_value_upwards() -> None:
-    config = CONFIG.model_copy(update={"steps": 400})
     rollouts = sample_rollouts(8000, guided_roll_in=True)
-    masked, _ = fitted(rollouts, config)
-    unmasked, _ = fitted([rollout(i, r.token_ids, 0, r.reward) for i, r in enumerate(rollouts)], config)
+    masked, _ = fitted(rollouts, CONFIG)
+    unmasked, _ = fitted([rollout(i, r.token_ids, 0, r.reward) for i, r in enumerate(rollouts)], CONFIG)
     assert abs(mean_bias(masked)) < 0.03
     assert mean_bias(unmasked) > 0.1
 
