@@ -42,6 +42,7 @@ class PlayedRequests:
         self.slots = slots
         self.speculates = speculates
         self.tokens_SP = torch.zeros(slots, LENGTH, dtype=torch.int32, device=device)
+        self.total_len_S = torch.zeros(slots, dtype=torch.int32, device=device) if speculates else None
         self.prompt_lens, self.prefill_lens, self.total_lens = ([0] * slots for _ in range(3))
 
     def prompt_len(self, slot: int) -> int:
@@ -52,9 +53,6 @@ class PlayedRequests:
 
     def prefill(self, slot: int) -> np.ndarray:
         return self.tokens_SP[slot, : self.prefill_lens[slot]].cpu().numpy().copy()
-
-    def total_len(self, slot: int) -> int:
-        return self.total_lens[slot]
 
     def enter(self, slot: int, prompt_ids: Sequence[int], output: Sequence[int]) -> None:
         self.prompt_lens[slot], self.total_lens[slot] = len(prompt_ids), 0
@@ -67,6 +65,8 @@ class PlayedRequests:
             tokens, dtype=torch.int32, device=self.device
         )
         self.total_lens[slot] += len(tokens)
+        if self.total_len_S is not None:
+            self.total_len_S[slot] = self.total_lens[slot]
 
     def tokens(self, slot: int) -> list[int]:
         return self.tokens_SP[slot, : self.total_lens[slot]].tolist()

@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from guided_vllm import plain_vllm, tight_engine
 from guided_vllm.driving import Answer
 from guided_vllm.served import Served
 from guided_vllm.tiny_models import VALUE_MODELS, make_reference, make_value_model
 from qtilt.vllm_plugin.config import PROCESSOR, WORKER_EXTENSION, PluginConfig
+from vllm import envs
 
 N_GRAM_SPECULATION = {
     "speculative_config": {
@@ -52,6 +55,16 @@ def start(
         **more,
     )
     return Served(engine, reference, directories, plain, kv_fraction=kv_fraction)
+
+
+def start_on_two_ranks(models: Path, patch: pytest.MonkeyPatch, **more: Any) -> Served:
+    """The workers are processes of their own, with a thread each; vLLM would give each a NUMA node."""
+    envs.disable_envs_cache()  # engines of this process have read the environment before
+    patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    patch.setenv("OMP_NUM_THREADS", "1")
+    served = start(models, tensor_parallel_size=2, distributed_executor_backend="mp", **more)
+    assert len(served.engine.collective_rpc("qtilt_describe")) == 2
+    return served
 
 
 def _answers_of_plain_vllm(reference: Path, **more: Any) -> dict[str, list[Answer]]:

@@ -19,27 +19,16 @@ from guided_vllm.exactness import (
 from guided_vllm.sampling import test_penalties_act_after_guidance_on_v1_and_before_it_on_v2
 from guided_vllm.served import Served
 from guided_vllm.vllm_on_cpu import allow_async_scheduling
-from vllm import envs
 
 TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module", params=["v2-tensor-parallel-2"])
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The workers are processes of their own, with a thread each; vLLM would give each a NUMA node."""
-    envs.disable_envs_cache()  # engines of this process have read the environment before
     with pytest.MonkeyPatch.context() as patch:
         allow_async_scheduling(patch)
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS / "guided_vllm" / "in_workers"), str(TESTS)]))
-        served = guided_engine.start(
-            tmp_path_factory.mktemp("models"),
-            ask_plain=False,
-            tensor_parallel_size=2,
-            distributed_executor_backend="mp",
-        )
-    assert len(served.engine.collective_rpc("qtilt_describe")) == 2
+        served = guided_engine.start_on_two_ranks(tmp_path_factory.mktemp("models"), patch, ask_plain=False)
     assert served.engine.vllm_config.use_v2_model_runner
     served.penalties_first = True
     yield served

@@ -92,8 +92,9 @@ class FusedForward:
         for layer, query_key_value, gate_up in self._layers:
             self._add_and_norm(hidden, residual, layer.input_layernorm)
             is_last = layer is self._backbone.layers[-1]
-            packed = query_key_value(hidden)
-            hidden = self._attend(layer.self_attn, packed, position_ids_T, attention, tails_only=is_last)
+            hidden = self._attend(
+                layer.self_attn, query_key_value(hidden), position_ids_T, attention, tails_only=is_last
+            )
             if is_last:
                 residual = residual[step.span_tokens :]
                 if step.last is None:
@@ -106,13 +107,13 @@ class FusedForward:
     def _attend(
         self,
         layer: Any,
-        packed: Sequence[Tensor],
+        query_key_value: Sequence[Tensor],
         position_ids_T: Tensor,
         attention: StepAttention,
         *,
         tails_only: bool,
     ) -> Tensor:
-        query, key, value = packed
+        query, key, value = query_key_value
         if hasattr(layer, "q_norm"):
             query, key = self._norm_heads(query, layer.q_norm), self._norm_heads(key, layer.k_norm)
         self._kernels.rotary_embedding(position_ids_T, query, key, layer.head_dim, self._rotation_PD, True)

@@ -270,15 +270,14 @@ class GuidedBatch:
         """History → value → offset → tilted logits for the rows that draw tokens, in place, and what was measured."""
         engine, slots_G, where = group.version.engine, group.device_slots_G, group.where
         settings, is_mine_G = group.settings, None
-        positions_G = fed_at_G = rows.positions_R[where]
         if rows.has_drafts:
             is_mine_G = self._is_of(slots_G, rows)
             slots_G = rows.slots_R.where(is_mine_G, engine.cache.scratch_slot)
             where = slice(0, len(logits_RV))
-            positions_G = rows.positions_R
-            fed_at_G = positions_G.where(is_mine_G, 0)  # of another's history nothing is read, however long it is
             settings = StepSettings.of(self._settings_SC[slots_G], [request.params for request in group.requests])
-        logits_GV = logits_RV[where]
+        positions_G, logits_GV = rows.positions_R[where], logits_RV[where]
+        # Of another's history nothing is read, however long it is.
+        fed_at_G = positions_G if is_mine_G is None else positions_G.where(is_mine_G, 0)
         tokens_G = rows.token_ids_R[where].clamp(0, engine.model.vocab_size - 1)
         last = LastTokens(slots_G, fed_at_G, tokens_G, longest, has_drafts=rows.has_drafts)
 

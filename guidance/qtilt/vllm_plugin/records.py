@@ -124,7 +124,7 @@ class Stay:
         self._table = table
         self._slot = slot
         self._prompt_len = requests.prompt_len(slot)
-        self._ended: tuple[Steps, Tensor | int, torch.cuda.Event | None] | None = None
+        self._ended: tuple[Steps, Tensor | None, torch.cuda.Event | None] | None = None
         self.guided_tokens = guided_tokens
         self.failed: tuple[GuidanceFailure, int] | None = None
 
@@ -145,8 +145,7 @@ class Stay:
     def end(self) -> None:
         """The slot goes to another request: keep what is still to be read of this one's."""
         if self._ended is None:
-            steps, count = self._on_device()
-            count = count if isinstance(count, int) else count.clone()
+            steps, count, _ = self._on_device()
             self._ended = Steps(*(column.clone() for column in steps)), count, self._table.mark()
 
     def read(self) -> Steps:
@@ -154,16 +153,13 @@ class Stay:
 
         Copies from the device, once if the stay has ended.
         """
-        on_device, count, mark = self._ended or (
-            *self._on_device(),
-            self._table.mark() if self._requests.speculates else None,
-        )
+        on_device, count, mark = self._ended or self._on_device()
         with self._table.reading(mark):
-            drawn = int(count)
+            drawn = None if count is None else int(count)
             candidates_N, tokens_N = on_device.candidates_N[:drawn].cpu(), on_device.tokens_N[:drawn].cpu()
             steps = Steps(tokens_N, on_device.divergence_N3[:drawn].cpu(), candidates_N)
         if self._ended is not None:
-            self._ended = steps, drawn, None
+            self._ended = steps, None, None
         failed = (steps.divergence_N3[:, 0].isnan() & (steps.candidates_N != UNMEASURED)).nonzero()
         if len(failed) and (self.failed is None or int(failed[0]) < self.failed[1]):
             self.fail(not_numbers(), int(failed[0]))
@@ -175,17 +171,19 @@ class Stay:
             return self.failed[0]
         return None
 
-    def _on_device(self) -> tuple[Steps, Tensor | int]:
-        """What the slot has of as many steps as there may have been, and how many have drawn a token, or will have."""
+    def _on_device(self) -> tuple[Steps, Tensor | None, torch.cuda.Event | None]:
+        """What the slot has of as many steps as there may have been, how many those are if only the device knows, and
+        what to wait for then.
+        """
         longest = int(self._table.longest_S[self._slot])
         steps = Steps(
             self._requests.tokens_SP[self._slot, self._prompt_len : longest + 1],
             self._table.divergence_SP3[self._slot, self._prompt_len - 1 : longest],
             self._table.candidates_SP[self._slot, self._prompt_len - 1 : longest],
         )
-        if not self._requests.speculates:
-            return steps, longest - self._prompt_len + 1
-        return steps, self._requests.total_len(self._slot) - self._prompt_len
+        if self._requests.total_len_S is None:
+            return steps, None, None
+        return steps, self._requests.total_len_S[self._slot] - self._prompt_len, self._table.mark()
 
 
 class Records:

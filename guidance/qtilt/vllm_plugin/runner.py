@@ -23,12 +23,14 @@ class Requests(Protocol):
     """The requests that a model runner holds, by slot.
 
     speculates: whether tokens are drafted. Lengths on the host are then upper bounds once a request has drawn a token.
+    total_len_S: tokens of the prompt and drawn ones, on the device; None without drafts, when the host knows.
     tokens_SP: int32, each request's tokens on the device; the last one that was drawn is perhaps not yet there.
     """
 
     device: torch.device
     slots: int
     speculates: bool
+    total_len_S: Tensor | None
     tokens_SP: Tensor
 
     def prompt_len(self, slot: int) -> int:
@@ -39,9 +41,6 @@ class Requests(Protocol):
 
     def prefill(self, slot: int) -> Int32Array:
         """These tokens, of a request that arrives, as far as the host knows them."""
-
-    def total_len(self, slot: int) -> Tensor | int:
-        """Tokens of the prompt and drawn ones; asked with drafts, when only the device knows."""
 
 
 class TakesRequests(ABC):

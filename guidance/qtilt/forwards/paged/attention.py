@@ -1,4 +1,4 @@
-"""Attention of a packed step over pages in place: three or, with spans, six kernels a layer, whatever the rows are.
+"""Attention of a packed step over pages in place: two or three kernels a layer, and two for spans, however many rows.
 
 Shapes: ``T`` packed tokens (see packing.py), ``N`` of them of spans; ``W`` rows of one call, ``B`` of them tails with
 ``R = 1 + K`` tokens each, ``M`` pages of a row; ``H`` query heads and ``G`` key/value heads of size ``D``.

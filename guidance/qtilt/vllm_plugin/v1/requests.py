@@ -29,6 +29,7 @@ class V1Requests:
     """See :class:`qtilt.vllm_plugin.runner.Requests`. Without drafts: V1 excludes them."""
 
     speculates = False
+    total_len_S: Tensor | None = None
 
     def __init__(self, device: torch.device, slots: int, max_length: int) -> None:
         self.device = device
@@ -39,7 +40,6 @@ class V1Requests:
         self._prefill_of_slot: dict[int, Int32Array] = {}
         self._prompt_len_S = np.zeros(slots, dtype=np.int64)
         self._prefill_len_S = np.zeros(slots, dtype=np.int64)
-        self._total_len_S = np.zeros(slots, dtype=np.int64)
 
     def add(self, index: int) -> int:
         """A request arrives at an index that is free: its slot, the lowest that is free."""
@@ -50,7 +50,7 @@ class V1Requests:
         """The tokens that a guided request came with."""
         tokens = np.array([*prompt, *output], dtype=np.int32)
         self._prompt_len_S[slot] = len(prompt)
-        self._prefill_len_S[slot] = self._total_len_S[slot] = len(tokens)
+        self._prefill_len_S[slot] = len(tokens)
         # A placeholder, behind all others, is read by nobody: the token is fed, and written here, in the next step.
         self._prefill_of_slot[slot] = tokens[: len(tokens) - (tokens[-1] < 0)]
         (self.tokens_SP[slot, : len(tokens)],) = copy_to_device(self.device, tokens)
@@ -78,14 +78,9 @@ class V1Requests:
     def prefill(self, slot: int) -> Int32Array:
         return self._prefill_of_slot[slot]
 
-    def total_len(self, slot: int) -> int:
-        return int(self._total_len_S[slot])
-
     def step_rows(self, lengths_N: IntArray, token_ids_N: Tensor) -> StepRows:
         """The layout of a step. lengths_N: tokens visible to those that are drawn. token_ids_N: the last of these."""
         slots_N = np.array([self._slot_of_index[index] for index in range(len(lengths_N))])
-        draws_N = lengths_N >= self._prefill_len_S[slots_N]
-        self._total_len_S[slots_N] = np.where(draws_N, lengths_N + 1, self._prefill_len_S[slots_N])
         ((slots_R, positions_R),) = copy_to_device(self.device, np.stack([slots_N, lengths_N - 1]))
         self.tokens_SP[slots_R, positions_R] = token_ids_N.int()
         return StepRows(slots_N, lengths_N, slots_R, positions_R, token_ids_N.long())

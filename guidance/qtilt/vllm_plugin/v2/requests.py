@@ -30,6 +30,7 @@ class V2Requests:
         self.device = state.device
         self.slots = state.max_num_reqs
         self.speculates = speculates
+        self.total_len_S: Tensor | None = state.total_len.gpu if speculates else None
         self.tokens_SP: Tensor = state.all_token_ids.gpu
 
     def prompt_len(self, slot: int) -> int:
@@ -43,9 +44,6 @@ class V2Requests:
         if not staged._staged_write_indices or staged._staged_write_indices[-1] != slot:
             raise RuntimeError(f"vLLM has staged no tokens for slot {slot}, which a request has just got")
         return np.array(staged._staged_write_contents[-self.prefill_len(slot) :], dtype=np.int32)
-
-    def total_len(self, slot: int) -> Tensor:
-        return self._state.total_len.gpu[slot]
 
 
 def step_rows(context: "LogitsContext") -> StepRows:
