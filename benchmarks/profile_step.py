@@ -179,10 +179,12 @@ class Guide:
     def install(self) -> None:
         from torch.autograd.profiler import record_function
 
-        from qtilt.engine import ValueEngine
+        from qtilt.forwards.compiled.llama_forward import CompiledForward
+        from qtilt.forwards.fused import FusedForward
+        from qtilt.forwards.modules import ModulesForward
         from qtilt.vllm_plugin.guided import GuidedBatch
 
-        guide, forward = GuidedBatch.guide, ValueEngine._run
+        guide = GuidedBatch.guide
 
         @functools.wraps(guide)
         def measured(*arguments: Any, **keywords: Any) -> Any:
@@ -195,12 +197,9 @@ class Guide:
             self.seconds += time.perf_counter() - started
             return result
 
-        @functools.wraps(forward)
-        def in_range(*arguments: Any) -> Any:
-            with record_function(BACKBONE):
-                return forward(*arguments)
-
-        GuidedBatch.guide, ValueEngine._run = measured, in_range
+        GuidedBatch.guide = measured
+        for forward in (CompiledForward, FusedForward, ModulesForward):
+            forward.__call__ = record_function(BACKBONE)(forward.__call__)
 
 
 def run_steps(served: "VllmSystem", steps: int) -> float:

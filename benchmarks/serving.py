@@ -7,8 +7,8 @@
 
 Models have random weights and are made on the spot. Systems: `plain` is vLLM without the plugin, `unguided` vLLM with
 the plugin and requests without guidance, `q` and `v20` guided requests (Q-type with 20 candidates, V-type with 20),
-`v20t` V-type with a tolerance of 1e-3 (that gains little on random weights: adaptive.py has trained ones), `hf-q`,
-`hf-v20` and `hf-plain` the baselines of serving_speed/hf_system.py.
+`hf-q`, `hf-v20` and `hf-plain` the baselines of serving_speed/hf_system.py. What a candidate_mass saves is a matter of
+trained models: candidate_mass.py.
 
 Each system runs in a process of its own, idle while another runs, with --threads threads for everything. A round runs
 every system once on the same prompts, after a short one that isn't counted. A ratio to plain is taken within a round.
@@ -213,11 +213,6 @@ def products_seconds(process: SystemProcess, setting: Setting, one: System) -> f
     return float(first + (setting.new_tokens - 1) * later)
 
 
-def has_known_products(one: System) -> bool:
-    """With a tolerance nobody knows beforehand how many candidates are scored."""
-    return one.type is not None and not one.tolerance
-
-
 def warm_up(arguments: argparse.Namespace, setting: Setting, processes: dict[str, SystemProcess]) -> None:
     short = dataclasses.replace(setting, arrivals="together", requests=setting.concurrency, new_tokens=WARM_UP_TOKENS)
     for one in arguments.systems:
@@ -233,7 +228,7 @@ def measure(
         plain_step_seconds(arguments, setting, processes["plain"]) if setting.arrivals == "staggered" else 0.0
     )
     outcomes: dict[str, list[Outcome]] = {one.name: [] for one in arguments.systems}
-    floors: dict[str, list[float]] = {one.name: [] for one in arguments.systems if has_known_products(one)}
+    floors: dict[str, list[float]] = {one.name: [] for one in arguments.systems if one.type is not None}
     for number in range(arguments.rounds):
         work = workload(arguments, setting, number, step_seconds)
         for one in arguments.systems:
@@ -244,9 +239,8 @@ def measure(
     run = Run(setting.concurrency, setting.prompt, setting.new_tokens, NUMBER_BYTES[arguments.dtype])
     rows = []
     for one in arguments.systems:
-        # Of staggered requests nobody knows beforehand which share a step, and with a tolerance how many candidates.
-        is_known = setting.arrivals == "together" and not one.tolerance
-        bounds = ratio_bounds(pair, one.type, one.top_k, run) if is_known else None
+        # Of staggered requests nobody knows beforehand which share a step.
+        bounds = ratio_bounds(pair, one.type, one.top_k, run) if setting.arrivals == "together" else None
         floor = statistics.median(floors[one.name]) if floors.get(one.name) else None
         rows.append(make_row(one.name, outcomes[one.name], outcomes["plain"], bounds, floor))
     return Cell(setting, outcomes, rows, floors)

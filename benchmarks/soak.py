@@ -9,10 +9,10 @@ each other; prompts longer than a step's tokens, so that prefills come in chunks
 that value caches drop histories. The prefix cache is on.
 
 Clients ask one request after the other, at random: completions and chats, whole and streamed, unguided and guided by a
-V-type and a Q-type value model, lengths, η, top_k, methods, tolerances, temperatures, seeds, stop strings, several
-choices and prompts. A fifth of them go away: before the answer, in the middle of a stream, by closing the connection or
-resetting it. Some requests are malformed. A publisher swaps the versions of both value models every few seconds; 409,
-when two versions are still in use, is an answer like any other and counted.
+V-type and a Q-type value model, lengths, η, top_k, methods, candidate masses, temperatures, seeds, stop strings,
+several choices and prompts. A fifth of them go away: before the answer, in the middle of a stream, by closing the
+connection or resetting it. Some requests are malformed. A publisher swaps the versions of both value models every
+few seconds; 409, when two versions are still in use, is an answer like any other and counted.
 
 Checked: every response (status, choices, what it says of its guidance, a version that was active at some time of the
 request); a sampled share against plain Hugging Face forwards (soaking/exactness.py: log-probabilities to 1e-4, KL);

@@ -25,7 +25,11 @@ def acquire(engine: ValueEngine, known: Sequence[int] = ()) -> int:
 
 
 def value_logits(
-    engine: ValueEngine, slots: Sequence[int], histories: Sequence[Sequence[int]], candidates_BK: Tensor
+    engine: ValueEngine,
+    slots: Sequence[int],
+    histories: Sequence[Sequence[int]],
+    candidates_BK: Tensor,
+    counts_B: np.ndarray | None = None,
 ) -> Tensor:
     """One step as the vLLM plugin runs it: logits of Z for the candidates after each history, float32 ``[B, K, A]``."""
     table_SP = np.zeros((engine.cache.slots, engine.cache.max_length), dtype=np.int32)
@@ -39,7 +43,7 @@ def value_logits(
         rows_3B = np.array([slots_B[part], lengths_B[part] - 1, [history[-1] for history in histories[part]]])
         ((last_slots_B, positions_B, tokens_B),) = copy_to_device(candidates_BK.device, rows_3B)
         last = LastTokens(last_slots_B, positions_B, tokens_B, int(lengths_B[part].max()))
-        parts.append(engine.score(last, candidates_BK[part], spans))
+        parts.append(engine.score(last, candidates_BK[part], spans, None if counts_B is None else counts_B[part]))
     return torch.cat(parts)
 
 
@@ -85,11 +89,17 @@ class Histories:
         del self.tokens[slot]
         self.engine.release(slot)
 
-    def check(self, *slots: int, columns: int = 5) -> None:
+    def check(self, *slots: int, columns: int = 5, ragged: bool = False) -> None:
         histories = [self.tokens[slot] for slot in slots]
         candidates_BK = torch.tensor([self.draw(columns) for _ in slots], device=self.model.backbone.device)
-        got_BKA = value_logits(self.engine, slots, histories, candidates_BK)
+        counts_B = None
+        if ragged:
+            counts_B = np.array([self.random.randint(0, columns) for _ in slots])
+        got_BKA = value_logits(self.engine, slots, histories, candidates_BK, counts_B)
         expected_BKA = plain_value_logits(self.model, histories, candidates_BK)
+        if counts_B is not None and self.model.type == "v":
+            for row, count in enumerate(counts_B):
+                expected_BKA[row, count:] = 0.0
         torch.testing.assert_close(got_BKA, expected_BKA, **self.exact)
         lengths = [len(history) for history in histories]
         if len(self.engine.cache.parts(np.array(lengths))) == 1:
@@ -105,7 +115,7 @@ class Histories:
             chosen = [slot for slot in self.tokens if self.random.random() < 0.8]
             self.random.shuffle(chosen)
             if chosen:
-                self.check(*chosen, columns=3)
+                self.check(*chosen, columns=3, ragged=self.random.random() < 0.5)
 
     def _befall(self, slot: int, event: float) -> None:
         length = len(self.tokens[slot])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,10 +52,10 @@ def check_attention(
         ]
 
     spans = [Span(0, 30, torch.arange(40, device=device)), Span(3, 0, torch.arange(5, device=device))]
-    lengths, tail = [71, 33, 1], 3
+    lengths, tails = [71, 33, 1], [3, 1, 2]
     slots_B, positions_B, tokens_B = torch.tensor([[0, 2, 1], [length - 1 for length in lengths], [1, 2, 3]]).to(device)
     last = LastTokens(slots_B, positions_B, tokens_B, longest=71)
-    step = pack(memory, spans, last, torch.ones(3, tail - 1, dtype=torch.long, device=device))
+    step = pack(memory, spans, last, torch.ones(3, 2, dtype=torch.long, device=device), np.array(tails) - 1)
     tokens = len(step.input_ids_T)
     # Parts of one product, as a forward has them.
     packed = 3 * torch.randn(1, tokens, (group + 2) * kv_heads, head_size, device=device).to(dtype).transpose(1, 2)
@@ -72,7 +73,7 @@ def check_attention(
         if not tails_only:
             seen = [range(position + 1) for position in range(span.start, span.end)]
             expected.append(exact_attention(query_THD[part], keys, values, seen))
-    for slot, length in zip(last.slots_B.tolist(), lengths, strict=True):
+    for slot, length, tail in zip(last.slots_B.tolist(), lengths, tails, strict=True):
         row = slice(first, first + tail)
         first = row.stop
         keys, values = cached(slot, length)

@@ -11,8 +11,6 @@ from soaking.versions import Published
 
 HTTP_OK, HTTP_BAD_REQUEST = 200, 400
 END = len(ALPHABET)
-FIRST_SCORED = 2
-"""Candidates that a tolerance scores before it asks whether the others must be."""
 
 
 @dataclass
@@ -132,7 +130,7 @@ def _about_guidance(answer: Answer, published: Published) -> list[str]:
     asked["top_k"] = min(asked["top_k"], TOKENS)
     found += [
         f"{key} is {applied.get(key)}, asked for {asked[key]}"
-        for key in ("eta", "top_k", "method", "tail", "tolerance")
+        for key in ("eta", "top_k", "method", "tail", "candidate_mass")
         if applied.get(key) != asked[key]
     ]
     found += _about_version(ask.wanted, str(applied.get("value_model")), answer, published)
@@ -144,7 +142,7 @@ def _about_guidance(answer: Answer, published: Published) -> list[str]:
             found.append(f"choice {index}: {guidance} for {len(choice.token_ids)} tokens")
         if not -1e-4 < _figure(guidance, "kl") < math.inf:
             found.append(f"choice {index}: its KL is {guidance.get('kl')}")
-        fewest, most = _candidates(asked["top_k"], asked["tolerance"]) if guided_tokens else (0, 0)
+        fewest, most = _candidates(asked) if guided_tokens else (0, 0)
         if not fewest <= _figure(guidance, "candidates") <= most:
             found.append(f"choice {index}: {guidance.get('candidates')} candidates, expected {fewest} to {most}")
     return found
@@ -156,9 +154,12 @@ def _figure(guidance: dict[str, Any], key: str) -> float:
     return figure if isinstance(figure, (int, float)) else math.nan
 
 
-def _candidates(top_k: int, tolerance: float) -> tuple[int, int]:
-    """How many a guided step scores at least and at most."""
-    return (min(FIRST_SCORED, top_k) if tolerance > 0 else top_k), top_k
+def _candidates(asked: dict[str, Any]) -> tuple[int, int]:
+    """How many a guided step scores at least and at most: of a single one, with the tail mean, none."""
+    fewest, most = asked["top_k"] if asked["candidate_mass"] == 1 else 1, asked["top_k"]
+    if asked["tail"] == "mean":
+        fewest, most = (0 if count == 1 else count for count in (fewest, most))
+    return fewest, most
 
 
 def _about_version(wanted: str, said: str, answer: Answer, published: Published) -> list[str]:

@@ -12,14 +12,21 @@ from soaking.versions import Published
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MAX_TOP_K = 64
-DEFAULTS = {"value_model": "value", "eta": 0.2, "top_k": 8, "method": "qsharp", "tail": DEFAULT_TAIL, "tolerance": 0.0}
+DEFAULTS = {
+    "value_model": "value",
+    "eta": 0.2,
+    "top_k": 8,
+    "method": "qsharp",
+    "tail": DEFAULT_TAIL,
+    "candidate_mass": 1.0,
+}
 CHARACTERS = ALPHABET[:37]
 """Letters, digits and the space: no text of them spells a special token."""
 USER, ASSISTANT = len(ALPHABET) + 2, len(ALPHABET) + 3
 COMMON_PREFIXES = 8
 COMMON_PREFIX_TOKENS = 64
 """Two blocks of the server's prefix cache."""
-TOLERANCES = [0, 1e-3, 0.1]
+CANDIDATE_MASSES = [1, 0.9, 0.3]
 LONGEST_PROMPT = 120
 LONGEST_ANSWER = 64
 MAX_MODEL_LEN = 192
@@ -169,7 +176,7 @@ class Asker:
         if self.random.random() < 0.3:
             block["guided_tokens"] = self.random.choice([0, 1, 5, 20, 1000])
         if self.random.random() < 0.5:
-            block["tolerance"] = self.random.choice(TOLERANCES)
+            block["candidate_mass"] = self.random.choice(CANDIDATE_MASSES)
         return block
 
     def _completion(self, body: dict[str, Any], logprobs: str) -> tuple[str, list[list[int]]]:
@@ -225,7 +232,7 @@ BAD_BLOCKS: list[Any] = [
     {"method": "vas"},
     {"tail": "average"},
     {"guided_tokens": -1},
-    {"tolerance": 1},
+    {"candidate_mass": 0},
     {"value_model": "nobody"},
     {"value_model": "value@99999"},
     {"value_model": "value@one"},

@@ -73,8 +73,15 @@ def compare(sample: Sample) -> Difference:
     guided = None
     if sample.directory is not None and sample.applied is not None:
         applied = sample.applied
-        settings = (applied["eta"], applied["top_k"], applied["method"], sample.guided_tokens, applied["tolerance"])
-        guided = Guided(sample.directory, *settings, applied["tail"])
+        guided = Guided(
+            sample.directory,
+            applied["eta"],
+            applied["top_k"],
+            applied["method"],
+            sample.guided_tokens,
+            applied["candidate_mass"],
+            applied["tail"],
+        )
     steps = expected_steps(
         sample.reference,
         sample.prompt,

@@ -11,14 +11,13 @@ from qtilt.method.tilt import (
     cd_offsets,
     divergence,
     drops,
+    likeliest,
     lowest_offset,
-    may_stop_scoring,
     offsets,
     qsharp_offsets,
     reference_mass,
     tilt_,
     top_candidates,
-    total_variation_bound,
 )
 
 __all__ = [
@@ -32,12 +31,11 @@ __all__ = [
     "cd_offsets",
     "divergence",
     "drops",
+    "likeliest",
     "lowest_offset",
-    "may_stop_scoring",
     "offsets",
     "qsharp_offsets",
     "reference_mass",
     "tilt_",
     "top_candidates",
-    "total_variation_bound",
 ]

@@ -39,7 +39,7 @@ class Admission:
             method=request.method or DEFAULT_METHOD,
             tail=request.tail or self.flags.tail,
             guided_tokens=request.guided_tokens,
-            tolerance=float(request.tolerance or 0),
+            candidate_mass=1.0 if request.candidate_mass is None else float(request.candidate_mass),
         )
         return params, lease
 

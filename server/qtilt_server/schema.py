@@ -28,7 +28,7 @@ class GuidanceRequest(StrictModel):
         default=None, description="KL weight η of the paper, finite and > 0; a larger η is a weaker tilt"
     )
     top_k: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="how many of the reference's likeliest tokens are scored each step"
+        default=None, description="how many of the reference's likeliest tokens are scored each step, at most"
     )
     method: Literal["qsharp", "cd"] | None = Field(
         default=None, description="qsharp adds ln E[exp(Z/η)], cd adds E[Z]/η"
@@ -41,10 +41,10 @@ class GuidanceRequest(StrictModel):
     guided_tokens: Annotated[int, Field(ge=0, le=MAX_GUIDED_TOKENS)] | None = Field(
         default=None, description="guide only the first so many generated tokens; null guides all, 0 none"
     )
-    tolerance: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = Field(
+    candidate_mass: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="how far each step may be from full guidance in total variation, so that fewer candidates need "
-        "scoring; 0, the default, scores all",
+        description="how much of the reference's mass is enough: once the likeliest tokens hold it, no others are "
+        "scored; 1, the default, scores top_k",
     )
 
 
@@ -56,7 +56,7 @@ class AppliedGuidance(StrictModel):
     top_k: int
     method: Literal["qsharp", "cd"]
     tail: Literal["floor", "mean"]
-    tolerance: float
+    candidate_mass: float
 
 
 class ChoiceGuidance(StrictModel):
@@ -65,7 +65,7 @@ class ChoiceGuidance(StrictModel):
     guided_tokens: int = Field(description="how many of the returned tokens were drawn from the guided distribution")
     kl: float = Field(description="their summed full-vocabulary KL(guided ‖ reference) in nats")
     kl_candidates: float = Field(
-        description="their summed KL(guided ‖ reference), in nats, given that the token is one of the top_k candidates"
+        description="their summed KL(guided ‖ reference), in nats, given that the token is one of the candidates"
     )
     mass: float | None = Field(
         description="the reference's mass in these candidates, in the mean; null without any token"

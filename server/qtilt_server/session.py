@@ -72,7 +72,7 @@ class GuidedSession:
             top_k=self.params.top_k,
             method=self.params.method,  # type: ignore[arg-type]
             tail=self.params.tail,  # type: ignore[arg-type]
-            tolerance=self.params.tolerance,
+            candidate_mass=self.params.candidate_mass,
         )
 
     def open_trace(self) -> "Trace":

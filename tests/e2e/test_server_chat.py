@@ -12,7 +12,14 @@ from real_server.streams import collect
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 PROMPT = "<user>hello<assistant>"
-APPLIED = {"value_model": "value@1", "eta": 0.1, "top_k": 8, "method": "qsharp", "tail": DEFAULT_TAIL, "tolerance": 0.0}
+APPLIED = {
+    "value_model": "value@1",
+    "eta": 0.1,
+    "top_k": 8,
+    "method": "qsharp",
+    "tail": DEFAULT_TAIL,
+    "candidate_mass": 1.0,
+}
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -30,7 +30,7 @@ FEATURES = [
     "prefix caching",
     "n > 1",
     "`guided_tokens`",
-    "`tolerance`",
+    "`candidate_mass`",
     "`tail`: mean",
     "guided beside unguided",
     "two value models at once",

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -20,7 +19,6 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from qtilt.params import DEFAULT_TAIL
-from shortened_guidance import scored_in_stages
 
 Adjust = Callable[[Tensor, list[int]], Tensor]
 """What happens to raw logits ``[V]`` before guidance, given the tokens generated before: masks, biases, penalties."""
@@ -35,12 +33,12 @@ class Guided:
     top_k: int
     method: str
     guided_tokens: int | None
-    tolerance: float = 0.0
+    candidate_mass: float = 1.0
     tail: str = DEFAULT_TAIL
 
 
-OFFSET_ROUNDING = 1e-4
-"""By so much Q/η may be off in float32 when a tolerance decides whether further candidates are scored."""
+MASS_ROUNDING = 1e-5
+"""By so much the reference's mass may be off in float32 when it decides how many candidates there are."""
 TIE = 3e-5
 """Logits that differ by less may change places in float32: 6e-6 has, with the reference split between two workers."""
 
@@ -88,10 +86,6 @@ class ValueOracle:
         weights_KA = torch.exp(logits_KA)
         return returns, weights_KA / weights_KA.sum(1, keepdim=True)
 
-    @property
-    def highest_return(self) -> float:
-        return 1.0 if self.distribution["name"] == "bernoulli" else float(self.distribution["high"])
-
     def offsets(self, history: list[int], candidates: list[int], eta: float, method: str) -> tuple[Tensor, float]:
         """Q/η per candidate ``[K]``, and v_min/η."""
         returns, pmf_KZ = self.pmf(self.logits(history, candidates))
@@ -121,13 +115,13 @@ class Step(NamedTuple):
     the token is among the top-k. mass: the reference's in them.
 
     guided_logits_V: raw logits with T·Q/η, each token's Q/η less the largest of the row: as the HTTP API's page says,
-    the most valuable candidate keeps its logit. candidates: how many are scored.
+    the most valuable candidate keeps its logit. candidates: how many are scored; None where nothing is guided.
     """
 
     log_probs_V: Tensor
     kl: float
     guided_logits_V: Tensor
-    candidates: int
+    candidates: int | None
     kl_candidates: float = 0.0
     mass: float = 0.0
 
@@ -142,12 +136,12 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, steps: Sequence[Step]) -> "Measured":
-        guided = [step for step in steps if step.candidates]
+        guided = [step for step in steps if step.candidates is not None]
         return cls(
             sum(step.kl for step in guided),
             sum(step.kl_candidates for step in guided),
             fmean(step.mass for step in guided) if guided else 0.0,
-            fmean(step.candidates for step in guided) if guided else 0.0,
+            fmean(step.candidates or 0 for step in guided) if guided else 0.0,
         )
 
 
@@ -155,61 +149,44 @@ def step_distributions(
     reference_V: Tensor, history: list[int], guided: Guided | None, temperature: float, scorable: int
 ) -> list[Step]:
     """One step; ``reference_V`` holds −inf where masked. Several where rounding decides which tokens are scored."""
-    if guided is None:
-        return [Step(log_softmax(reference_V / (temperature or 1.0)), 0.0, reference_V, 0)]
-    allowed = [token for token in range(scorable) if torch.isfinite(reference_V[token])]
-    allowed.sort(key=lambda token: -float(reference_V[token]))
-    candidates = [allowed[: guided.top_k]]
-    for last, following in pairwise(allowed[guided.top_k - 1 : guided.top_k + 1]):
-        if float(reference_V[last] - reference_V[following]) < TIE:
-            candidates.append([*allowed[: guided.top_k - 1], following])
-    return [step for each in candidates for step in _guided_steps(reference_V, history, guided, temperature, each)]
-
-
-def _guided_steps(
-    reference_V: Tensor, history: list[int], guided: Guided, temperature: float, candidates: list[int]
-) -> list[Step]:
-    """One, or two where rounding decides whether all ``candidates`` are scored: the likelier one first."""
-    scale = temperature if temperature > 0 else 1.0
+    scale = temperature or 1.0
     reference = log_softmax(reference_V / scale)
-    oracle = value_oracle(guided.directory)
-    offsets_K, floor = oracle.offsets(history, candidates, guided.eta, guided.method)
-    counts = [len(candidates)]
-    if guided.tolerance > 0 and oracle.type == "v":
-        offsets = dict(zip(candidates, offsets_K.tolist(), strict=True))
-        highest = oracle.highest_return / guided.eta
-        masses = reference.exp().tolist()
-        # The bound, and what an unscored candidate could reach, grow with the highest offset.
-        either = [
-            scored_in_stages(
-                masses,
-                candidates,
-                offsets,
-                floor,
-                highest + rounding,
-                guided.tolerance,
-                greedy=temperature == 0,
-                tail=guided.tail,
-            )
-            for rounding in (0.0, -OFFSET_ROUNDING, OFFSET_ROUNDING)
-        ]
-        counts = list(dict.fromkeys(map(len, either)))
+    if guided is None:
+        return [Step(reference, 0.0, reference_V, None)]
     steps = []
-    for count in counts:
+    for candidates in _candidates(reference_V, reference, guided, scorable):
+        offsets_K, floor = value_oracle(guided.directory).offsets(history, candidates, guided.eta, guided.method)
         # e^o, weighted by the reference.
-        weights = reference[candidates[:count]].exp()
-        mean = float(torch.log((weights * offsets_K[:count].exp()).sum() / weights.sum()))
+        weights = reference[candidates].exp()
+        mean = float(torch.log((weights * offsets_K.exp()).sum() / weights.sum()))
+        scored = 0 if guided.tail == "mean" and len(candidates) == 1 else len(candidates)
         others = mean if guided.tail == "mean" else floor
-        steps.append(_step(reference_V, reference, candidates, offsets_K[:count], others, scale))
+        steps.append(_step(reference_V, reference, candidates, offsets_K, others, scale)._replace(candidates=scored))
     return steps
+
+
+def _candidates(reference_V: Tensor, reference: Tensor, guided: Guided, scorable: int) -> list[list[int]]:
+    """The likeliest ``top_k`` tokens, or as many of them as hold the mass; all that it may be, by rounding."""
+    ranked = [token for token in range(scorable) if torch.isfinite(reference_V[token])]
+    ranked.sort(key=lambda token: -float(reference_V[token]))
+    masses = reference[ranked].exp().tolist()
+    either = []
+    for enough in (guided.candidate_mass, guided.candidate_mass - MASS_ROUNDING, guided.candidate_mass + MASS_ROUNDING):
+        count = 1
+        while count < min(guided.top_k, len(ranked)) and (guided.candidate_mass == 1 or sum(masses[:count]) < enough):
+            count += 1
+        either.append(ranked[:count])
+        if count < len(ranked) and float(reference_V[ranked[count - 1]] - reference_V[ranked[count]]) < TIE:
+            either.append([*ranked[: count - 1], ranked[count]])
+    return [candidates for index, candidates in enumerate(either) if candidates not in either[:index]]
 
 
 def _step(
     reference_V: Tensor, reference: Tensor, candidates: list[int], offsets_K: Tensor, others: float, scale: float
 ) -> Step:
-    """The first of ``candidates`` have ``offsets_K``. reference: log-probabilities at temperature ``scale``."""
+    """reference: log-probabilities at temperature ``scale``."""
     offsets_V = torch.full_like(reference_V, others)
-    offsets_V[candidates[: len(offsets_K)]] = offsets_K
+    offsets_V[candidates] = offsets_K
     tilted = log_softmax(reference_V / scale + offsets_V)
     return Step(
         tilted,

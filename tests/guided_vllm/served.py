@@ -116,14 +116,13 @@ class Served:
         if guidance is None:
             return None
         directory = self.directories[guidance.value_model, guidance.version]
-        tolerance = 0.0 if self.speculates else guidance.tolerance
         return Guided(
             directory,
             guidance.eta,
             guidance.top_k,
             guidance.method,
             guidance.guided_tokens,
-            tolerance,
+            guidance.candidate_mass,
             guidance.tail,
         )
 

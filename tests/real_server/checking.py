@@ -78,7 +78,7 @@ class Oracle:
             applied["top_k"],
             applied["method"],
             guided_tokens,
-            applied["tolerance"],
+            applied["candidate_mass"],
             applied["tail"],
         )
 

@@ -18,7 +18,7 @@ DECLARED = {canonicalize_name(Requirement(line).name) for line in PROJECT["depen
 FOR_TESTS = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["dev"]}
 OUR_SCRIPTS = {
     path.stem
-    for folder in ("tests", "benchmarks", "examples/demo", "examples/toys")
+    for folder in ("tests", "benchmarks", "examples", "examples/demo", "examples/toys")
     for path in (ROOT / folder).iterdir()
 }
 # Imported only by the task that needs them, in the worker of reasoning_gym, which brings SymPy.

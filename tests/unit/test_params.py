@@ -8,7 +8,7 @@ VALID = {"value_model": "maths", "version": 2, "eta": 0.1, "top_k": 20}
 
 
 def test_params_survive_the_trip_through_json():
-    params = GuidanceParams(**VALID, method="cd", tail="mean", guided_tokens=7, tolerance=1e-3, trace_id="abc")
+    params = GuidanceParams(**VALID, method="cd", tail="mean", guided_tokens=7, candidate_mass=0.9, trace_id="abc")
     wire = json.loads(json.dumps({EXTRA_ARGS_KEY: params.to_extra_args()}))
     assert GuidanceParams.from_extra_args(wire) == params
 
@@ -39,13 +39,14 @@ def test_a_request_without_guidance_has_no_params(extra_args):
         ("tail", None),
         ("guided_tokens", -1),
         ("guided_tokens", 1.0),
-        ("tolerance", -1e-9),
-        ("tolerance", 1.0),
-        ("tolerance", float("nan")),
-        ("tolerance", float("inf")),
-        ("tolerance", True),
-        ("tolerance", "0.1"),
-        ("tolerance", None),
+        ("candidate_mass", 0),
+        ("candidate_mass", -0.1),
+        ("candidate_mass", 1.0000001),
+        ("candidate_mass", float("nan")),
+        ("candidate_mass", float("inf")),
+        ("candidate_mass", True),
+        ("candidate_mass", "0.1"),
+        ("candidate_mass", None),
         ("trace_id", None),
     ],
 )

@@ -18,10 +18,9 @@ import httpx
 import pytest
 
 from guided_vllm import oracle
-from guided_vllm.oracle import Guided, Step, expected_steps, reference_oracle, step_distributions, value_oracle
+from guided_vllm.oracle import Guided, Step, expected_steps, reference_oracle, step_distributions
 from qtilt.params import DEFAULT_TAIL
 from real_server.models import ALPHABET, TOKENS, make_reference, make_value_model
-from shortened_guidance import bound
 from soaking.answers import Answer, Choice, complaints, names_a_version_that_left
 from soaking.asks import CHAT, COMPLETIONS, Ask, Asker, Leaving
 from soaking.exactness import Sample, compare
@@ -87,7 +86,7 @@ def answer() -> Answer:
         "top_k": TOKENS,
         "method": "qsharp",
         "tail": DEFAULT_TAIL,
-        "tolerance": 0.0,
+        "candidate_mass": 1.0,
     }
     return Answer(Ask(COMPLETIONS, body, [[1]]), 15.0, 16.0, 200, None, choices, applied, is_complete=True)
 
@@ -134,8 +133,8 @@ def asked(**guidance: Any) -> Callable[[Answer], None]:
         (changed(applied=None), "without guidance"),
         (applied_changed(eta=0.2), "eta is 0.2"),
         (applied_changed(top_k=64), "top_k is 64"),
-        (applied_changed(tolerance=0.1), "tolerance is 0.1, asked for 0.0"),
-        (changed(applied={}), "tolerance is None"),
+        (applied_changed(candidate_mass=0.1), "candidate_mass is 0.1, asked for 1.0"),
+        (changed(applied={}), "candidate_mass is None"),
         (applied_changed(value_model="value@two"), "value@two wasn't active"),
         (applied_changed(value_model="value@1"), "value@1 wasn't active"),
         (applied_changed(value_model="value@3"), "value@3 wasn't active"),
@@ -151,13 +150,26 @@ def test_a_wrong_answer_is_complained_about(
     assert complaint in "\n".join(complaints(answer, published))
 
 
-@pytest.mark.parametrize(("candidates", "is_right"), [(1.5, False), (2.0, True), (7.3, True), (TOKENS + 1, False)])
-def test_a_tolerance_scores_two_candidates_or_more(
-    answer: Answer, published: Published, candidates: float, is_right: bool
+@pytest.mark.parametrize(
+    ("block", "candidates", "is_right"),
+    [
+        ({"candidate_mass": 0.1}, 0.0, True),
+        ({"candidate_mass": 0.1}, 7.3, True),
+        ({"candidate_mass": 0.1}, TOKENS + 1, False),
+        ({"candidate_mass": 0.1, "tail": "floor"}, 0.9, False),
+        ({"candidate_mass": 0.1, "tail": "floor"}, 1.0, True),
+        ({"top_k": 1}, 0.0, True),
+        ({"top_k": 1}, 1.0, False),
+        ({"top_k": 1, "tail": "floor"}, 1.0, True),
+    ],
+)
+def test_how_many_candidates_are_scored(
+    answer: Answer, published: Published, block: dict[str, Any], candidates: float, is_right: bool
 ) -> None:
-    asked(eta=0.5, top_k=64, tolerance=0.1)(answer)
-    applied_changed(tolerance=0.1)(answer)
-    choice_changed(guidance=GUIDANCE | {"candidates": candidates})(answer)
+    asked(eta=0.5, **{"top_k": 64, **block})(answer)
+    applied_changed(**block)(answer)
+    for choice in answer.choices.values():
+        choice.guidance = GUIDANCE | {"candidates": candidates}
     assert (complaints(answer, published) == []) is is_right
 
 
@@ -283,7 +295,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     make_value_model(folder / "other", 2)
     prompt, token_ids = [1, 2, 3], [4, 5, 6, 7]
     steps = expected_steps(reference, prompt, token_ids, Guided(value, 0.5, 8, "qsharp", 3, tail="floor"), 0.7, TOKENS)
-    assert [step.candidates for step in steps] == [8, 8, 8, 0]
+    assert [step.candidates for step in steps] == [8, 8, 8, None]
     all_logprobs = [{index: each + 1e-6 for index, each in enumerate(step.log_probs_V.tolist())} for step in steps]
     return Sample(
         reference=reference,
@@ -294,7 +306,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
             "top_k": 8,
             "method": "qsharp",
             "tail": "floor",
-            "tolerance": 0.0,
+            "candidate_mass": 1.0,
         },
         guided_tokens=3,
         temperature=0.7,
@@ -326,7 +338,10 @@ def off_by(sample: Sample, difference: float) -> list[float]:
         (lambda exact: {"logprobs": off_by(exact, math.nan), "all_logprobs": []}, "token 7 has log-probability nan"),
         (lambda exact: {"kl": exact.kl + 1e-3}, "the KL is"),
         (lambda exact: {"candidates": 7.5}, "7.5 candidates"),
-        (lambda exact: {"applied": exact.applied | {"tolerance": 0.99}}, "8.0 candidates in the mean, expected 2.0"),
+        (
+            lambda exact: {"applied": exact.applied | {"candidate_mass": 1e-9}},
+            "8.0 candidates in the mean, expected 1.0",
+        ),
         (lambda exact: {"directory": exact.directory.with_name("other")}, "probability"),
         (lambda exact: {"directory": None, "applied": None, "kl": None}, "probability"),
         (lambda exact: {"prompt": [1, 2, 4]}, "probability"),
@@ -340,43 +355,41 @@ def test_an_inexact_sample_is_complained_about(sample: Sample, change: Any, comp
     assert complaint in "\n".join(compare(replace(sample, **change(sample))).complaints)
 
 
-def of_one_step(sample: Sample, step: Step, tolerance: float) -> Sample:
+def of_one_step(sample: Sample, step: Step, candidate_mass: float = 1.0) -> Sample:
     """As a server that took this step would report it."""
     all_logprobs = [dict(enumerate(step.log_probs_V.tolist()))]
     return replace(
         sample,
-        applied={**(sample.applied or {}), "tolerance": tolerance},
+        applied={**(sample.applied or {}), "candidate_mass": candidate_mass},
         token_ids=sample.token_ids[:1],
         logprobs=[all_logprobs[0][sample.token_ids[0]]],
         all_logprobs=all_logprobs,
         kl=step.kl,
-        candidates=float(step.candidates),
+        candidates=float(step.candidates or 0),
     )
 
 
-def test_rounding_may_decide_whether_a_tolerance_is_met_and_only_there(sample: Sample) -> None:
+def test_rounding_may_decide_how_many_candidates_hold_the_mass_and_only_there(sample: Sample) -> None:
     assert sample.directory is not None
     logits_V = reference_oracle(sample.reference).logits(sample.prompt)[-1]
     ranked = logits_V[:TOKENS].argsort(descending=True)[:8].tolist()
-    offsets_K, lowest = value_oracle(sample.directory).offsets(sample.prompt, ranked, 0.5, "qsharp")
-    masses = (logits_V / 0.7).softmax(0).tolist()
-    threshold = float(bound(masses, dict(zip(ranked, offsets_K.tolist(), strict=True)), ranked[:2], lowest, 1 / 0.5))
+    of_three = float((logits_V / 0.7).softmax(0)[ranked[:3]].sum())
 
-    def steps(tolerance: float) -> dict[int, Step]:
-        guided = Guided(sample.directory, 0.5, 8, "qsharp", None, tolerance, tail="floor")
+    def steps(candidate_mass: float) -> dict[int | None, Step]:
+        guided = Guided(sample.directory, 0.5, 8, "qsharp", None, candidate_mass, tail="floor")
         found = step_distributions(logits_V, sample.prompt, guided, 0.7, TOKENS)
         return {step.candidates: step for step in found}
 
-    assert list(steps(0.99 * threshold)) == [8]
-    assert list(steps(1.01 * threshold)) == [2]
-    either = steps(threshold)
-    assert either.keys() == {2, 8}
+    assert list(steps(0.999 * of_three)) == [3]
+    assert list(steps(1.001 * of_three)) == [4]
+    either = steps(of_three)
+    assert either.keys() == {3, 4}
     for step in either.values():
-        exact = of_one_step(sample, step, threshold)
+        exact = of_one_step(sample, step, of_three)
         for each in (exact, replace(exact, all_logprobs=[])):
             assert compare(each).complaints == ()
-    assert compare(of_one_step(sample, either[8], 1.01 * threshold)).complaints
-    assert compare(of_one_step(sample, either[2], 0.99 * threshold)).complaints
+    assert compare(of_one_step(sample, either[4], 0.999 * of_three)).complaints
+    assert compare(of_one_step(sample, either[3], 1.001 * of_three)).complaints
 
 
 def test_either_of_two_tokens_may_be_the_last_candidate_where_they_tie(
@@ -390,8 +403,8 @@ def test_either_of_two_tokens_may_be_the_last_candidate_where_they_tie(
         either = step_distributions(logits_V, sample.prompt, guided, 0.7, TOKENS)
         assert len(either) == 2
         for step in either:
-            assert compare(of_one_step(sample, step, 0.0)).complaints == ()
-    first, second = (compare(of_one_step(sample, step, 0.0)).complaints for step in either)
+            assert compare(of_one_step(sample, step)).complaints == ()
+    first, second = (compare(of_one_step(sample, step)).complaints for step in either)
     assert not first
     assert second, "these two differ by more than rounding"
 
@@ -407,7 +420,7 @@ def test_random_requests_are_what_they_say_they_are(published: Published) -> Non
     assert {ask.n for ask in asks} == {1, 2, 3, 4}
     assert {ask.body["stream"] for ask in asks} == {True, False}
     assert 0.15 < sum(ask.leaves is not None for ask in asks) / len(asks) < 0.3
-    assert {ask.guidance.get("tolerance") for ask in asks if ask.guidance} == {None, 0, 1e-3, 0.1}
+    assert {ask.guidance.get("candidate_mass") for ask in asks if ask.guidance} == {None, 1, 0.9, 0.3}
     named = {ask.wanted for ask in asks if ask.guidance is not None}
     assert named == {"value", "value@1", "value@2"}
 

@@ -25,6 +25,7 @@ from qtilt.forwards.paged.attention import PagedAttention
 from qtilt.forwards.paged.flash_kernels import FlashKernels
 from qtilt.forwards.paged.kernels import PagedKernels
 from qtilt.forwards.paged.triton_kernels import TritonKernels
+from qtilt.forwards.probe import CANDIDATES
 from qtilt.value_model import ValueModel
 from qtilt.vllm_plugin.kernels import VllmKernels
 
@@ -123,7 +124,7 @@ class TooMuch(TritonKernels):
         super().attend_tails(*before, rows, scaling)
 
 
-@pytest.mark.parametrize(("tokens", "where"), [(3, "over each sequence"), (1, "without candidates")])
+@pytest.mark.parametrize(("tokens", "where"), [(1 + CANDIDATES, "over each sequence"), (1, "without candidates")])
 def test_an_engine_refuses_kernels_that_compute_something_else(
     tokens: int, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

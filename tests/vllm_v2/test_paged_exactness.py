@@ -7,9 +7,11 @@ import pytest
 
 from guided_vllm import guided_engine
 from guided_vllm.as_on_gpus import run_as_on_gpus
+from guided_vllm.driving import Ask, drive
 from guided_vllm.exactness import test_chunked_prefill, test_prefix_cache_hits  # noqa: F401 - interpreted, slow
+from guided_vllm.matrix import covers
 from guided_vllm.served import Served
-from guided_vllm.tiny_models import VALUE_MODELS
+from guided_vllm.tiny_models import VALUE_MODELS, prompt
 from guided_vllm.vllm_on_cpu import allow_async_scheduling
 from qtilt.forwards.paged.triton_kernels import TritonKernels
 from qtilt.vllm_plugin import processor
@@ -42,3 +44,14 @@ def test_backbones_run_on_vllms_kernels_where_they_can(served: Served) -> None:
     assert forwards == {
         name: "transformers" if family == "gpt2" else "fused" for name, (_, _, family) in VALUE_MODELS.items()
     }
+
+
+@covers("`candidate_mass`")
+def test_rows_may_have_fewer_candidates_than_others(served: Served) -> None:
+    settings = [("v-bernoulli", 0.5), ("v-categorical", 0.9), ("v-bernoulli", 1.0)]
+    asks = [
+        Ask(prompt(5 + index, seed=680 + index), served.guide(name, candidate_mass=mass), 0.3, max_tokens=5)
+        for index, (name, mass) in enumerate(settings)
+    ]
+    for answer in drive(served.engine, asks):
+        served.check(answer)

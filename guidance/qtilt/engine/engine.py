@@ -138,22 +138,36 @@ class ValueEngine:
         return spans
 
     @torch.inference_mode()
-    def score(self, last: LastTokens, candidates_BK: Tensor, spans: Sequence[Span] = ()) -> Tensor:
+    def score(
+        self,
+        last: LastTokens,
+        candidates_BK: Tensor,
+        spans: Sequence[Span] = (),
+        counts_B: IntArray | None = None,
+    ) -> Tensor:
         """Logits of Z for candidates after each last token, float32 ``[B, K, A]``: one packed forward.
+
+        counts_B: how many of each row's candidates are wanted, its first; None: all. The others of a V-type, which runs
+        each candidate as a token, aren't run, and have logits of 0.
 
         Caches the spans and the last tokens, wherever their slots are; all before them must be cached already. Takes
         the word of the caller for slots, positions and token ids, and never waits for the device.
         """
-        if self.model.type == "v":
-            tails_BRH = self._run(spans, last, candidates_BK).unflatten(0, (len(last.slots_B), -1))
-            return self.model.head_logits(tails_BRH[:, 1:])
-        return self._q_head(self._run(spans, last, None), candidates_BK)
+        if self.model.type == "q":
+            return self._q_head(self.forward(pack(self.cache.memory, spans, last)), candidates_BK)
+        step = pack(self.cache.memory, spans, last, candidates_BK, counts_B)
+        logits_XA = self.model.head_logits(self.forward(step))
+        if step.places_X is not None:
+            places = candidates_BK.numel() + len(candidates_BK)
+            logits_XA = logits_XA.new_zeros(places, logits_XA.shape[1]).index_copy_(0, step.places_X, logits_XA)
+        logits_BRA: Tensor = logits_XA.unflatten(0, (len(candidates_BK), -1))
+        return logits_BRA[:, 1:]
 
     @torch.inference_mode()
     def extend(self, spans: Sequence[Span]) -> None:
         """Cache spans, wherever their slots are, in forwards of at most ``max_new_tokens``. As :meth:`score`."""
         for part in _cut(spans, self.max_new_tokens):
-            self._run(part, None, None)
+            self.forward(pack(self.cache.memory, part))
 
     def _share(self, slot: int, length: int, spans: list[Span], rows: Set[int]) -> int:
         """Copy what the history has in common with another one: how many tokens that are.
@@ -171,10 +185,6 @@ class ValueEngine:
                 spans.clear()
             self.cache.copy(source, slot, common)
         return common
-
-    def _run(self, spans: Sequence[Span], last: LastTokens | None, candidates_BK: Tensor | None) -> Tensor:
-        """One packed forward: hidden states ``[B·R, H]`` of each row's last token and candidates."""
-        return self.forward(pack(self.cache.memory, spans, last, candidates_BK))
 
 
 def _own_or_shared(

@@ -25,7 +25,7 @@ class StepAttention(Protocol):
         """Cache the histories' new keys and values, then attend: ``[1, T, H, D]``.
 
         See :class:`qtilt.forwards.attention.AttentionStep`. tails_only: spans are cached, and nobody wants their own
-        states: ``[1, B·R, H, D]``.
+        states: ``[1, X, H, D]``.
         """
 
 
@@ -42,7 +42,7 @@ class Forward(Protocol):
     name: ClassVar[str]
 
     def __call__(self, step: PackedStep) -> Tensor:
-        """Cache the keys and values of the step's spans and last tokens; hidden states ``[B·R, H]`` of the tails.
+        """Cache the keys and values of the step's spans and last tokens; hidden states ``[X, H]`` of the tails.
 
         Of spans nothing else is wanted, so the last layer needn't do more than that for them.
         """

@@ -1,8 +1,8 @@
 """Attention of packed, ragged rows on CPUs: what transformers and fused forwards do there in each layer.
 
-Shapes: ``T`` packed tokens (see packing.py), ``C`` tokens of a span that ends at position ``E``, ``B`` rows with
-``R = 1 + K`` tail tokens each; ``W`` rows of one attention call, ``P`` cached positions it reads; ``H`` query heads,
-``G`` key/value heads, ``D`` head size.
+Shapes: ``T`` packed tokens (see packing.py), ``X`` of them of tails; ``C`` tokens of a span that ends at position
+``E``; ``B`` rows with ``R = 1 + K`` tail tokens each, where they are padded; ``W`` rows of one attention call, ``P``
+cached positions it reads; ``H`` query heads, ``G`` key/value heads, ``D`` head size.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,8 @@ class PackedAttention:
 
     def __init__(self, step: PackedStep) -> None:
         device = step.memory.geometry.device
-        self.memory, self.spans, self.last = step.memory, step.spans, step.last
+        self.memory, self.spans, self.last, self.places_X = step.memory, step.spans, step.last, step.places_X
+        self.width = step.width
         self.visible_by_span = [_visible(span, device) for span in step.spans]
         self.tail_rows = [] if step.last is None else _tail_rows(step.memory, step.last)
 
@@ -69,11 +70,22 @@ class PackedAttention:
             outs.append(out_1HCD[0].transpose(0, 1))
         if self.last is not None:
             query_BRHD, key_BRGD, value_BRGD = (
-                packed[first:].unflatten(0, (len(self.last.slots_B), -1)) for packed in (query_THD, key_TGD, value_TGD)
+                self._padded(packed[first:]) for packed in (query_THD, key_TGD, value_TGD)
             )
-            outs.append(self._attend_tails(layer, query_BRHD, key_BRGD, value_BRGD, scaling).flatten(0, 1))
+            out_XHD = self._attend_tails(layer, query_BRHD, key_BRGD, value_BRGD, scaling).flatten(0, 1)
+            outs.append(out_XHD if self.places_X is None else out_XHD[self.places_X])
         out_THD = outs[-1] if len(outs) <= 2 else torch.cat(outs)
         return out_THD.unsqueeze(0)
+
+    def _padded(self, packed_XHD: Tensor) -> Tensor:
+        """The tails ``[B, R, H, D]``, zeros where a row has fewer tokens."""
+        assert self.last is not None
+        rows = len(self.last.slots_B)
+        if self.places_X is not None:
+            places = packed_XHD.new_zeros(rows * self.width, *packed_XHD.shape[1:])
+            packed_XHD = places.index_copy_(0, self.places_X, packed_XHD)
+        padded_BRHD: Tensor = packed_XHD.unflatten(0, (rows, -1))
+        return padded_BRHD
 
     def _attend_tails(
         self, layer: int, query_BRHD: Tensor, key_BRGD: Tensor, value_BRGD: Tensor, scaling: float

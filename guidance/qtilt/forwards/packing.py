@@ -1,7 +1,7 @@
 """Spans and last tokens of running histories → one packed step ``[T]``, which a forward runs (interface.py).
 
-Shapes: ``C`` tokens of a span, ``N`` tokens of all spans, ``B`` rows (histories to score), ``K`` candidates a row,
-``R = 1 + K`` tail tokens of a row, ``T = N + B·R`` packed tokens.
+Shapes: ``C`` tokens of a span, ``N`` tokens of all spans, ``B`` rows (histories to score), ``K`` candidates a row at
+most, ``R = 1 + K`` tail tokens of a row at most, ``X`` tail tokens of all rows, ``T = N + X`` packed tokens.
 
 A row's *tail* is its last token and its candidates: they all see exactly the row's history, so the tails of many rows
 are one batched attention. What a row's cache lacks before its last token is a *span*: ordinary causal attention, row by
@@ -11,9 +11,11 @@ row. Which tokens these are is on the device; only the sizes, and where spans be
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from qtilt.forwards.arrays import IntArray, copy_to_device
 from qtilt.forwards.memory import PageMemory
 
 
@@ -48,13 +50,20 @@ class LastTokens:
 
 @dataclass(frozen=True, slots=True)
 class PackedStep:
-    """The tokens of one packed forward ``[T]``: those of the spans, then the tails of the rows to score."""
+    """The tokens of one packed forward ``[T]``: those of the spans, then the tails of the rows to score.
+
+    tails_B: on the host, how many tokens each row's tail has; ``width`` is R. places_X: on the device, where the tail
+    tokens are among ``B·R`` places, R of each row; None when all places are taken.
+    """
 
     memory: PageMemory
     input_ids_T: Tensor
     position_ids_T: Tensor
     spans: Sequence[Span]
     last: LastTokens | None
+    tails_B: IntArray
+    width: int
+    places_X: Tensor | None
 
     @property
     def span_tokens(self) -> int:
@@ -63,21 +72,33 @@ class PackedStep:
 
 
 def pack(
-    memory: PageMemory, spans: Sequence[Span], last: LastTokens | None = None, candidates_BK: Tensor | None = None
+    memory: PageMemory,
+    spans: Sequence[Span],
+    last: LastTokens | None = None,
+    candidates_BK: Tensor | None = None,
+    counts_B: IntArray | None = None,
 ) -> PackedStep:
     """Lay out one forward that caches ``spans`` and the last tokens, and scores ``candidates_BK`` after these.
 
-    At least one token in all. Nothing waits for the device.
+    counts_B: how many of each row's candidates, its first; None: all. At least one token in all. Nothing waits for the
+    device.
     """
     device = memory.geometry.device
     positions = [torch.arange(span.start, span.end, device=device) for span in spans]
     input_ids = [span.token_ids_C for span in spans]
+    tails_B, width, places_X = np.empty(0, dtype=np.int64), 0, None
     if last is not None:
         tail_ids_BR, tail_positions_BR = last.token_ids_B.unsqueeze(1), last.positions_B.unsqueeze(1)
         if candidates_BK is not None:
             tail_ids_BR = torch.cat([tail_ids_BR, candidates_BK], dim=1)
             after_BK = (tail_positions_BR + 1).expand_as(candidates_BK)
             tail_positions_BR = torch.cat([tail_positions_BR, after_BK], dim=1)
-        input_ids.append(tail_ids_BR.flatten())
-        positions.append(tail_positions_BR.flatten())
-    return PackedStep(memory, torch.cat(input_ids), torch.cat(positions), spans, last)
+        tail_ids_X, tail_positions_X = tail_ids_BR.flatten(), tail_positions_BR.flatten()
+        rows, width = tail_ids_BR.shape
+        tails_B = np.full(rows, width, dtype=np.int64) if counts_B is None else 1 + counts_B
+        if (tails_B < width).any():
+            (places_X,) = copy_to_device(device, np.flatnonzero(np.arange(width) < tails_B[:, None]))
+            tail_ids_X, tail_positions_X = tail_ids_X[places_X], tail_positions_X[places_X]
+        input_ids.append(tail_ids_X)
+        positions.append(tail_positions_X)
+    return PackedStep(memory, torch.cat(input_ids), torch.cat(positions), spans, last, tails_B, width, places_X)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -29,7 +30,9 @@ PROBE_LENGTHS = (5, 3)
 FORWARD_LENGTHS = (PAGE_TOKENS + 5, PAGE_TOKENS, 3)
 SECOND_SPAN = 7
 DISTINCT_TOKENS = 8
-CANDIDATES = 2
+CANDIDATES = 3
+# Of each history: rows with all, with some and with none of their candidates.
+COUNTS = (2, CANDIDATES, 0)
 # Relative L2 distance to the backbone's own eager attention; a missing term in attention costs far more.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # Keywords that transformers models give their attention function and that change its result.
@@ -109,8 +112,8 @@ def check_forward(backbone: PreTrainedModel, forward: Forward, geometry: CacheGe
     plain_BH = plain_TH.unflatten(0, (len(lengths), -1))[:, 0]
     complaint = f"{type(backbone).__name__}, run by {forward.name}, computes something else"
     for memory in _memories(geometry, lengths):
-        hidden_TH, last = _packed_steps(forward, memory, histories, candidates_BK)
-        _check_same(hidden_TH, plain_TH, complaint)
+        hidden_XH, last, places_X = _packed_steps(forward, memory, histories, candidates_BK)
+        _check_same(hidden_XH, plain_TH[places_X], complaint)
         _check_same(forward(pack(memory, [], last)), plain_BH, f"{complaint} without candidates")
 
 
@@ -127,8 +130,8 @@ def _memories(geometry: CacheGeometry, lengths: Sequence[int]) -> Iterator[PageM
 
 def _packed_steps(
     forward: Forward, memory: PageMemory, histories: Sequence[Tensor], candidates_BK: Tensor
-) -> tuple[Tensor, LastTokens]:
-    """Hidden states of the histories' last tokens and, behind each, its candidates: ``[B·(1 + K), H]``.
+) -> tuple[Tensor, LastTokens, Tensor]:
+    """Hidden states ``[X, H]`` of the histories' last tokens and, behind each, some of its candidates; which of all.
 
     From two steps: the first caches the histories but for their ends, the longest's being of some tokens.
     """
@@ -141,11 +144,13 @@ def _packed_steps(
     rest = [Span(0, cut, histories[0][cut:-1])] if cut < ends[0] else []
     slots_B, positions_B = torch.tensor([range(len(ends)), ends], device=candidates_BK.device)
     last = LastTokens(slots_B, positions_B, torch.stack([history[-1] for history in histories]), max(ends) + 1)
-    return forward(pack(memory, rest, last, candidates_BK)), last
+    step = pack(memory, rest, last, candidates_BK, np.array(COUNTS))
+    assert step.places_X is not None
+    return forward(step), last, step.places_X
 
 
 def _plain_steps(backbone: PreTrainedModel, histories: Sequence[Tensor], candidates_BK: Tensor) -> Tensor:
-    """What :func:`_packed_steps` gives, from plain forwards of the backbone."""
+    """Of all candidates what :func:`_packed_steps` gives, from plain forwards of the backbone: ``[B·(1 + K), H]``."""
     tails = []
     for history, candidates_K in zip(histories, candidates_BK, strict=True):
         tails.append(_plain_hidden(backbone, history)[-1:])

@@ -22,13 +22,13 @@ class GuidanceParams:
 
     value_model, version: which resident value model scores the candidates.
     eta: the KL weight η of the paper (Eq. 1), > 0; a larger η is a weaker tilt.
-    top_k: how many of the reference's likeliest tokens are scored each step.
+    top_k: how many of the reference's likeliest tokens are candidates in each step, at most.
+    candidate_mass: the reference's mass, 0 < m ≤ 1, that is enough for them: once the likeliest hold so much at the
+    request's temperature, the others aren't candidates. 1 takes all top_k.
     method: ``qsharp`` adds ln E[e^{Z/η}], ``cd`` adds E[Z]/η.
     tail: what tokens that aren't candidates get: ``floor`` v_min/η, ``mean`` the reference-weighted mean of the
     candidates, so that they keep the reference's probability (:mod:`qtilt.method.tilt`).
     guided_tokens: guide this many generated tokens and leave the rest to the reference; None guides all.
-    tolerance: how far each step may be from full guidance in total variation, 0 ≤ ε < 1, so that fewer candidates need
-    scoring; 0 scores all. What is bounded, and the proof: :func:`qtilt.method.tilt.total_variation_bound`.
     trace_id: names the KL records of this request in the worker; all children of n > 1 share it.
 
     Raises ValueError for a value out of its range, naming the field.
@@ -41,7 +41,7 @@ class GuidanceParams:
     method: str = "qsharp"
     tail: str = DEFAULT_TAIL
     guided_tokens: int | None = None
-    tolerance: float = 0.0
+    candidate_mass: float = 1.0
     trace_id: str = ""
 
     def __post_init__(self) -> None:
@@ -59,7 +59,10 @@ class GuidanceParams:
         )
         # A NaN is in no range.
         _require(
-            _is_number(self.tolerance) and 0 <= self.tolerance < 1, self, "tolerance", "a number from 0 to below 1"
+            _is_number(self.candidate_mass) and 0 < self.candidate_mass <= 1,
+            self,
+            "candidate_mass",
+            "a number above 0, at most 1",
         )
         _require(isinstance(self.trace_id, str), self, "trace_id", "a string")
 

@@ -67,6 +67,17 @@ def top_candidates(logits_BV: Tensor, k: int, scorable: int, top_k_B: Tensor | N
     return Candidates(token_ids_BK, valid_BK)
 
 
+def likeliest(candidates: Candidates, mass: "ReferenceMass", enough_B: Tensor) -> tuple[Candidates, "ReferenceMass"]:
+    """The fewest candidates, the likeliest first, that hold ``enough_B`` > 0 of the reference; all that hold less.
+
+    One is left at least. mass: of these candidates. Returns theirs as well.
+    """
+    held_BK = mass.candidates_BK.exp()
+    before_BK = held_BK.cumsum(-1) - held_BK
+    fewer = Candidates(candidates.token_ids_BK, candidates.valid_BK & (before_BK < enough_B.double().unsqueeze(-1)))
+    return fewer, mass_and_rest(mass.candidates_BK, fewer)
+
+
 def qsharp_offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: Tensor) -> Tensor:
     """Q♯: ln E[e^{Z/η}], less v_max/η, in nats, float64 ``[B, K]`` (Theorem 2.2)."""
     return distribution.log_mgf_below_max(logits_BKA.double(), inv_eta_B.double().unsqueeze(-1))
@@ -221,75 +232,3 @@ def _tilted_kl(log_mass_BM: Tensor, drops_BM: Tensor, log_total_B1: Tensor) -> T
     log_z_B1 = log_weight_BM.logsumexp(-1, keepdim=True)
     terms_BM = (log_weight_BM - log_z_B1).exp() * (log_total_B1 - drops_BM - log_z_B1)
     return terms_BM.masked_fill(log_weight_BM == -torch.inf, 0.0).sum(-1).clamp(min=0.0)
-
-
-def may_stop_scoring(
-    mass: ReferenceMass,
-    scored_BK: Tensor,
-    offsets_BK: Tensor,
-    lowest_B: Tensor,
-    is_mean_B: Tensor,
-    temperature_B: Tensor,
-    tolerance_B: Tensor,
-) -> Tensor:
-    """Whether the candidates not scored yet can stay unscored: bool ``[B]``.
-
-    scored_BK: which valid candidates have a true offset in ``offsets_BK``; the others' entries aren't read. lowest_B:
-    no offset is below it, nor above 0. is_mean_B: the rows whose tail is ``mean``; that of all others is ``floor``.
-
-    T > 0: when :func:`total_variation_bound` is at most the row's tolerance. T = 0: when the greedy token is certain,
-    whatever the tolerance. It is the argmax of ln p + o, at T = 1; a candidate without a score reaches ln p at most,
-    and where that is less than what a scored one has, no score would let it win. (Ties and what float32 rounds
-    off logits aside.) With ``mean`` a token that can't be scored may win, being likelier than the candidates, and what
-    it gets depends on every score: it is certain when none is missing.
-    """
-    is_close_B = total_variation_bound(mass, scored_BK, offsets_BK, lowest_B, is_mean_B) <= tolerance_B
-    log_weight_BK = mass.candidates_BK + offsets_BK
-    best_scored_B = log_weight_BK.masked_fill(~scored_BK, -torch.inf).amax(-1)
-    best_unscored_B = mass.candidates_BK.masked_fill(scored_BK, -torch.inf).amax(-1)
-    is_decided_B = (best_unscored_B < best_scored_B) & ~is_mean_B | (best_unscored_B == -torch.inf)
-    return torch.where(temperature_B > 0, is_close_B, is_decided_B)
-
-
-def total_variation_bound(
-    mass: ReferenceMass, scored_BK: Tensor, offsets_BK: Tensor, lowest_B: Tensor, is_mean_B: Tensor
-) -> Tensor:
-    """How far guidance that treats the candidates not scored like other tokens can be from full guidance, at most.
-
-    The total-variation distance ½ Σ |g − g'| of the sampling distributions at T, before penalties and truncation:
-    float64 ``[B]`` in [0, 1]. Arguments as for :func:`may_stop_scoring`.
-
-    Let p be the reference, o the offsets of full guidance, all in [lo, 0], U the candidates that aren't scored,
-    u = Σ_U p, and X = Σ_U p·e^o ≤ u. Both bounds have one form, u·(1 − e^lo) / (S + u), S being a weight that is known;
-    with ``mean`` the mass of the candidates is a factor of it.
-
-    ``floor``. Full guidance g has the weights w = p·e^o, o being lo outside of the candidates, and Z = Σ w = S + X; S,
-    the weight of what is scored and of what is no candidate, is known. Shortened guidance g' has the same weights
-    w' = w but for w' = p·e^lo in U, and Z' = S + u·e^lo. No weight grows: w' ≤ w, so Z' ≤ Z, so g' = w'/Z' ≥ w'/Z and
-    g = w/Z ≥ w'/Z. Hence Σ min(g, g') ≥ Z'/Z and
-
-        TV = 1 − Σ min(g, g') ≤ 1 − Z'/Z = (X − u·e^lo) / (S + X) ≤ u·(1 − e^lo) / (S + u),
-
-    the last because the fraction before it grows with X.
-
-    ``mean``. Let P be the mass of the candidates, and S the weight of what is scored. What is no candidate has p in g
-    and in g'. A candidate has g = p·e^o/m in full guidance, m = (S + X)/P being the mean; in g' those in U have p, and
-    those scored have between them what is left. The scored ones have the same odds among each other in g and in g': all
-    of them gain from g to g', or all lose. If they gain, only tokens in U lose, and TV = Σ_U (g − min(g, p)); if they
-    lose, only tokens in U gain, and TV = Σ_U (p − min(g, p)). So TV = max(g(U), u) − Σ_U min(g, p). Here
-    g(U) = P·X/(S + X) grows with X, and with M = (S + u)/P, the largest m, is at most u/M, which is at least u because
-    M ≤ 1. And min(g, p) ≥ p·e^lo/M, because m ≤ M and e^lo ≤ M. Hence
-
-        TV ≤ u/M − u·e^lo/M = P · u·(1 − e^lo) / (S + u).
-
-    Computed as logarithms of weights, none of which overflows; what underflows is a weight that doesn't count.
-    """
-    lowest_B1 = lowest_B.double().unsqueeze(-1)
-    log_weight_BK = (mass.candidates_BK + offsets_BK).masked_fill(~scored_BK, -torch.inf)
-    log_others_B1 = (mass.rest_B1 + lowest_B1).masked_fill(is_mean_B.unsqueeze(-1), -torch.inf)
-    log_known_B = torch.cat([log_weight_BK, log_others_B1], dim=-1).logsumexp(-1)
-    log_unscored_B = mass.candidates_BK.masked_fill(scored_BK, -torch.inf).logsumexp(-1)
-    log_missing_B = log_unscored_B + (-torch.expm1(lowest_B1.squeeze(-1))).log()
-    log_factor_B = mass.candidates_BK.logsumexp(-1).masked_fill(~is_mean_B, 0.0)
-    bound_B = (log_factor_B + log_missing_B - torch.logaddexp(log_known_B, log_unscored_B)).exp()
-    return bound_B.masked_fill(log_unscored_B == -torch.inf, 0.0)

@@ -6,9 +6,7 @@ value-model version guides, ``V`` vocabulary of the reference.
 A request that guidance fails for is ended as failure.py says; nothing that happens in value code reaches the others.
 
 Without drafts in a step, row i is that of request i. With drafts, the host doesn't know which rows are whose: all are
-computed, each version's are picked on the device, and what the others write goes to the scratch slot. Candidates
-are then all scored, whatever the tolerance: most rows are other versions' or follow drafts that won't come true, and a
-request's tokens mustn't depend on what is drafted for the others.
+computed, each version's are picked on the device, and what the others write goes to the scratch slot.
 """
 
 import logging
@@ -25,7 +23,7 @@ from qtilt.method.params import GuidanceParams
 from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
 from qtilt.vllm_plugin.records import Stay, StepTable
 from qtilt.vllm_plugin.runner import Requests, StepRows
-from qtilt.vllm_plugin.step import RowSettings, StepSettings, end_unless, guide_step, scores_in_stages
+from qtilt.vllm_plugin.step import RowSettings, StepSettings, end_unless, guide_step
 from qtilt.vllm_plugin.versions import ResidentVersion
 
 logger = logging.getLogger("vllm.qtilt.guided")  # vLLM configures the loggers below its own name only
@@ -65,7 +63,7 @@ class GuidedRequest:
 
 
 class Group:
-    """Requests of one version that are scored in one way, in the order of their slots.
+    """Requests of one version, in the order of their slots.
 
     where_G: which requests of the step they are. On the device: ``where``, their rows of logits (a slice if they lie
     side by side), ``device_slots_G`` and their settings. settings_SC: of the requests in all slots.
@@ -212,29 +210,22 @@ class GuidedBatch:
             slots_N, were_guided_N, groups = self._grouped
             if np.array_equal(slots_N, rows.slots_N) and np.array_equal(were_guided_N, is_guided_N):
                 return groups
-        by_kind: dict[tuple[ResidentVersion, bool, int], list[tuple[int, GuidedRequest]]] = {}
+        by_version: dict[ResidentVersion, list[tuple[int, GuidedRequest]]] = {}
         for where in np.argsort(rows.slots_N, kind="stable").tolist():
             request = self._guided.get(int(rows.slots_N[where]))
             if request is None:
                 continue
             if is_guided_N[where]:
                 request.hold()
-                by_kind.setdefault(self._kind(request), []).append((where, request))
+                by_version.setdefault(request.version, []).append((where, request))
             else:
                 request.release()
         groups = [
-            Group([request for _, request in of_kind], np.array([where for where, _ in of_kind]), self._settings_SC)
-            for of_kind in by_kind.values()
+            Group([request for _, request in of_one], np.array([where for where, _ in of_one]), self._settings_SC)
+            for of_one in by_version.values()
         ]
         self._grouped = rows.slots_N.copy(), is_guided_N, groups
         return groups
-
-    def _kind(self, request: GuidedRequest) -> tuple[ResidentVersion, bool, int]:
-        """What requests must have in common to be guided together: each V-type candidate of theirs costs a token."""
-        version, params = request.version, request.params
-        in_stages = not self._requests.speculates and scores_in_stages(version, params)
-        costs_tokens = version.manifest.type == "v" and not self._requests.speculates  # with drafts all rows are run
-        return version, in_stages, params.top_k if costs_tokens else 0
 
     def _guide_group(self, group: Group, logits_RV: Tensor, rows: StepRows) -> None:
         """As many requests at a time as the value cache can hold.
@@ -281,24 +272,38 @@ class GuidedBatch:
         tokens_G = rows.token_ids_R[where].clamp(0, engine.model.vocab_size - 1)
         last = LastTokens(slots_G, fed_at_G, tokens_G, longest, has_drafts=rows.has_drafts)
 
-        def score(candidates_RK: Tensor, rows_R: Tensor | None = None) -> Tensor:
-            if rows_R is None:
-                return engine.score(last, candidates_RK, spans)
-            some = LastTokens(last.slots_B[rows_R], last.positions_B[rows_R], last.token_ids_B[rows_R], last.longest)
-            return engine.score(some, candidates_RK)
+        def score(candidates_GK: Tensor, is_scored_GK: Tensor) -> Tensor:
+            counts_G = None
+            if engine.model.type == "v":
+                counts_G = self._counts(group, settings, is_scored_GK, has_drafts=rows.has_drafts)
+            return engine.score(last, candidates_GK, spans, counts_G)
 
         if self._requests.speculates:
             # Of the tokens that are guided the host knows only how many have been drawn at least.
             is_guided_G = positions_G < settings.guided_below_G
             is_mine_G = is_guided_G if is_mine_G is None else is_mine_G & is_guided_G
             slots_G = slots_G.where(is_mine_G, engine.cache.scratch_slot)
-        in_stages = self._kind(group.requests[0])[1]
-        guided = guide_step(group.version, logits_GV, settings, score, is_mine_G, in_stages=in_stages)
+        guided = guide_step(group.version, logits_GV, settings, score, is_mine_G)
         if isinstance(where, Tensor):  # what indexing by a slice gives is the rows themselves
             logits_RV[where] = logits_GV
         self._failures_S.index_add_(0, slots_G, guided.failed.int())
         self.table.write(slots_G, positions_G, guided.divergence_G3, guided.candidates_G)
         self._steps_S[group.slots_G] += 1
+
+    def _counts(
+        self, group: Group, settings: StepSettings, is_scored_GK: Tensor, *, has_drafts: bool
+    ) -> IntArray | None:
+        """How many candidates of each row are run; None: all of them.
+
+        On a GPU the host waits for that only where some request has asked for fewer by their mass: otherwise a request
+        costs its ``top_k``, and with drafts the largest of them.
+        """
+        if is_scored_GK.device.type == "cpu" or settings.candidate_mass_G is not None:
+            counts_G: IntArray = is_scored_GK.sum(-1).cpu().numpy()
+            return counts_G
+        if settings.top_k_G is None or has_drafts:
+            return None
+        return np.array([min(request.params.top_k, is_scored_GK.shape[1]) for request in group.requests])
 
     def _end_failed(self, logits_RV: Tensor, rows: StepRows) -> None:
         slots_F_host = np.intersect1d(rows.slots_N, list(self._failed)) if self._failed else np.empty(0)

@@ -64,13 +64,13 @@ class LlamaForward : public torch::CustomClassHolder {
          {down, down_bias}});
   }
 
-  // Hidden states [B·R, E] of the tails: of spans the last layer stores keys and values, and no more is computed. ids,
+  // Hidden states [X, E] of the tails: of spans the last layer stores keys and values, and no more is computed. ids,
   // positions: int64 [T]. spans: int64 [spans, 3] of slot, start and tokens, first in the step. row_slots, row_positions:
-  // int64 [B] of the rows' last tokens, whose tails of equal size come after the spans.
+  // int64 [B] of the rows' last tokens, whose tails of so many tokens, int64 [B], come after the spans.
   Tensor forward(
       const Tensor& ids, const Tensor& positions, const Tensor& spans, const Tensor& row_slots,
-      const Tensor& row_positions, const Tensor& keys_LNGPD, const Tensor& values_LNGPD, const Tensor& table,
-      double scaling) {
+      const Tensor& row_positions, const Tensor& tails, const Tensor& keys_LNGPD, const Tensor& values_LNGPD,
+      const Tensor& table, double scaling) {
     const Tensor slots = row_slots.contiguous(), last_positions = row_positions.contiguous();
     const int64_t tokens = ids.size(0), width = heads_.width();
     const auto options = embedding_.options();
@@ -89,7 +89,7 @@ class LlamaForward : public torch::CustomClassHolder {
     const int64_t* id = ids.const_data_ptr<int64_t>();
     for (int64_t t = 0; t < tokens; t++)
       std::copy_n(numbers(embedding_) + id[t] * hidden_size_, hidden_size_, residual + t * hidden_size_);
-    std::vector<Block> blocks = cut_blocks(tokens, spans, slots, last_positions);
+    std::vector<Block> blocks = cut_blocks(tokens, spans, slots, last_positions, tails);
     // From this token on hidden states are wanted.
     int64_t first = 0;
     Cache cache{
@@ -121,7 +121,7 @@ class LlamaForward : public torch::CustomClassHolder {
 
  private:
   static std::vector<Block> cut_blocks(
-      int64_t tokens, const Tensor& spans, const Tensor& slots, const Tensor& last_positions) {
+      int64_t tokens, const Tensor& spans, const Tensor& slots, const Tensor& last_positions, const Tensor& tails) {
     std::vector<Block> blocks;
     int64_t first = 0;
     const auto cut = [&](int64_t slot, int64_t count, int64_t visible, bool is_span) {
@@ -131,9 +131,11 @@ class LlamaForward : public torch::CustomClassHolder {
     };
     const int64_t* span = spans.const_data_ptr<int64_t>();
     for (int64_t s = 0; s < spans.size(0); s++, span += 3) cut(span[0], span[2], span[1] + 1, true);
-    const int64_t rows = slots.size(0), tail = rows ? (tokens - first) / rows : 0;
-    for (int64_t b = 0; b < rows; b++)
-      cut(slots.const_data_ptr<int64_t>()[b], tail, last_positions.const_data_ptr<int64_t>()[b] + 1, false);
+    TORCH_CHECK(tails.size(0) == slots.size(0), slots.size(0), " rows have ", tails.size(0), " tails");
+    for (int64_t b = 0; b < slots.size(0); b++)
+      cut(slots.const_data_ptr<int64_t>()[b], tails.const_data_ptr<int64_t>()[b],
+          last_positions.const_data_ptr<int64_t>()[b] + 1, false);
+    TORCH_CHECK(first == tokens, "spans and tails have ", first, " tokens, the step has ", tokens);
     return blocks;
   }
 

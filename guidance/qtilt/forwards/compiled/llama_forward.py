@@ -81,6 +81,7 @@ class CompiledForward:
             torch.tensor(spans).view(-1, 3) if spans else self._nobody.view(0, 3),
             self._nobody if last is None else last.slots_B,
             self._nobody if last is None else last.positions_B,
+            torch.from_numpy(step.tails_B),
             *memory.content,
             memory.table_SM,
             self._scaling,

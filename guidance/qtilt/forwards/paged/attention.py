@@ -1,7 +1,7 @@
 """Attention of a packed step over pages in place: two or three kernels a layer, and two for spans, however many rows.
 
-Shapes: ``T`` packed tokens (see packing.py), ``N`` of them of spans; ``W`` rows of one call, ``B`` of them tails with
-``R = 1 + K`` tokens each, ``M`` pages of a row; ``H`` query heads and ``G`` key/value heads of size ``D``.
+Shapes: ``T`` packed tokens (see packing.py), ``X`` of them of tails; ``W`` rows of one call, ``M`` pages of a row;
+``H`` query heads and ``G`` key/value heads of size ``D``.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qtilt.forwards.arrays import copy_to_device
+from qtilt.forwards.arrays import IntArray, copy_to_device
 from qtilt.forwards.memory import PageMemory
 from qtilt.forwards.packing import LastTokens, PackedStep, Span
 from qtilt.forwards.paged.kernels import LayerPages, PagedKernels, Rows
@@ -25,8 +25,7 @@ class PagedAttention:
         self._kernels, self._memory = kernels, step.memory
         self._span_tokens = step.span_tokens
         self._spans = _span_rows(step.memory, step.spans) if step.spans else None
-        tail_tokens = len(step.input_ids_T) - self._span_tokens
-        self._tails = _tail_rows(step.memory, step.last, tail_tokens) if step.last is not None else None
+        self._tails = _tail_rows(step.memory, step.last, step.tails_B) if step.last is not None else None
 
     def attend(
         self,
@@ -73,12 +72,11 @@ def _span_rows(memory: PageMemory, spans: Sequence[Span]) -> Rows:
     return Rows(_pages(memory, slots_W, longest), ends_W, starts_Y, max(counts), longest)
 
 
-def _tail_rows(memory: PageMemory, last: LastTokens, tokens: int) -> Rows:
-    rows = len(last.slots_B)
-    starts_Y = torch.arange(0, tokens + 1, tokens // rows, dtype=torch.int32, device=last.slots_B.device)
+def _tail_rows(memory: PageMemory, last: LastTokens, tails_B: IntArray) -> Rows:
+    (starts_Y,) = copy_to_device(memory.geometry.device, np.cumsum([0, *tails_B], dtype=np.int32))
     lengths_W = (last.positions_B + 1).int()
     pages_WM = _pages(memory, last.slots_B, last.longest)
-    return Rows(pages_WM, lengths_W, starts_Y, tokens // rows, last.longest, last.has_drafts)
+    return Rows(pages_WM, lengths_W, starts_Y, int(tails_B.max()), last.longest, last.has_drafts)
 
 
 def _pages(memory: PageMemory, slots_W: Tensor, longest: int) -> Tensor:

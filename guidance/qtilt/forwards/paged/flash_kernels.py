@@ -45,7 +45,7 @@ class FlashKernels:
     ) -> None:
         lse_HX = self._attend(out_XHD, query_XHD, pages, rows, scaling, causal=False)
         if rows.most_tokens > 1 or rows.has_drafts:
-            merge_own_(out_XHD, lse_HX, query_XHD, own, rows.most_tokens, scaling)
+            merge_own_(out_XHD, lse_HX, query_XHD, own, rows, scaling)
 
     def _attend(
         self, out_XHD: Tensor, query_XHD: Tensor, pages: LayerPages, rows: Rows, scaling: float, *, causal: bool

@@ -149,14 +149,14 @@ def attend(
         )
 
 
-@triton.jit(do_not_specialize=["tail", "lse_head_stride"])
+@triton.jit(do_not_specialize=["lse_head_stride"], do_not_specialize_on_alignment=["starts"])
 def merge_own(
     outs,
     lses,
     queries,
     own_keys,
     own_values,
-    tail,
+    starts,
     scaling,
     lse_head_stride,
     lse_stride,
@@ -172,29 +172,33 @@ def merge_own(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program has one token's heads that share a key."""
-    x, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first = x // tail * tail
-    numbers, in_group = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
-    is_number, head = numbers < SIZE, kv_head * GROUP + in_group
-    is_there = (in_group < GROUP)[:, None] & is_number[None, :]
-    key_of, value_of = kv_head * own_key_head_stride + numbers, kv_head * own_value_head_stride + numbers
-    first_key = tl.load(own_keys + first * own_key_stride + key_of, mask=is_number, other=0.0).to(tl.float32)
-    first_value = tl.load(own_values + first * own_value_stride + value_of, mask=is_number, other=0.0).to(tl.float32)
-    are_numbers = (tl.abs(first_key) < float("inf")) & (tl.abs(first_value) < float("inf"))
-    spoilt = tl.sum(tl.where(are_numbers, 0.0, float("nan")), 0)
-    place = outs + ((x * KV_HEADS * GROUP + head) * SIZE)[:, None] + numbers[None, :]
-    out = tl.load(place, mask=is_there, other=0.0).to(tl.float32)
-    if x > first:
-        query = tl.load(
-            queries + (x * query_stride + head * query_head_stride)[:, None] + numbers[None, :],
-            mask=is_there,
-            other=0.0,
-        ).to(tl.float32)
-        lse = tl.load(lses + head * lse_head_stride + x * lse_stride, mask=in_group < GROUP, other=0.0)
-        key = tl.load(own_keys + x * own_key_stride + key_of, mask=is_number, other=0.0).to(tl.float32)
-        value = tl.load(own_values + x * own_value_stride + value_of, mask=is_number, other=0.0).to(tl.float32)
-        own = tl.sum(query * key[None, :], 1) * scaling
-        weight = 1.0 / (1.0 + tl.exp(lse - own))
-        out += (value[None, :] - out) * weight[:, None]
-    tl.store(place, (out + spoilt).to(outs.dtype.element_ty), mask=is_there)
+    """A program has those heads of one token of one row that share a key."""
+    token, row, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tl.load(starts + row).to(tl.int64)
+    if token < tl.load(starts + row + 1) - first:
+        x = first + token
+        numbers, in_group = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
+        is_number, head = numbers < SIZE, kv_head * GROUP + in_group
+        is_there = (in_group < GROUP)[:, None] & is_number[None, :]
+        key_of, value_of = kv_head * own_key_head_stride + numbers, kv_head * own_value_head_stride + numbers
+        first_key = tl.load(own_keys + first * own_key_stride + key_of, mask=is_number, other=0.0).to(tl.float32)
+        first_value = tl.load(own_values + first * own_value_stride + value_of, mask=is_number, other=0.0).to(
+            tl.float32
+        )
+        are_numbers = (tl.abs(first_key) < float("inf")) & (tl.abs(first_value) < float("inf"))
+        spoilt = tl.sum(tl.where(are_numbers, 0.0, float("nan")), 0)
+        place = outs + ((x * KV_HEADS * GROUP + head) * SIZE)[:, None] + numbers[None, :]
+        out = tl.load(place, mask=is_there, other=0.0).to(tl.float32)
+        if token > 0:
+            query = tl.load(
+                queries + (x * query_stride + head * query_head_stride)[:, None] + numbers[None, :],
+                mask=is_there,
+                other=0.0,
+            ).to(tl.float32)
+            lse = tl.load(lses + head * lse_head_stride + x * lse_stride, mask=in_group < GROUP, other=0.0)
+            key = tl.load(own_keys + x * own_key_stride + key_of, mask=is_number, other=0.0).to(tl.float32)
+            value = tl.load(own_values + x * own_value_stride + value_of, mask=is_number, other=0.0).to(tl.float32)
+            own = tl.sum(query * key[None, :], 1) * scaling
+            weight = 1.0 / (1.0 + tl.exp(lse - own))
+            out += (value[None, :] - out) * weight[:, None]
+        tl.store(place, (out + spoilt).to(outs.dtype.element_ty), mask=is_there)

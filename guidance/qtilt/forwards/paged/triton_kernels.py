@@ -91,19 +91,18 @@ def merge_own_(
     lse_HX: Tensor,
     query_XHD: Tensor,
     own: tuple[Tensor, Tensor],
-    tail: int,
+    rows: Rows,
     scaling: float,
 ) -> None:
     """Add candidates' own keys and values, in place, to attention over their histories with log-sum-exp ``lse_HX``.
 
-    See :func:`qtilt.forwards.attention.merge_own_`. Each ``tail`` tokens are a row. Where its first key or value isn't
-    a number, no token's out is.
+    See :func:`qtilt.forwards.attention.merge_own_`. Where a row's first key or value isn't a number, no out of it is.
     """
     own_key_XGD, own_value_XGD = own
     kv_heads, head_size = own_key_XGD.shape[1:]
     group = query_XHD.shape[1] // kv_heads
-    programs.merge_own[len(query_XHD), kv_heads](
-        *(out_XHD, lse_HX, query_XHD, own_key_XGD, own_value_XGD, tail, scaling),
+    programs.merge_own[rows.most_tokens, len(rows.lengths_W), kv_heads](
+        *(out_XHD, lse_HX, query_XHD, own_key_XGD, own_value_XGD, rows.starts_Y, scaling),
         *(*lse_HX.stride(), *query_XHD.stride()[:2], *own_key_XGD.stride()[:2], *own_value_XGD.stride()[:2]),
         GROUP=group,
         KV_HEADS=kv_heads,
