@@ -68,6 +68,11 @@ inline void for_tiles(int64_t rows, const F& f) {
 // What becomes of a product. GATE: a panel is LANES outputs of the gate and the same of what it lets through.
 enum class Then { WRITE, ADD, GATE };
 
+// Of a product of many rows, so many panels are multiplied with one tile of them, which stays in the nearest cache.
+constexpr int64_t PANELS_OF_A_TILE = 4;
+// Rows of which it waits for weights rather than for multiplication.
+constexpr int64_t FEW_ROWS = 8 * TILE;
+
 // A layer: weight [panels, K, PANEL], bias [panels, PANEL], both padded with zeros (llama_forward.py packs them).
 class Linear {
  public:
@@ -77,32 +82,35 @@ class Linear {
   template <Then then>
   void run(const float* x_TK, float* out_TN, int64_t tokens, int64_t outputs) const {
     QTILT_EVENT("linear");
-    // While a panel is multiplied, a single tile asks for all of the next one, and each of more for one half of it.
+    // While a panel is multiplied, a single tile asks for all of the next one, and each of a few for one half of it.
     if (tokens <= TILE)
-      run_ahead<then, 2>(x_TK, out_TN, tokens, outputs);
+      run_panels<then, 2>(x_TK, out_TN, tokens, outputs, 1);
+    else if (tokens <= FEW_ROWS)
+      run_panels<then, 1>(x_TK, out_TN, tokens, outputs, 1);
     else
-      run_ahead<then, 1>(x_TK, out_TN, tokens, outputs);
+      run_panels<then, 0>(x_TK, out_TN, tokens, outputs, PANELS_OF_A_TILE);
   }
 
  private:
   template <Then then, int AHEAD>
-  void run_ahead(const float* x_TK, float* out_TN, int64_t tokens, int64_t outputs) const {
-    const int64_t panels = weight_.size(0), depth = weight_.size(1);
+  void run_panels(const float* x_TK, float* out_TN, int64_t tokens, int64_t outputs, int64_t together) const {
+    const int64_t depth = weight_.size(1);
     const float *weights = numbers(weight_), *biases = numbers(bias_);
-    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; panel++) {
-        const float* b = weights + panel * depth * PANEL;
-        const float* next = panel + 1 < end ? b + depth * PANEL : b;
-        Vec offset[2] = {Vec(0), Vec(0)};
-        if (biases)
-          for (int j = 0; j < 2; j++) offset[j] = Vec::loadu(biases + panel * PANEL + j * LANES);
-        for_tiles(tokens, [&]<int ROWS>(int64_t first) {
-          Sums<ROWS, 2> sums;
-          for (int i = 0; i < ROWS; i++) sums[i][0] = offset[0], sums[i][1] = offset[1];
-          multiply<AHEAD>(x_TK + first * depth, depth, b, PANEL, depth, sums, next + (first ? depth * LANES : 0));
-          for (int i = 0; i < ROWS; i++) finish<then>(sums[i], out_TN + (first + i) * outputs, panel, outputs);
+    at::parallel_for(0, weight_.size(0), together, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin; first < end; first += together)
+        for_tiles(tokens, [&]<int ROWS>(int64_t row) {
+          for (int64_t panel = first; panel < std::min(first + together, end); panel++) {
+            const float* b = weights + panel * depth * PANEL;
+            const float* next = panel + 1 < end ? b + depth * PANEL : b;
+            Sums<ROWS, 2> sums;
+            for (int j = 0; j < 2; j++) {
+              const Vec bias = biases ? Vec::loadu(biases + panel * PANEL + j * LANES) : Vec(0);
+              for (int i = 0; i < ROWS; i++) sums[i][j] = bias;
+            }
+            multiply<AHEAD>(x_TK + row * depth, depth, b, PANEL, depth, sums, next + (row ? depth * LANES : 0));
+            for (int i = 0; i < ROWS; i++) finish<then>(sums[i], out_TN + (row + i) * outputs, panel, outputs);
+          }
         });
-      }
     });
   }
 
