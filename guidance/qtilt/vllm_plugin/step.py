@@ -16,6 +16,7 @@ from qtilt.method.params import GuidanceParams
 from qtilt.method.tilt import (
     OFFSETS,
     TAILS,
+    Candidates,
     Drops,
     ReferenceMass,
     likeliest,
@@ -73,6 +74,7 @@ class StepSettings:
     inv_eta_G: Tensor
     method_G: Tensor
     tail_G: Tensor
+    has_floor_G1: Tensor
     temperature_G: Tensor
     candidate_mass_G: Tensor | None
     ending_token_G: Tensor
@@ -92,6 +94,7 @@ class StepSettings:
             inv_eta_G=inv_eta_G,
             method_G=method_G,
             tail_G=tail_G,
+            has_floor_G1=(tail_G == TAIL_NAMES.index("floor")).unsqueeze(-1),
             temperature_G=temperature_G,
             candidate_mass_G=enough_G if any(each.candidate_mass < 1 for each in asked) else None,
             ending_token_G=ending_G.long(),
@@ -144,7 +147,7 @@ def guide_step(
     mass = version.tilt.reference_mass(logits_GV, candidates, settings.temperature_G)
     if settings.candidate_mass_G is not None:
         candidates, mass = likeliest(candidates, mass, settings.candidate_mass_G)
-    is_scored_GK = candidates.valid_BK & _is_moved(candidates.valid_BK, settings.tail_G).unsqueeze(-1)
+    is_scored_GK = candidates.valid_BK & _can_be_moved(candidates, settings)
     if applies_G is not None:
         is_scored_GK &= applies_G.unsqueeze(-1)
     values_GKA = score(candidates.token_ids_BK, is_scored_GK)
@@ -159,9 +162,10 @@ def guide_step(
     return Guided(divergence_G3.masked_fill(~finite_G.unsqueeze(-1), math.nan), is_scored_GK.sum(-1))
 
 
-def _is_moved(valid_GK: Tensor, tail_G: Tensor) -> Tensor:
-    """Whether scores can change anything, bool ``[G]``: with ``mean`` a single candidate keeps the reference's mass."""
-    return (valid_GK.sum(-1) > 1) | (tail_G != TAIL_NAMES.index("mean"))
+def _can_be_moved(candidates: Candidates, settings: StepSettings) -> Tensor:
+    """Whether scores can change a row, bool ``[G, 1]``: with ``mean`` a single candidate keeps the reference's mass."""
+    has_two_G1 = candidates.valid_BK[:, 1:2].any(-1, keepdim=True)  # those that count are the first ones
+    return has_two_G1 | settings.has_floor_G1
 
 
 def finite_rows(values_GKA: Tensor, offsets_GK: Tensor, is_scored_GK: Tensor) -> Tensor:
