@@ -15,6 +15,8 @@ from guided_vllm.tiny_models import REFERENCE_VOCAB, TOKENS, make_value_model, p
 from qtilt.distributions import Bernoulli, Categorical, ReturnDistribution
 from qtilt.params import GuidanceParams
 from qtilt.tilt import Candidates, ReferenceMass, likeliest, reference_mass, top_candidates
+from qtilt.vllm_plugin.guided import run_counts
+from qtilt.vllm_plugin.step import RowSettings, StepSettings
 from qtilt.vllm_plugin.versions import ResidentVersion
 from running_batch import RunningBatch, count_tokens, make_residents
 
@@ -235,3 +237,19 @@ def test_a_q_type_has_the_same_candidates(tmp_path: Path) -> None:
                 serving.requests.commit(slot, [number])
         counts[type_] = serving.candidates
     assert [counts["q"](slot) for slot in range(3)] == [counts["v"](slot) for slot in range(3)]
+
+
+def test_on_a_gpu_nothing_is_asked_of_the_device_without_a_mass(tmp_path: Path) -> None:
+    """A device that has no numbers stands for one that is busy."""
+    serving = Serving(tmp_path / "value")
+    top_ks = [5, 64, 20]
+    requests = [serving.add(slot, serving.version, prompt(5, seed=slot), top_k=k) for slot, k in enumerate(top_ks)]
+    rows = torch.zeros(3, len(RowSettings._fields), dtype=torch.float64)
+    settings = StepSettings.of(rows, [request.params for request in requests])
+    is_scored_GK = torch.empty(3, 40, dtype=torch.bool, device="meta")
+    counts_G = run_counts(requests, settings, is_scored_GK, has_drafts=False)
+    assert counts_G is not None
+    assert counts_G.tolist() == [5, 40, 20]
+    assert run_counts(requests, settings, is_scored_GK, has_drafts=True) is None
+    same = StepSettings.of(rows, [requests[0].params] * 3)
+    assert run_counts([requests[0]] * 3, same, is_scored_GK, has_drafts=False) is None

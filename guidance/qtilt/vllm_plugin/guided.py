@@ -275,7 +275,7 @@ class GuidedBatch:
         def score(candidates_GK: Tensor, is_scored_GK: Tensor) -> Tensor:
             counts_G = None
             if engine.model.type == "v":
-                counts_G = self._counts(group, settings, is_scored_GK, has_drafts=rows.has_drafts)
+                counts_G = run_counts(group.requests, settings, is_scored_GK, has_drafts=rows.has_drafts)
             return engine.score(last, candidates_GK, spans, counts_G)
 
         if self._requests.speculates:
@@ -290,21 +290,6 @@ class GuidedBatch:
         self.table.write(slots_G, positions_G, guided.divergence_G3, guided.candidates_G)
         self._steps_S[group.slots_G] += 1
 
-    def _counts(
-        self, group: Group, settings: StepSettings, is_scored_GK: Tensor, *, has_drafts: bool
-    ) -> IntArray | None:
-        """How many candidates of each row are run; None: all of them.
-
-        On a GPU the host waits for that only where some request has asked for fewer by their mass: otherwise a request
-        costs its ``top_k``, and with drafts the largest of them.
-        """
-        if is_scored_GK.device.type == "cpu" or settings.candidate_mass_G is not None:
-            counts_G: IntArray = is_scored_GK.sum(-1).cpu().numpy()
-            return counts_G
-        if settings.top_k_G is None or has_drafts:
-            return None
-        return np.array([min(request.params.top_k, is_scored_GK.shape[1]) for request in group.requests])
-
     def _end_failed(self, logits_RV: Tensor, rows: StepRows) -> None:
         slots_F_host = np.intersect1d(rows.slots_N, list(self._failed)) if self._failed else np.empty(0)
         if len(slots_F_host):
@@ -316,3 +301,20 @@ class GuidedBatch:
         """Which rows ``[R]`` are of these slots. (``torch.isin`` waits for the device when there are many.)"""
         is_in_S = torch.zeros_like(self._failures_S, dtype=torch.bool).index_fill_(0, slots_F, True)
         return is_in_S[rows.slots_R]
+
+
+def run_counts(
+    requests: Sequence[GuidedRequest], settings: StepSettings, is_scored_GK: Tensor, *, has_drafts: bool
+) -> IntArray | None:
+    """How many candidates of each row a V-type runs, the first ones; None: all of them. requests: without drafts, of
+    these rows.
+
+    On a GPU the host waits for that only where some request has asked for fewer by their mass: otherwise a request
+    costs its ``top_k``, and with drafts the largest of them.
+    """
+    if is_scored_GK.device.type == "cpu" or settings.candidate_mass_G is not None:
+        counts_G: IntArray = is_scored_GK.sum(-1).cpu().numpy()
+        return counts_G
+    if settings.top_k_G is None or has_drafts:
+        return None
+    return np.array([min(request.params.top_k, is_scored_GK.shape[1]) for request in requests])
