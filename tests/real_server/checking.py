@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from guided_vllm.oracle import Guided, Measured, expected_steps
-from real_server.models import TOKENS, make_tokenizer
+from real_server.models import TOKENS, VOCAB, make_tokenizer
 
 LOGPROB_TOLERANCE = 1e-4
 
@@ -63,7 +64,15 @@ class Oracle:
     ) -> tuple[list[float], Measured]:
         """By how much each token's log-probability differs from the expected one, and what is to be on record."""
         guided = None if applied is None else self._guided(applied, guided_tokens)
-        steps = expected_steps(self.reference, choice.prompt, choice.token_ids, guided, temperature, TOKENS)
+        steps = expected_steps(
+            self.reference,
+            choice.prompt,
+            choice.token_ids,
+            guided,
+            temperature,
+            TOKENS,
+            reported=[_known(*each) for each in zip(choice.token_ids, choice.logprobs, strict=True)],
+        )
         differences = [
             abs(reported - float(step.log_probs_V[token]))
             for token, reported, step in zip(choice.token_ids, choice.logprobs, steps, strict=True)
@@ -81,6 +90,13 @@ class Oracle:
             applied["candidate_mass"],
             applied["tail"],
         )
+
+
+def _known(token: int, logprob: float) -> torch.Tensor:
+    """Log-probabilities ``[V]`` of which one is known."""
+    known_V = torch.full((VOCAB,), torch.nan, dtype=torch.float64)
+    known_V[token] = logprob
+    return known_V
 
 
 def encode(text: str) -> list[int]:
