@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guided_vllm.oracle import Guided, Step, step_distributions
-from guided_vllm.poisoned import poison
+from guided_vllm.poisoned import POISON, poison
 from guided_vllm.tiny_models import REFERENCE_VOCAB, TOKENS, make_value_model, prompt
 from qtilt.distributions import Bernoulli, Categorical, ReturnDistribution
 from qtilt.params import GuidanceParams
@@ -67,6 +67,13 @@ def test_infinite_mass_is_never_enough_and_rows_without_a_candidate_have_none() 
     assert left.rest_B1.exp().squeeze(-1).tolist() == [0.0, 0.5, 1.0]
 
 
+def test_mass_that_is_just_held_is_enough() -> None:
+    mass = ReferenceMass(torch.tensor([[0.5, 0.25, 0.25]]).double().log(), torch.full((1, 1), -torch.inf).double())
+    candidates = Candidates(torch.arange(3).unsqueeze(0), torch.ones(1, 3, dtype=torch.bool))
+    narrowed, _ = likeliest(candidates, mass, torch.tensor([0.5]))
+    assert narrowed.valid_BK.tolist() == [[True, False, False]]
+
+
 # A batch without vLLM, on the real value engine.
 
 
@@ -81,12 +88,15 @@ class Serving(RunningBatch):
         architecture: str = "llama",
         *,
         speculates: bool = False,
+        kv_fraction: float = 1.0,
     ) -> None:
         super().__init__(SLOTS, speculates=speculates)
         self.directory = directory
         if not directory.exists():
             make_value_model(directory, type_, distribution or Bernoulli(), architecture, seed=1)
-        self.version: ResidentVersion = make_residents(SLOTS).load_at_start("value", str(directory))
+        self.version: ResidentVersion = make_residents(SLOTS, kv_fraction=kv_fraction).load_at_start(
+            "value", str(directory)
+        )
         self.rows: dict[int, tuple[GuidanceParams, float]] = {}
         for slot in range(SLOTS):
             self.add_unguided(slot, prompt(5, seed=slot))
@@ -171,6 +181,34 @@ def test_a_row_is_scored_as_it_would_be_alone(serving: Serving, tmp_path: Path) 
         assert torch.equal(expected_BV[0], logits_BV[0])
     assert serving.candidates(2) == alone.candidates(2) < TOP_K
     assert serving.candidates(1) == TOP_K
+
+
+def test_a_row_that_takes_all_candidates_does_so_beside_one_that_does_not(serving: Serving) -> None:
+    """Rounded, its likeliest may hold more than 1."""
+    for slot in range(SLOTS - 1):
+        serving.put(slot)
+    serving.put(SLOTS - 1, candidate_mass=0.9)
+    for number in range(12):
+        serving.draw(logits(SLOTS, seed=number, spread=30.0))
+    assert [serving.candidates(slot) for slot in range(SLOTS - 1)] == [TOP_K] * (SLOTS - 1)
+
+
+@pytest.mark.parametrize("type_", ["q", "v"])
+@pytest.mark.parametrize("kv_fraction", [1.0, 0.5], ids=["one piece", "pages"])
+def test_a_draft_that_is_no_number_fails_a_row_that_scores_nothing(
+    tmp_path: Path, type_: str, kv_fraction: float
+) -> None:
+    """It is cached as zeros, and the rows after it couldn't tell."""
+    directory = make_value_model(tmp_path / "value", type_, Bernoulli(), "gpt2", seed=1)
+    poison(directory, token=POISON)
+    serving = Serving(directory, speculates=True, kv_fraction=kv_fraction)
+    serving.put(0, candidate_mass=0.9)
+    logits_RV = logits(3, seed=1)
+    logits_RV[1] = torch.nn.functional.one_hot(torch.tensor(4), REFERENCE_VOCAB) * 90.0
+    serving.guide([0], logits_RV, {0: [POISON, 4]})
+    serving.requests.commit(0, [POISON, 4, 5])
+    serving.batch.look_for_failures()
+    assert list(serving.records.failures()) == ["0"]
 
 
 def test_masked_candidates_are_neither_scored_nor_counted(tmp_path: Path) -> None:

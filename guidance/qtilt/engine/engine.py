@@ -148,7 +148,8 @@ class ValueEngine:
         """Logits of Z for candidates after each last token, float32 ``[B, K, A]``: one packed forward.
 
         counts_B: how many of each row's candidates are wanted, its first; None: all. The others of a V-type, which runs
-        each candidate as a token, aren't run, and have logits of 0.
+        each candidate as a token, aren't run, and have logits of 0. Where those of the last token itself aren't finite,
+        nor are any of its row.
 
         Caches the spans and the last tokens, wherever their slots are; all before them must be cached already. Takes
         the word of the caller for slots, positions and token ids, and never waits for the device.
@@ -161,7 +162,7 @@ class ValueEngine:
             places = candidates_BK.numel() + len(candidates_BK)
             logits_XA = logits_XA.new_zeros(places, logits_XA.shape[1]).index_copy_(0, step.places_X, logits_XA)
         logits_BRA: Tensor = logits_XA.unflatten(0, (len(candidates_BK), -1))
-        return logits_BRA[:, 1:]
+        return logits_BRA[:, 1:] + logits_BRA[:, :1] * 0
 
     @torch.inference_mode()
     def extend(self, spans: Sequence[Span]) -> None:

@@ -152,7 +152,9 @@ def guide_step(
         is_scored_GK &= applies_G.unsqueeze(-1)
     values_GKA = score(candidates.token_ids_BK, is_scored_GK)
     offsets_GK = _offsets(version, values_GKA, settings.inv_eta_G, settings.method_G, settings.methods)
-    finite_G = finite_rows(values_GKA, offsets_GK, is_scored_GK)
+    # Of a row that scores nothing the first one too: a draft's history that isn't finite is cached as if it were.
+    is_checked_GK = is_scored_GK.index_fill(1, is_scored_GK.new_zeros(1, dtype=torch.long), True)
+    finite_G = finite_rows(values_GKA, offsets_GK, is_checked_GK)
     # A row without a score keeps the reference's logits.
     dropped = _drops(version, mass, is_scored_GK & finite_G.unsqueeze(-1), offsets_GK, settings)
     divergence_G3 = version.tilt.divergence(mass, dropped)
@@ -168,15 +170,15 @@ def _can_be_moved(candidates: Candidates, settings: StepSettings) -> Tensor:
     return has_two_G1 | settings.has_floor_G1
 
 
-def finite_rows(values_GKA: Tensor, offsets_GK: Tensor, is_scored_GK: Tensor) -> Tensor:
-    """Whether values and offsets of all scored candidates of a row are finite: bool ``[G]``.
+def finite_rows(values_GKA: Tensor, offsets_GK: Tensor, is_checked_GK: Tensor) -> Tensor:
+    """Whether values and offsets of all candidates of a row that are checked are finite: bool ``[G]``.
 
     The tilted logits of a finite row are numbers wherever the reference's are: they are a finite logit plus an offset
     that is at most 0. Masks of the reference (−inf or NaN logits) aren't candidates, and aren't scored.
     """
     # A sum, in float64, is finite where all that it adds up is.
     finite_GK = (values_GKA.sum(-1, dtype=torch.float64) + offsets_GK).abs() < torch.inf
-    return (finite_GK | ~is_scored_GK).all(-1)
+    return (finite_GK | ~is_checked_GK).all(-1)
 
 
 def end_unless(goes_on_G: Tensor, logits_GV: Tensor, ending_token_G: Tensor) -> Tensor:
