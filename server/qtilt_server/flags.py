@@ -129,7 +129,9 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance-eta", type=float, default=0.1, help="Default KL weight η; a larger η is a weaker tilt."
     )
-    group.add_argument("--guidance-top-k", type=int, default=20, help="Default number of scored tokens per step.")
+    group.add_argument(
+        "--guidance-top-k", type=int, default=20, help="Default number of scored tokens a step, at most."
+    )
     group.add_argument("--guidance-max-top-k", type=int, default=64, help="Largest top_k a request may ask for.")
     group.add_argument(
         "--guidance-tail",

@@ -112,7 +112,7 @@ def log_softmax(logits_V: Tensor) -> Tensor:
 
 class Step(NamedTuple):
     """log_probs_V: what the step samples from. kl: KL(guided ‖ reference) in nats. kl_candidates: the same given that
-    the token is among the top-k. mass: the reference's in them.
+    the token is among the candidates. mass: the reference's in them.
 
     guided_logits_V: raw logits with T·Q/η, each token's Q/η less the largest of the row: as the HTTP API's page says,
     the most valuable candidate keeps its logit. candidates: how many are scored; None where nothing is guided.

@@ -262,6 +262,15 @@ def test_with_drafts_no_row_of_others_is_scored(tmp_path: Path) -> None:
     assert counts[1] == 4 * 5
 
 
+def test_with_drafts_rows_of_others_and_past_the_guided_tokens_stay_as_they_are(tmp_path: Path) -> None:
+    serving = Serving(tmp_path / "value", speculates=True)
+    serving.put(0, guided_tokens=2)
+    logits_RV = logits(6, seed=1)
+    guided_RV = serving.guide([0, 1], logits_RV.clone(), {0: [5, 6], 1: [5, 6]})
+    stayed = [torch.equal(guided_V, logits_V) for guided_V, logits_V in zip(guided_RV, logits_RV, strict=True)]
+    assert stayed == [False, False, True, True, True, True]
+
+
 def test_a_q_type_has_the_same_candidates(tmp_path: Path) -> None:
     counts: dict[str, Callable[[int], float]] = {}
     for type_ in ("q", "v"):

@@ -29,7 +29,7 @@ from qtilt.method.distributions import ReturnDistribution
 
 
 class Candidates(NamedTuple):
-    """The tokens that are scored: ``token_ids_BK`` in order of falling reference logit, and which of them count.
+    """The tokens that may be scored: ``token_ids_BK`` in order of falling reference logit, and which of them count.
 
     An entry that isn't ``valid_BK`` (masked by a grammar, beyond the row's own top-k or the scorable vocabulary) holds
     some token id within the scorable vocabulary and is treated like an unscored token.
