@@ -15,7 +15,6 @@ class System:
     engine: Literal["vllm", "guided", "hf"]
     type: Literal["q", "v"] | None = None
     top_k: int = DEFAULT_TOP_K
-    candidate_mass: float = 1.0
 
 
 UNGUIDED = {

@@ -124,9 +124,7 @@ class VllmSystem:
     def sampling(self, system: System, name: str, new_tokens: int) -> SamplingParams:
         extra_args = None
         if system.type is not None:
-            guidance = GuidanceParams(
-                system.type, 1, ETA, system.top_k, candidate_mass=system.candidate_mass, trace_id=name
-            )
+            guidance = GuidanceParams(system.type, 1, ETA, system.top_k, trace_id=name)
             extra_args = {EXTRA_ARGS_KEY: guidance.to_extra_args()}
         return SamplingParams(
             temperature=1.0,

@@ -157,11 +157,7 @@ class ValueEngine:
         if self.model.type == "q":
             return self._q_head(self.forward(pack(self.cache.memory, spans, last)), candidates_BK)
         step = pack(self.cache.memory, spans, last, candidates_BK, counts_B)
-        logits_XA = self.model.head_logits(self.forward(step))
-        if step.places_X is not None:
-            places = candidates_BK.numel() + len(candidates_BK)
-            logits_XA = logits_XA.new_zeros(places, logits_XA.shape[1]).index_copy_(0, step.places_X, logits_XA)
-        logits_BRA: Tensor = logits_XA.unflatten(0, (len(candidates_BK), -1))
+        logits_BRA = step.by_row(self.model.head_logits(self.forward(step)))
         return logits_BRA[:, 1:] + logits_BRA[:, :1] * 0
 
     @torch.inference_mode()

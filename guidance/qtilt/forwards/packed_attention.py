@@ -40,8 +40,7 @@ class PackedAttention:
 
     def __init__(self, step: PackedStep) -> None:
         device = step.memory.geometry.device
-        self.memory, self.spans, self.last, self.places_X = step.memory, step.spans, step.last, step.places_X
-        self.width = step.width
+        self.step, self.memory, self.spans, self.last = step, step.memory, step.spans, step.last
         self.visible_by_span = [_visible(span, device) for span in step.spans]
         self.tail_rows = [] if step.last is None else _tail_rows(step.memory, step.last)
 
@@ -70,22 +69,12 @@ class PackedAttention:
             outs.append(out_1HCD[0].transpose(0, 1))
         if self.last is not None:
             query_BRHD, key_BRGD, value_BRGD = (
-                self._padded(packed[first:]) for packed in (query_THD, key_TGD, value_TGD)
+                self.step.by_row(packed[first:]) for packed in (query_THD, key_TGD, value_TGD)
             )
             out_XHD = self._attend_tails(layer, query_BRHD, key_BRGD, value_BRGD, scaling).flatten(0, 1)
-            outs.append(out_XHD if self.places_X is None else out_XHD[self.places_X])
+            outs.append(out_XHD if self.step.places_X is None else out_XHD[self.step.places_X])
         out_THD = outs[-1] if len(outs) <= 2 else torch.cat(outs)
         return out_THD.unsqueeze(0)
-
-    def _padded(self, packed_XHD: Tensor) -> Tensor:
-        """The tails ``[B, R, H, D]``, zeros where a row has fewer tokens."""
-        assert self.last is not None
-        rows = len(self.last.slots_B)
-        if self.places_X is not None:
-            places = packed_XHD.new_zeros(rows * self.width, *packed_XHD.shape[1:])
-            packed_XHD = places.index_copy_(0, self.places_X, packed_XHD)
-        padded_BRHD: Tensor = packed_XHD.unflatten(0, (rows, -1))
-        return padded_BRHD
 
     def _attend_tails(
         self, layer: int, query_BRHD: Tensor, key_BRGD: Tensor, value_BRGD: Tensor, scaling: float

@@ -52,7 +52,7 @@ class LastTokens:
 class PackedStep:
     """The tokens of one packed forward ``[T]``: those of the spans, then the tails of the rows to score.
 
-    tails_B: on the host, how many tokens each row's tail has; ``width`` is R. places_X: on the device, where the tail
+    tails_B: on the host, how many tokens each row's tail has; ``most`` is R. places_X: on the device, where the tail
     tokens are among ``B·R`` places, R of each row; None when all places are taken.
     """
 
@@ -62,13 +62,21 @@ class PackedStep:
     spans: Sequence[Span]
     last: LastTokens | None
     tails_B: IntArray
-    width: int
+    most: int
     places_X: Tensor | None
 
     @property
     def span_tokens(self) -> int:
         """N."""
         return sum(len(span.token_ids_C) for span in self.spans)
+
+    def by_row(self, packed_X: Tensor) -> Tensor:
+        """What there is of each tail token, as ``[B, R, …]``: zeros where a row has fewer tokens."""
+        rows = len(self.tails_B)
+        if self.places_X is not None:
+            packed_X = packed_X.new_zeros(rows * self.most, *packed_X.shape[1:]).index_copy_(0, self.places_X, packed_X)
+        rows_BR: Tensor = packed_X.unflatten(0, (rows, -1))
+        return rows_BR
 
 
 def pack(
@@ -86,7 +94,7 @@ def pack(
     device = memory.geometry.device
     positions = [torch.arange(span.start, span.end, device=device) for span in spans]
     input_ids = [span.token_ids_C for span in spans]
-    tails_B, width, places_X = np.empty(0, dtype=np.int64), 0, None
+    tails_B, most, places_X = np.empty(0, dtype=np.int64), 0, None
     if last is not None:
         tail_ids_BR, tail_positions_BR = last.token_ids_B.unsqueeze(1), last.positions_B.unsqueeze(1)
         if candidates_BK is not None:
@@ -94,11 +102,11 @@ def pack(
             after_BK = (tail_positions_BR + 1).expand_as(candidates_BK)
             tail_positions_BR = torch.cat([tail_positions_BR, after_BK], dim=1)
         tail_ids_X, tail_positions_X = tail_ids_BR.flatten(), tail_positions_BR.flatten()
-        rows, width = tail_ids_BR.shape
-        tails_B = np.full(rows, width, dtype=np.int64) if counts_B is None else 1 + counts_B
-        if (tails_B < width).any():
-            (places_X,) = copy_to_device(device, np.flatnonzero(np.arange(width) < tails_B[:, None]))
+        rows, most = tail_ids_BR.shape
+        tails_B = np.full(rows, most, dtype=np.int64) if counts_B is None else 1 + counts_B
+        if (tails_B < most).any():
+            (places_X,) = copy_to_device(device, np.flatnonzero(np.arange(most) < tails_B[:, None]))
             tail_ids_X, tail_positions_X = tail_ids_X[places_X], tail_positions_X[places_X]
         input_ids.append(tail_ids_X)
         positions.append(tail_positions_X)
-    return PackedStep(memory, torch.cat(input_ids), torch.cat(positions), spans, last, tails_B, width, places_X)
+    return PackedStep(memory, torch.cat(input_ids), torch.cat(positions), spans, last, tails_B, most, places_X)

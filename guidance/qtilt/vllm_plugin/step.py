@@ -153,7 +153,8 @@ def guide_step(
     values_GKA = score(candidates.token_ids_BK, is_scored_GK)
     offsets_GK = _offsets(version, values_GKA, settings.inv_eta_G, settings.method_G, settings.methods)
     # Of a row that scores nothing the first one too: a draft's history that isn't finite is cached as if it were.
-    is_checked_GK = is_scored_GK.index_fill(1, is_scored_GK.new_zeros(1, dtype=torch.long), True)
+    is_checked_GK = is_scored_GK.clone()
+    is_checked_GK[:, 0] = True
     finite_G = finite_rows(values_GKA, offsets_GK, is_checked_GK)
     # A row without a score keeps the reference's logits.
     dropped = _drops(version, mass, is_scored_GK & finite_G.unsqueeze(-1), offsets_GK, settings)

@@ -22,8 +22,8 @@ class Rows:
     """Whose tokens a call is about: int32 on the device, and what the host must know of them.
 
     pages_WM: each row's pages, in order. lengths_W: its history's positions. starts_Y: where its tokens begin among the
-    ``X``; one more is at the end (``Y = W + 1``). most_tokens: of a row. longest: at least
-    the longest history. has_drafts: see :class:`qtilt.forwards.packing.LastTokens`.
+    ``X``; one more is at the end (``Y = W + 1``). most_tokens: of a row. longest: at least the longest history.
+    has_drafts: see :class:`qtilt.forwards.packing.LastTokens`.
     """
 
     pages_WM: Tensor
