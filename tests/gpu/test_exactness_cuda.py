@@ -1,0 +1,55 @@
+"""Guided distributions on CUDA under both model runners: the tests of tests/guided_vllm.
+
+To see that no step waits for the device, run these with ``VLLM_GPU_SYNC_CHECK=error`` (those with a ``candidate_mass``
+below 1 wait on purpose, and fail then).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from vllm import envs
+
+from guided_vllm import guided_engine
+from guided_vllm.equality import *
+from guided_vllm.exactness import *
+from guided_vllm.sampling import *
+from guided_vllm.seeds import *
+from guided_vllm.served import Served
+from guided_vllm.swapping import *
+from guided_vllm.tiny_models import VALUE_MODELS
+
+del test_backbones_run_compiled_where_they_can  # noqa: F821 - they don't here
+
+V2 = "VLLM_USE_V2_MODEL_RUNNER"
+ENGINES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "async": ({V2: "0"}, {}),
+    "plain": ({V2: "1"}, {}),
+    "ngram": ({V2: "1"}, {"kv_fraction": 0.2, **guided_engine.N_GRAM_SPECULATION}),
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def served(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Served]:
+    environment, arguments = ENGINES[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        envs.disable_envs_cache()  # engines of this process have read the environment before
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        served = guided_engine.start(tmp_path_factory.mktemp("cuda"), gpu_memory_utilization=0.1, **arguments)
+    served.penalties_first = request.param != "async"
+    assert bool(served.engine.vllm_config.use_v2_model_runner) == served.penalties_first
+    yield served
+    served.engine.engine_core.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(served: Served) -> Iterator[None]:
+    yield from guided_engine.assert_nothing_leaks(served)
+
+
+def test_backbones_run_on_vllms_kernels_where_they_can(served: Served) -> None:
+    forwards = {entry["name"]: entry["forward"] for entry in served.rpc("qtilt_describe")["value_models"]}
+    assert forwards == {
+        name: "transformers" if family == "gpt2" else "fused" for name, (_, _, family) in VALUE_MODELS.items()
+    }
