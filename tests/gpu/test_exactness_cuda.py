@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vllm import envs
 
 from guided_vllm import guided_engine
 from guided_vllm.equality import *
@@ -18,6 +17,7 @@ from guided_vllm.seeds import *
 from guided_vllm.served import Served
 from guided_vllm.swapping import *
 from guided_vllm.tiny_models import VALUE_MODELS
+from vllm import envs
 
 del test_backbones_run_compiled_where_they_can  # noqa: F821 - they don't here
 

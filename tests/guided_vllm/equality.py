@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from guided_vllm import plain_vllm
-from guided_vllm.driving import drive
 from guided_vllm.matrix import WITHOUT_SPECULATION, covers
 from guided_vllm.served import Served
 from guided_vllm.tiny_models import VALUE_MODELS, make_constant
@@ -18,7 +17,9 @@ CONSTANT = "a constant value is plain vLLM, bit for bit"
 @covers(UNGUIDED)
 def test_unguided_requests_on_a_guided_server_are_plain_vllm(served: Served) -> None:
     for allowed, plain in served.plain.items():
-        for answer, before in zip(drive(served.engine, plain_vllm.requests(allowed)), plain, strict=True):
+        for answer, before in zip(
+            plain_vllm.drive_uncached(served.engine, plain_vllm.requests(allowed)), plain, strict=True
+        ):
             plain_vllm.assert_same_bits(answer, before)
             served_alike = answer.steps_to_first_token == before.steps_to_first_token
             assert served_alike, "vLLM has batched these otherwise, so the comparison means little"
@@ -31,7 +32,7 @@ def test_unguided_requests_beside_guided_ones_are_plain_vllm(served: Served) -> 
     def every_other(index: int) -> GuidanceParams | None:
         return served.guide(list(VALUE_MODELS)[index % 4]) if index % 2 else None
 
-    answers = drive(served.engine, plain_vllm.requests("any token", every_other))
+    answers = plain_vllm.drive_uncached(served.engine, plain_vllm.requests("any token", every_other))
     for answer, before in zip(answers, served.plain["any token"], strict=True):
         if answer.ask.guidance is None:
             plain_vllm.assert_same_bits(answer, before)
@@ -58,7 +59,7 @@ def test_a_constant_value_is_plain_vllm(served: Served, tmp_path: Path, value_mo
     directory = make_constant(tmp_path / "constant", *VALUE_MODELS[value_model], lowest=lowest)
     with served.also("constant", 1, directory):
         asks = plain_vllm.requests(allowed, lambda index: served.guide("constant", eta=0.1, top_k=top_k, tail=tail))
-        answers = drive(served.engine, asks)
+        answers = plain_vllm.drive_uncached(served.engine, asks)
         for answer, before in zip(answers, served.plain[allowed], strict=True):
             plain_vllm.assert_same_bits(answer, before)
             assert answer.ask.guidance is not None

@@ -59,8 +59,10 @@ class Served:
         assert await_preparation(self, value_model, version)["state"] == "ready"
         self.rpc("qtilt_commit_value_model", value_model, version)
         self.directories[value_model, version] = directory
-        yield
-        self.rpc("qtilt_discard_value_model", value_model, version)
+        try:
+            yield
+        finally:
+            self.rpc("qtilt_discard_value_model", value_model, version)
 
     def guide(
         self, value_model: str, version: int = 1, eta: float = 0.2, top_k: int = 8, **more: Any

@@ -128,11 +128,12 @@ def test_how_many_compiled_products_are_kept_is_the_users_choice() -> None:
     assert {name: environ[name] for name in COMPILED_PRODUCTS} == {**COMPILED_PRODUCTS, "LRU_CACHE_CAPACITY": "7"}
 
 
-# A 4 x 256 model's products of 1 to 700 rows, and by how many MiB the process grew.
+# A 4 x 256 model's products of 1 to 700 rows, and by how many MiB the process grew; "prepared": as the server runs.
 PRODUCTS_OF_ALL_SIZES = """
-import os
-from qtilt_server.launch import prepare_environment
-prepare_environment(os.environ)
+import os, sys
+if sys.argv[1:] == ["prepared"]:
+    from qtilt_server.launch import prepare_environment
+    prepare_environment(os.environ)
 import torch
 def resident_mib():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -149,10 +150,14 @@ print(resident_mib() - before)
 
 
 def test_products_of_many_sizes_leave_little_memory_behind() -> None:
-    grown = subprocess.run(
-        [sys.executable, "-c", PRODUCTS_OF_ALL_SIZES], check=True, capture_output=True, text=True
-    ).stdout
-    assert 0 < float(grown) < 350  # 210 seen, and 750 with the capacities that oneDNN and torch have by themselves
+    """210 MiB of 750 have been seen with one CPU's kernels, 310 to 360 of 930 with another's."""
+    as_they_are, prepared = (
+        float(
+            subprocess.run([sys.executable, "-c", PRODUCTS_OF_ALL_SIZES, *how], check=True, capture_output=True).stdout
+        )
+        for how in ([], ["prepared"])
+    )
+    assert 0 < prepared < as_they_are / 2
 
 
 def test_an_environment_that_excludes_guidance_is_refused() -> None:
