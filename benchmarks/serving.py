@@ -28,6 +28,7 @@ reference's 2·W·S + 2·V·H·N, attention besides; and one read of its weights
 import argparse
 import dataclasses
 import functools
+import json
 import os
 import statistics
 import sys
@@ -86,6 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--enforce-eager", action="store_true", help="vLLM without compilation: starts sooner, is slower"
     )
+    parser.add_argument("--compilation", type=json.loads, default={}, help="vLLM's compilation_config, as JSON")
     parser.add_argument("--prefix-caching", action="store_true")
     parser.add_argument("--one-guided-engine", action="store_true", help="one process for all systems with the plugin")
     parser.add_argument("--gpu-memory-utilization", type=float, help="of each vLLM; default 0.9 / processes")
@@ -103,8 +105,9 @@ def set_environment(arguments: argparse.Namespace) -> None:
     os.environ |= {
         "OMP_NUM_THREADS": str(arguments.threads),
         "MKL_NUM_THREADS": str(arguments.threads),
-        # vLLM in the process it is started in: nothing then binds threads to cores or sets their number again.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # On CPUs vLLM runs in the process it is started in: nothing then binds threads to cores or sets their number
+        # again. On GPUs in one of its own, as it is served: what the host does with requests overlaps with the steps.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if arguments.device == "cpu" else "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -155,6 +158,7 @@ def engine_settings(
         "max_top_k": max(one.top_k for one in arguments.systems),
         "dummy_weights": arguments.dummy_weights,
         "enforce_eager": arguments.enforce_eager,
+        "compilation": arguments.compilation,
         "prefix_caching": arguments.prefix_caching,
         "gpu_memory_utilization": None if arguments.device == "cpu" else share,
     }

@@ -33,6 +33,7 @@ class EngineSettings:
     max_top_k: int
     dummy_weights: bool
     enforce_eager: bool
+    compilation: dict[str, Any]
     prefix_caching: bool
     gpu_memory_utilization: float | None
 
@@ -61,6 +62,7 @@ class VllmSystem:
                 kv_cache_memory_bytes=settings.kv_cache_bytes,
                 enable_prefix_caching=settings.prefix_caching,
                 enforce_eager=settings.enforce_eager,
+                compilation_config=settings.compilation,
                 load_format="dummy" if settings.dummy_weights else "auto",
                 distributed_executor_backend="uni",
                 seed=0,
