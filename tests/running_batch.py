@@ -13,6 +13,7 @@ from guided_vllm.poisoned import POISON
 from guided_vllm.tiny_models import REFERENCE_VOCAB, make_tokenizer
 from qtilt.checkpoint import fingerprint_tokenizer
 from qtilt.params import GuidanceParams
+from qtilt.vllm_plugin.captured import Graphs
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt.vllm_plugin.guided import GuidedBatch, GuidedRequest
@@ -75,9 +76,11 @@ class PlayedRequests:
 class RunningBatch:
     """Slots of a model runner, and the guided requests in them."""
 
-    def __init__(self, slots: int, *, speculates: bool = False, device: torch.device = CPU) -> None:
+    def __init__(
+        self, slots: int, *, speculates: bool = False, device: torch.device = CPU, graphs: Graphs | None = None
+    ) -> None:
         self.requests = PlayedRequests(slots, speculates=speculates, device=device)
-        self.batch = GuidedBatch(self.requests)
+        self.batch = GuidedBatch(self.requests, graphs)
         self.records = Records()
 
     def add(

@@ -16,7 +16,7 @@ from qtilt.distributions import Bernoulli, Categorical, ReturnDistribution
 from qtilt.params import GuidanceParams
 from qtilt.tilt import Candidates, ReferenceMass, likeliest, reference_mass, top_candidates
 from qtilt.vllm_plugin.guided import run_counts
-from qtilt.vllm_plugin.step import RowSettings, StepSettings
+from qtilt.vllm_plugin.step import Asked, RowSettings, StepSettings
 from qtilt.vllm_plugin.versions import ResidentVersion
 from running_batch import RunningBatch, count_tokens, make_residents
 
@@ -292,11 +292,11 @@ def test_on_a_gpu_nothing_is_asked_of_the_device_without_a_mass(tmp_path: Path) 
     top_ks = [5, 64, 20]
     requests = [serving.add(slot, serving.version, prompt(5, seed=slot), top_k=k) for slot, k in enumerate(top_ks)]
     rows = torch.zeros(3, len(RowSettings._fields), dtype=torch.float64)
-    settings = StepSettings.of(rows, [request.params for request in requests])
+    settings = StepSettings.of(rows, Asked.by(request.params for request in requests))
     is_scored_GK = torch.empty(3, 40, dtype=torch.bool, device="meta")
     counts_G = run_counts(requests, settings, is_scored_GK, has_drafts=False)
     assert counts_G is not None
     assert counts_G.tolist() == [5, 40, 20]
     assert run_counts(requests, settings, is_scored_GK, has_drafts=True) is None
-    same = StepSettings.of(rows, [requests[0].params] * 3)
+    same = StepSettings.of(rows, Asked.by([requests[0].params] * 3))
     assert run_counts([requests[0]] * 3, same, is_scored_GK, has_drafts=False) is None

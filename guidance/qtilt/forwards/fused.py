@@ -60,6 +60,7 @@ class FusedForward:
     """
 
     name: ClassVar[str] = "fused"
+    is_capturable: ClassVar[bool] = True
 
     def __init__(
         self,

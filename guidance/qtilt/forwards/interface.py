@@ -40,6 +40,8 @@ class Forward(Protocol):
     """
 
     name: ClassVar[str]
+    is_capturable: ClassVar[bool]
+    """Whether a step without spans, with tails of one length, does the same to what is on the device each time."""
 
     def __call__(self, step: PackedStep) -> Tensor:
         """Cache the keys and values of the step's spans and last tokens; hidden states ``[X, H]`` of the tails.

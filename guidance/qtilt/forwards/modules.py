@@ -19,6 +19,7 @@ class ModulesForward:
     """See :class:`qtilt.forwards.interface.Forward`."""
 
     name: ClassVar[str] = "transformers"
+    is_capturable: ClassVar[bool] = False  # who knows what a module does
 
     def __init__(self, backbone: PreTrainedModel, attention: AttentionOf = PackedAttention) -> None:
         register_attention()

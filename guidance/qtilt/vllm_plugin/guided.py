@@ -20,10 +20,11 @@ from torch import Tensor
 from qtilt.forwards.arrays import BoolArray, IntArray, copy_to_device
 from qtilt.forwards.packing import LastTokens, Span
 from qtilt.method.params import GuidanceParams
+from qtilt.vllm_plugin.captured import CapturedSteps, Graphs
 from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
 from qtilt.vllm_plugin.records import Stay, StepTable
 from qtilt.vllm_plugin.runner import Requests, StepRows
-from qtilt.vllm_plugin.step import RowSettings, StepSettings, end_unless, guide_step
+from qtilt.vllm_plugin.step import Asked, RowSettings, StepSettings, end_unless, guide_step
 from qtilt.vllm_plugin.versions import ResidentVersion
 
 logger = logging.getLogger("vllm.qtilt.guided")  # vLLM configures the loggers below its own name only
@@ -81,7 +82,9 @@ class Group:
         self.where: slice | Tensor = device_where_G
         if (np.diff(where_G) == 1).all():
             self.where = slice(int(where_G[0]), int(where_G[-1]) + 1)
-        self.settings = StepSettings.of(settings_SC[self.device_slots_G], [request.params for request in requests])
+        self.settings = StepSettings.of(
+            settings_SC[self.device_slots_G], Asked.by(request.params for request in requests)
+        )
 
     def part(self, rows: IntArray) -> "Group":
         """Some of them; itself if that is all."""
@@ -91,10 +94,14 @@ class Group:
 
 
 class GuidedBatch:
-    """Guided requests by slot. Requests without guidance aren't here, and their logits aren't touched."""
+    """Guided requests by slot. Requests without guidance aren't here, and their logits aren't touched.
 
-    def __init__(self, requests: Requests) -> None:
+    graphs: for steps that can be captured, if any are to be.
+    """
+
+    def __init__(self, requests: Requests, graphs: Graphs | None = None) -> None:
         self._requests = requests
+        self._captured = None if graphs is None else CapturedSteps(graphs, requests.slots)
         self.table = StepTable(requests)
         self._guided: dict[int, GuidedRequest] = {}
         self._failed: dict[int, Stay] = {}
@@ -265,7 +272,7 @@ class GuidedBatch:
             is_mine_G = self._is_of(slots_G, rows)
             slots_G = rows.slots_R.where(is_mine_G, engine.cache.scratch_slot)
             where = slice(0, len(logits_RV))
-            settings = StepSettings.of(self._settings_SC[slots_G], [request.params for request in group.requests])
+            settings = StepSettings.of(self._settings_SC[slots_G], settings.asked)
         positions_G, logits_GV = rows.positions_R[where], logits_RV[where]
         # Of another's history nothing is read, however long it is.
         fed_at_G = positions_G if is_mine_G is None else positions_G.where(is_mine_G, 0)
@@ -283,7 +290,11 @@ class GuidedBatch:
             is_guided_G = positions_G < settings.guided_below_G
             is_mine_G = is_guided_G if is_mine_G is None else is_mine_G & is_guided_G
             slots_G = slots_G.where(is_mine_G, engine.cache.scratch_slot)
-        guided = guide_step(group.version, logits_GV, settings, score, is_mine_G)
+        guided = None
+        if self._captured is not None and not self._requests.speculates:
+            guided = self._captured.guide(group.version, logits_GV, settings, last, spans)
+        if guided is None:
+            guided = guide_step(group.version, logits_GV, settings, score, is_mine_G)
         if isinstance(where, Tensor):  # what indexing by a slice gives is the rows themselves
             logits_RV[where] = logits_GV
         self._failures_S.index_add_(0, slots_G, guided.failed.int())

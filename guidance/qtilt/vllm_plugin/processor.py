@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from qtilt.forwards.compiled import library
 from qtilt.method.params import GuidanceParams, asks_for_guidance
 from qtilt.model.checkpoint import fingerprint_tokenizer
+from qtilt.vllm_plugin.captured import choose_graphs
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt.vllm_plugin.config import PluginConfig
 from qtilt.vllm_plugin.failure import of_exception
@@ -64,7 +65,8 @@ class GuidanceProcessor(V1Interface, V2Interface):
             speculates = vllm_config.speculative_config is not None
             self.requests = V2Requests(device_or_requests, speculates=speculates)
         load_compiled_parts(self.requests.device)
-        self.batch, self.records = GuidedBatch(self.requests), Records()
+        graphs = choose_graphs(self.requests.device, enforce_eager=vllm_config.model_config.enforce_eager)
+        self.batch, self.records = GuidedBatch(self.requests, graphs), Records()
         plan = _plan(vllm_config, self.config, self.requests.device)
         settings = _engine_settings(vllm_config, self.config, self.requests, plan)
         self.residents = Residents(_reference(vllm_config), settings)

@@ -64,12 +64,40 @@ class RowSettings(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class StepSettings:
-    """The settings of a step's rows ``[G]`` on the device, and what the host must know of all of them.
-
-    top_k_G: None when it is ``max_top_k`` for all. candidate_mass_G: None when all top_k of all are candidates.
+class Asked:
+    """What the host must know of all rows of a step. ``max_top_k`` is the largest; have_masses: some ask for less than
+    all of their top_k.
     """
 
+    max_top_k: int
+    differ_in_top_k: bool
+    have_masses: bool
+    methods: frozenset[str]
+    tails: frozenset[str]
+
+    @classmethod
+    def by(cls, params: Iterable[GuidanceParams]) -> "Asked":
+        """params: those of all rows, in any order."""
+        asked = list(params)
+        top_ks = {each.top_k for each in asked}
+        return cls(
+            max_top_k=max(top_ks),
+            differ_in_top_k=len(top_ks) > 1,
+            have_masses=any(each.candidate_mass < 1 for each in asked),
+            methods=frozenset(each.method for each in asked),
+            tails=frozenset(each.tail for each in asked),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """The settings of a step's rows ``[G]`` on the device: numbers_GS are all of them, a :class:`RowSettings` a row.
+
+    top_k_G: None when it is the same for all. candidate_mass_G: None when all top_k of all are candidates.
+    """
+
+    asked: Asked
+    numbers_GS: Tensor
     top_k_G: Tensor | None
     inv_eta_G: Tensor
     method_G: Tensor
@@ -79,29 +107,23 @@ class StepSettings:
     candidate_mass_G: Tensor | None
     ending_token_G: Tensor
     guided_below_G: Tensor
-    max_top_k: int
-    methods: frozenset[str]
-    tails: frozenset[str]
 
     @classmethod
-    def of(cls, rows_GS: Tensor, params: Iterable[GuidanceParams]) -> "StepSettings":
-        """rows_GS: float64 ``[G, len(RowSettings)]``. params: those of all rows, in any order."""
-        top_k_G, inv_eta_G, method_G, tail_G, temperature_G, enough_G, ending_G, guided_below_G = rows_GS.unbind(1)
-        asked = list(params)
-        top_ks = {each.top_k for each in asked}
+    def of(cls, numbers_GS: Tensor, asked: Asked) -> "StepSettings":
+        """numbers_GS: float64 ``[G, len(RowSettings)]``."""
+        top_k_G, inv_eta_G, method_G, tail_G, temperature_G, enough_G, ending_G, guided_below_G = numbers_GS.unbind(1)
         return cls(
-            top_k_G=top_k_G.long() if len(top_ks) > 1 else None,
+            asked=asked,
+            numbers_GS=numbers_GS,
+            top_k_G=top_k_G.long() if asked.differ_in_top_k else None,
             inv_eta_G=inv_eta_G,
             method_G=method_G,
             tail_G=tail_G,
             has_floor_G1=(tail_G == TAIL_NAMES.index("floor")).unsqueeze(-1),
             temperature_G=temperature_G,
-            candidate_mass_G=enough_G if any(each.candidate_mass < 1 for each in asked) else None,
+            candidate_mass_G=enough_G if asked.have_masses else None,
             ending_token_G=ending_G.long(),
             guided_below_G=guided_below_G,
-            max_top_k=max(top_ks),
-            methods=frozenset(each.method for each in asked),
-            tails=frozenset(each.tail for each in asked),
         )
 
 
@@ -143,7 +165,7 @@ def guide_step(
     A row whose values aren't finite numbers isn't tilted: it gets logits that end its request, in this same step and
     without the host knowing. applies_G: the rows that are guided, None: all; the others stay bit-identical.
     """
-    candidates = version.tilt.top_candidates(logits_GV, settings.max_top_k, version.scorable, settings.top_k_G)
+    candidates = version.tilt.top_candidates(logits_GV, settings.asked.max_top_k, version.scorable, settings.top_k_G)
     mass = version.tilt.reference_mass(logits_GV, candidates, settings.temperature_G)
     if settings.candidate_mass_G is not None:
         candidates, mass = likeliest(candidates, mass, settings.candidate_mass_G)
@@ -151,7 +173,7 @@ def guide_step(
     if applies_G is not None:
         is_scored_GK &= applies_G.unsqueeze(-1)
     values_GKA = score(candidates.token_ids_BK, is_scored_GK)
-    offsets_GK = _offsets(version, values_GKA, settings.inv_eta_G, settings.method_G, settings.methods)
+    offsets_GK = _offsets(version, values_GKA, settings.inv_eta_G, settings.method_G, settings.asked.methods)
     # Of a row that scores nothing the first one too: a draft's history that isn't finite is cached as if it were.
     is_checked_GK = is_scored_GK.clone()
     is_checked_GK[:, 0] = True
@@ -207,7 +229,7 @@ def _drops(
 ) -> Drops:
     """By each row's tail, one of the step's."""
     floor_G = lowest_offset(version.distribution, settings.inv_eta_G)
-    first, *others = sorted(settings.tails)
+    first, *others = sorted(settings.asked.tails)
     dropped = version.tilt.drops(mass, is_scored_GK, offsets_GK, floor_G, first)
     for tail in others:
         has_tail_G1 = (settings.tail_G == TAIL_NAMES.index(tail)).unsqueeze(-1)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,6 +24,9 @@ from qtilt.model.checkpoint import Manifest, load_value_model, read_manifest
 from qtilt.model.low_rank import BaseModels
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
 from qtilt.vllm_plugin.reserve import Reserve
+
+if TYPE_CHECKING:
+    from qtilt.vllm_plugin.captured import CapturedStep, StepKind
 
 VersionKey = tuple[str, int]
 
@@ -49,7 +52,9 @@ class EngineSettings:
 
 @dataclass(eq=False)
 class ResidentVersion:
-    """One loaded version of one value model. rows: the rows of the running batch that use it."""
+    """One loaded version of one value model. rows: the rows of the running batch that use it. captured: by kind, its
+    steps that can be replayed (captured.py); None where that failed.
+    """
 
     name: str
     version: int
@@ -60,6 +65,7 @@ class ResidentVersion:
     warnings: list[str]
     tilt: TiltFunctions
     rows: int = field(default=0)
+    captured: "dict[StepKind, CapturedStep | None]" = field(default_factory=dict)
 
     @property
     def label(self) -> str:

@@ -29,6 +29,7 @@ class CompiledForward:
     """
 
     name: ClassVar[str] = "compiled"
+    is_capturable: ClassVar[bool] = False
 
     def __init__(self, backbone: PreTrainedModel, geometry: CacheGeometry, positions: int) -> None:
         if not can_compile(backbone, geometry):

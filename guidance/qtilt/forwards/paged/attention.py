@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qtilt.forwards.arrays import IntArray, copy_to_device
+from qtilt.forwards.arrays import copy_to_device
 from qtilt.forwards.memory import PageMemory
 from qtilt.forwards.packing import LastTokens, PackedStep, Span
 from qtilt.forwards.paged.kernels import LayerPages, PagedKernels, Rows
@@ -25,7 +25,7 @@ class PagedAttention:
         self._kernels, self._memory = kernels, step.memory
         self._span_tokens = step.span_tokens
         self._spans = _span_rows(step.memory, step.spans) if step.spans else None
-        self._tails = _tail_rows(step.memory, step.last, step.tails_B) if step.last is not None else None
+        self._tails = _tail_rows(step, step.last) if step.last is not None else None
 
     def attend(
         self,
@@ -72,11 +72,16 @@ def _span_rows(memory: PageMemory, spans: Sequence[Span]) -> Rows:
     return Rows(_pages(memory, slots_W, longest), ends_W, starts_Y, max(counts), longest)
 
 
-def _tail_rows(memory: PageMemory, last: LastTokens, tails_B: IntArray) -> Rows:
-    (starts_Y,) = copy_to_device(memory.geometry.device, np.cumsum([0, *tails_B], dtype=np.int32))
+def _tail_rows(step: PackedStep, last: LastTokens) -> Rows:
+    memory, most = step.memory, int(step.tails_B.max())
+    if step.places_X is None:  # all are as long: nothing comes from the host
+        end = len(step.tails_B) * most
+        starts_Y = torch.arange(0, end + 1, most, dtype=torch.int32, device=memory.geometry.device)
+    else:
+        (starts_Y,) = copy_to_device(memory.geometry.device, np.cumsum([0, *step.tails_B], dtype=np.int32))
     lengths_W = (last.positions_B + 1).int()
     pages_WM = _pages(memory, last.slots_B, last.longest)
-    return Rows(pages_WM, lengths_W, starts_Y, int(tails_B.max()), last.longest, last.has_drafts)
+    return Rows(pages_WM, lengths_W, starts_Y, most, last.longest, last.has_drafts)
 
 
 def _pages(memory: PageMemory, slots_W: Tensor, longest: int) -> Tensor:

@@ -1,0 +1,165 @@
+"""Guided steps that are captured once and replayed: the host starts a dozen things, where a step has hundreds.
+
+Shapes: ``B`` rows of a captured step, ``G`` of them guided now, ``V`` vocabulary of the reference, ``S`` numbers of
+:class:`qtilt.vllm_plugin.step.RowSettings`.
+
+A step is captured where it is a function of what is on the device: each row's last token is all that its cache lacks,
+and how many candidates are scored is known beforehand. What it reads is copied into tensors of its own, then it is
+replayed. Rows are rounded up to one of ``ROWS``; those that nobody has are rows of the scratch slot. Imports no vLLM.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qtilt.forwards.packing import LastTokens, Span
+from qtilt.vllm_plugin.step import Asked, Guided, RowSettings, StepSettings, guide_step
+from qtilt.vllm_plugin.versions import ResidentVersion
+
+logger = logging.getLogger("vllm.qtilt.captured")  # vLLM configures the loggers below its own name only
+
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+MOST_TOKENS = 4096
+"""Of a value model in a captured step. With more of them the device takes longer than the host, whoever starts what."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepKind:
+    """What the host must know of a step before it is captured."""
+
+    rows: int
+    asked: Asked
+
+
+class Graphs(Protocol):
+    """What captures: CUDA's graphs."""
+
+    def capture(self, step: Callable[[], Guided]) -> tuple[Guided, Callable[[], None]]:
+        """What a step gives that reads and writes the same tensors each time, and what runs it again into these.
+
+        Between two replays of steps of one graphs the results of the first are lost. Raises RuntimeError for a step
+        that can't be captured, or when the memory for it isn't there.
+        """
+
+
+class CudaGraphs:
+    """See :class:`Graphs`. One may be replayed at a time: their intermediate results share memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, step: Callable[[], Guided]) -> tuple[Guided, Callable[[], None]]:
+        steps = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(steps)
+        with torch.cuda.stream(self._stream):
+            step()  # what is compiled or allocated when it is first met, is before it is captured
+            graph = torch.cuda.CUDAGraph()
+            # Threads that load value models go on meanwhile.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                guided = step()
+            finally:
+                graph.capture_end()
+        steps.wait_stream(self._stream)
+        return guided, graph.replay
+
+
+def choose_graphs(device: torch.device, *, enforce_eager: bool) -> Graphs | None:
+    """None: steps aren't captured, on CPUs and where vLLM is asked for no graphs."""
+    return None if device.type != "cuda" or enforce_eager else CudaGraphs(device)
+
+
+class CapturedStep:
+    """One kind of step of one version. logits_BV: its rows' logits, which the version's other steps may share.
+
+    Raises RuntimeError: see :class:`Graphs`.
+    """
+
+    def __init__(self, version: ResidentVersion, kind: StepKind, logits_BV: Tensor, graphs: Graphs) -> None:
+        engine, device = version.engine, logits_BV.device
+        nobodys = RowSettings.ending(None)
+        self._nobody_31 = torch.tensor([[engine.cache.scratch_slot], [0], [0]], device=device)
+        self._nobodys_S = torch.tensor(nobodys, dtype=torch.float64, device=device)
+        self._logits_BV = logits_BV
+        self._last_3B = self._nobody_31.repeat(1, kind.rows)
+        self._numbers_BS = self._nobodys_S.repeat(kind.rows, 1)
+
+        def step() -> Guided:
+            slots_B, positions_B, tokens_B = self._last_3B.unbind(0)
+            last = LastTokens(slots_B, positions_B, tokens_B, longest=engine.cache.max_length)
+            settings = StepSettings.of(self._numbers_BS, kind.asked)
+            return guide_step(version, logits_BV, settings, lambda tokens_BK, _: engine.score(last, tokens_BK))
+
+        self._guided, self._replay = graphs.capture(step)
+
+    def __call__(self, logits_GV: Tensor, settings: StepSettings, last: LastTokens) -> Guided:
+        """As :func:`guide_step`. What is returned is lost with the next step."""
+        rows = len(logits_GV)
+        self._logits_BV[:rows].copy_(logits_GV)
+        for mine_B, given_G in zip(self._last_3B, (last.slots_B, last.positions_B, last.token_ids_B), strict=True):
+            mine_B[:rows].copy_(given_G)
+        self._numbers_BS[:rows].copy_(settings.numbers_GS)
+        if rows < len(self._numbers_BS):
+            self._last_3B[:, rows:].copy_(self._nobody_31)
+            self._numbers_BS[rows:].copy_(self._nobodys_S)
+        self._replay()
+        logits_GV.copy_(self._logits_BV[:rows])
+        return Guided(*(measured_B[:rows] for measured_B in self._guided))
+
+
+class CapturedSteps:
+    """Those of a batch, captured when they are first met; each version holds its own."""
+
+    def __init__(self, graphs: Graphs, slots: int) -> None:
+        self._graphs, self._slots = graphs, slots
+        self._logits_BV: Tensor | None = None
+
+    def guide(
+        self,
+        version: ResidentVersion,
+        logits_GV: Tensor,
+        settings: StepSettings,
+        last: LastTokens,
+        spans: Sequence[Span],
+    ) -> Guided | None:
+        """As :func:`guide_step`, after ``spans`` have been cached; None, and nothing has been done, where the step
+        can't be captured. What is returned is lost with the next step.
+        """
+        if not is_capturable(version, settings.asked, logits_GV):
+            return None
+        kind = StepKind(min(rows for rows in ROWS if rows >= len(logits_GV)), settings.asked)
+        if kind not in version.captured:
+            version.captured[kind] = self._capture(version, kind, logits_GV.shape[1])
+        captured = version.captured[kind]
+        if captured is None:
+            return None
+        version.engine.extend(spans)
+        return captured(logits_GV, settings, last)
+
+    def _capture(self, version: ResidentVersion, kind: StepKind, vocabulary: int) -> CapturedStep | None:
+        if self._logits_BV is None:
+            device = version.engine.cache.geometry.device
+            most = min(rows for rows in ROWS if rows >= min(self._slots, ROWS[-1]))
+            self._logits_BV = torch.zeros(most, vocabulary, device=device)
+        try:
+            return CapturedStep(version, kind, self._logits_BV[: kind.rows], self._graphs)
+        except RuntimeError:
+            logger.exception("steps of %d rows of %s can't be captured, and take longer", kind.rows, version.label)
+            return None
+
+
+def is_capturable(version: ResidentVersion, asked: Asked, logits_GV: Tensor) -> bool:
+    """Whether such a step is a function of what is on the device, and short enough for that to pay."""
+    if not version.engine.forward.is_capturable or asked.have_masses or logits_GV.dtype != torch.float32:
+        return False
+    tokens_of_row = 1
+    if version.engine.model.type == "v":
+        if asked.differ_in_top_k:  # each row then runs as many candidates as it asks for
+            return False
+        tokens_of_row += asked.max_top_k
+    return len(logits_GV) <= ROWS[-1] and len(logits_GV) * tokens_of_row <= MOST_TOKENS
