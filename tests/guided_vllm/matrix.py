@@ -16,6 +16,7 @@ ENGINES = {
     "plain": "V2",
     "ngram": "V2, n-gram speculation",
     "paged": "V2, n-gram speculation, attention of GPUs",
+    "captured": "V2, captured steps",
     "v2-tensor-parallel-2": "V2, tensor parallel 2",
     "tensor-parallel-2": "V1, tensor parallel 2",
 }

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from qtilt.forwards.packing import LastTokens, Span
+from qtilt.vllm_plugin.plan import CAPTURED_ROWS, CAPTURED_TOKENS
 from qtilt.vllm_plugin.step import Asked, Guided, RowSettings, StepSettings, guide_step
 from qtilt.vllm_plugin.versions import ResidentVersion
 
 logger = logging.getLogger("vllm.qtilt.captured")  # vLLM configures the loggers below its own name only
 
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-MOST_TOKENS = 4096
+MOST_TOKENS = CAPTURED_TOKENS
 """Of a value model in a captured step. With more of them the device takes longer than the host, whoever starts what."""
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, CAPTURED_ROWS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ RECORD_BYTES = 28
 """What was measured, of each position of each slot: see records.py."""
 VOCABULARY_COPIES, VOCABULARY_COPIES_ON_GPU = 6, 1
 """How many copies of a step's logits the tilt holds at once, in float32; by Triton, of rows that don't lie together."""
+CAPTURED_TOKENS, CAPTURED_ROWS = 4096, 256
+"""Of a captured step on a GPU, at most: what it computes in between stays allocated, and a copy of its logits."""
 COPIED_BYTES = 2 * 4 * COPIED_ELEMENTS
 """What the attention of rows copies at once where they have pages, on CPUs: see forwards/packed_attention.py."""
 
@@ -170,7 +172,7 @@ def plan_memory(
         "records": (serving.slots + 1) * serving.max_length * RECORD_BYTES,
         "step_activations": (serving.batched_tokens + serving.rows * (1 + serving.max_top_k)) * value.activations
         + serving.rows * reference.vocabulary * 4 * (VOCABULARY_COPIES_ON_GPU if serving.on_gpu else VOCABULARY_COPIES)
-        + (0 if serving.on_gpu else COPIED_BYTES),
+        + (_captured(value, reference, serving) if serving.on_gpu else COPIED_BYTES),
     }
     left = budget - sum(fixed.values())
     if value_tokens is None:
@@ -199,6 +201,13 @@ def plan_memory(
         value_tokens=serving.tokens(pages),
         cache_tokens=cache // reference.token if is_known else 0,
     )
+
+
+def _captured(value: ModelSize, reference: ModelSize, serving: Serving) -> int:
+    """Bytes that stay with captured steps, of all kinds together."""
+    rows = min(serving.slots, CAPTURED_ROWS)
+    tokens = min(rows * (1 + serving.max_top_k), CAPTURED_TOKENS)
+    return tokens * value.activations + rows * reference.vocabulary * 4
 
 
 def model_size(config: PreTrainedConfig, dtype: torch.dtype, *, further_weights: int = 0, ranks: int = 1) -> ModelSize:
