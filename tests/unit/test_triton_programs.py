@@ -3,7 +3,7 @@
 import re
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,13 @@ KV_HEADS = 8
 
 
 def compiled(
-    program: Any, constants: Mapping[str, Any], dtype: torch.dtype, capability: int, *, is_aligned: bool = True
+    program: Any,
+    constants: Mapping[str, Any],
+    dtype: torch.dtype,
+    capability: int,
+    *,
+    is_aligned: bool = True,
+    in_float64: Sequence[str] = (),
 ) -> Any:
     """For an NVIDIA card of this compute capability; with tensors and strides that are multiples of 16, as most are."""
     types = {
@@ -37,7 +43,14 @@ def compiled(
         "size": "i32",
         "lses": "*fp32",
         "keys": "*i64",
-    } | dict.fromkeys(("pages_of_rows", "lengths", "starts"), "*i32")
+        "key_of_nothing": "i64",
+        "rounding": "fp32",
+        "parts": "i32",
+        "atoms": "i32",
+    }
+    types |= dict.fromkeys(("pages_of_rows", "lengths", "starts"), "*i32")
+    types |= dict.fromkeys(("are_valid", "are_scored"), "*i1") | dict.fromkeys(("tokens", "top_ks"), "*i64")
+    types |= dict.fromkeys(in_float64, "*fp64")
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32" if "stride" in name else TYPES[dtype])
         for name in program.arg_names
@@ -102,3 +115,30 @@ def test_what_reads_the_vocabulary_compiles(program: Any, tmp_path: Path) -> Non
     kernel = compiled(program, {"BLOCK": BLOCK}, torch.float32, 90)
     assert kernel.metadata.shared <= SHARED_BYTES
     assert stack_bytes(kernel, tmp_path) == 0
+
+
+IN_FLOAT64 = ["log_masses", "rests", "drops", "others", "outs", "other_outs", "offsets", "floors", "inv_etas"]
+
+
+@pytest.mark.parametrize("candidates", [64, 128])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("program", "constants", "more"),
+    [
+        (tilt_programs.choose, {"HAS_TOP_KS": True}, ()),
+        (tilt_programs.masses, {"BLOCK_P": 64}, ()),
+        (tilt_programs.offsets, {"FIRST_IS_ZERO": 1, "IS_MEAN": False}, ("returns",)),
+        (tilt_programs.offsets, {"FIRST_IS_ZERO": 0, "IS_MEAN": True}, ("returns",)),
+        (tilt_programs.drops, {"IS_MEAN": False}, ()),
+        (tilt_programs.drops, {"IS_MEAN": True}, ()),
+        (tilt_programs.divergence, {}, ()),
+        (tilt_programs.lower, {"BLOCK": BLOCK}, ("scales",)),
+    ],
+)
+def test_what_tilts_compiles(
+    program: Any, constants: dict[str, Any], more: Sequence[str], capability: int, candidates: int, tmp_path: Path
+) -> None:
+    sizes = {"BLOCK_K": candidates, **constants}
+    kernel = compiled(program, sizes, torch.float32, capability, in_float64=[*IN_FLOAT64, *more])
+    assert kernel.metadata.shared <= SHARED_BYTES
+    assert stack_bytes(kernel, tmp_path) <= 64

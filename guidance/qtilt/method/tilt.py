@@ -44,6 +44,9 @@ class TiltFunctions(Protocol):
 
     def top_candidates(self, logits_BV: Tensor, k: int, scorable: int, top_k_B: Tensor | None = None) -> Candidates: ...
     def reference_mass(self, logits_BV: Tensor, candidates: Candidates, temperature_B: Tensor) -> "ReferenceMass": ...
+    def offsets(
+        self, distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: Tensor, method: str
+    ) -> Tensor: ...
     def drops(
         self, mass: "ReferenceMass", scored_BK: Tensor, offsets_BK: Tensor, floor_B: Tensor, tail: str
     ) -> "Drops": ...
@@ -90,7 +93,7 @@ def cd_offsets(distribution: ReturnDistribution, logits_BKA: Tensor, inv_eta_B: 
 
 # Mass that a float32 softmax can't tell from none. The guided mass of what isn't a candidate is no larger than the
 # reference's, whatever the tail.
-_ROUNDING = 1e-6
+ROUNDING = 1e-6
 
 OFFSETS = {"qsharp": qsharp_offsets, "cd": cd_offsets}
 
@@ -190,7 +193,7 @@ def mass_and_rest(log_mass_BK: Tensor, candidates: Candidates) -> ReferenceMass:
     """From what the candidates' masses are, or would be if they were valid."""
     log_mass_BK = log_mass_BK.masked_fill(~candidates.valid_BK, -torch.inf)
     rest_B1 = 1 - log_mass_BK.exp().sum(-1, keepdim=True)
-    return ReferenceMass(log_mass_BK, rest_B1.masked_fill(rest_B1 < _ROUNDING, 0.0).log())
+    return ReferenceMass(log_mass_BK, rest_B1.masked_fill(rest_B1 < ROUNDING, 0.0).log())
 
 
 class Divergence(NamedTuple):

@@ -21,7 +21,6 @@ from qtilt.method.tilt import (
     ReferenceMass,
     likeliest,
     lowest_offset,
-    offsets,
 )
 from qtilt.vllm_plugin.versions import ResidentVersion
 
@@ -216,10 +215,10 @@ def _offsets(
 ) -> Tensor:
     """Q/η ``[R, K]`` by each row's method, one of ``methods``; one forward serves all methods of the step."""
     first, *others = sorted(methods)
-    offsets_RK = offsets(version.distribution, values_RKA, inv_eta_R, first)
+    offsets_RK = version.tilt.offsets(version.distribution, values_RKA, inv_eta_R, first)
     for method in others:
         has_method_R1 = (method_R == METHODS.index(method)).unsqueeze(-1)
-        of_method_RK = offsets(version.distribution, values_RKA, inv_eta_R, method)
+        of_method_RK = version.tilt.offsets(version.distribution, values_RKA, inv_eta_R, method)
         offsets_RK = torch.where(has_method_R1, of_method_RK, offsets_RK)
     return offsets_RK
 

@@ -19,7 +19,7 @@ from qtilt.forwards.choice import choose_tilt
 from qtilt.forwards.fused import Kernels
 from qtilt.forwards.memory import CacheGeometry
 from qtilt.method.distributions import ReturnDistribution
-from qtilt.method.tilt import TiltFunctions
+from qtilt.method.tilt import OFFSETS, TAILS, TiltFunctions, lowest_offset
 from qtilt.model.checkpoint import Manifest, load_value_model, read_manifest
 from qtilt.model.low_rank import BaseModels
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
@@ -216,15 +216,30 @@ class Residents:
             )
         engine.free_what_is_kept_twice()
         scorable, tilt = scorable_tokens(manifest, self._reference), choose_tilt(settings.device)
+        _run_once(tilt, manifest.distribution, scorable, self._reference.vocab_size, settings.device)
         if self._settings.device.type == "cuda":
-            # What the tilt compiles when it is first used is compiled here, not in a step.
-            logits_1V = torch.zeros(1, self._reference.vocab_size, device=settings.device)
-            candidates = tilt.top_candidates(logits_1V, 1, scorable)
-            tilt.reference_mass(logits_1V, candidates, torch.ones(1, device=settings.device))
             # Steps run on another stream than this thread: for them too, all must be in place. This waits for the
             # thread's own work only, and no step waits for it.
             torch.cuda.current_stream(self._settings.device).synchronize()
         return ResidentVersion(name, version, path, manifest, engine, scorable, warnings, tilt)
+
+
+@torch.inference_mode()
+def _run_once(
+    tilt: TiltFunctions, distribution: ReturnDistribution, scorable: int, vocabulary: int, device: torch.device
+) -> None:
+    """What is compiled, or brought to the device, when it is first used is there before a step."""
+    logits_1V, one_1 = torch.zeros(1, vocabulary, device=device), torch.ones(1, dtype=torch.float64, device=device)
+    for top_k_1 in (None, one_1.long()):
+        candidates = tilt.top_candidates(logits_1V, 2, scorable, top_k_1)
+    mass = tilt.reference_mass(logits_1V, candidates, one_1)
+    values_1KA = torch.zeros(*candidates.valid_BK.shape, distribution.num_logits, device=device)
+    for method in OFFSETS:
+        offsets_1K = tilt.offsets(distribution, values_1KA, one_1, method)
+    for tail in TAILS:
+        dropped = tilt.drops(mass, candidates.valid_BK, offsets_1K, lowest_offset(distribution, one_1), tail)
+    tilt.divergence(mass, dropped)
+    tilt.tilt_(logits_1V, candidates, dropped, one_1)
 
 
 def _keep_until_done(version: ResidentVersion, steps: torch.cuda.Event) -> None:

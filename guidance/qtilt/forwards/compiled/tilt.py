@@ -8,7 +8,9 @@ from torch import Tensor
 
 from qtilt.forwards.compiled import library
 from qtilt.method import tilt as by_torch
-from qtilt.method.tilt import Candidates, Drops, ReferenceMass
+from qtilt.method.tilt import Candidates, Drops, ReferenceMass, offsets
+
+__all__ = ["divergence", "drops", "offsets", "reference_mass", "tilt_", "top_candidates"]
 
 
 def top_candidates(logits_BV: Tensor, k: int, scorable: int, top_k_B: Tensor | None = None) -> Candidates:
