@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from qtilt.forwards.arrays import copy_to_device
 from qtilt.forwards.packing import LastTokens, Span
 from qtilt.vllm_plugin.plan import CAPTURED_ROWS, CAPTURED_TOKENS
 from qtilt.vllm_plugin.step import Asked, Guided, RowSettings, StepSettings, guide_step
@@ -83,9 +85,8 @@ class CapturedStep:
 
     def __init__(self, version: ResidentVersion, kind: StepKind, logits_BV: Tensor, graphs: Graphs) -> None:
         engine, device = version.engine, logits_BV.device
-        nobodys = RowSettings.ending(None)
-        self._nobody_31 = torch.tensor([[engine.cache.scratch_slot], [0], [0]], device=device)
-        self._nobodys_S = torch.tensor(nobodys, dtype=torch.float64, device=device)
+        (self._nobody_31,) = copy_to_device(device, np.array([[engine.cache.scratch_slot], [0], [0]]))
+        (self._nobodys_S,) = copy_to_device(device, np.array(RowSettings.ending(None), dtype=np.float64))
         self._logits_BV = logits_BV
         self._last_3B = self._nobody_31.repeat(1, kind.rows)
         self._numbers_BS = self._nobodys_S.repeat(kind.rows, 1)

@@ -4,7 +4,7 @@ once, and nothing of its size is written but tilted logits. Logits in other numb
 Shapes: as there, with ``P`` parts of a row.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -137,9 +137,9 @@ def _float64(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.empty(shape, dtype=torch.float64, device=device) for shape in shapes]
 
 
-@lru_cache
+@cache
 def _returns_below_max(distribution: Bernoulli | Categorical, device: torch.device) -> Tensor:
-    """z − v_max of all atoms ``[A]``, on the device for good: what a step takes from the host it would wait for."""
+    """z − v_max of all atoms ``[A]``, on the device for good: captured steps read them there."""
     if isinstance(distribution, Bernoulli):
         return torch.tensor([-1.0, 0.0], dtype=torch.float64, device=device)
     return distribution.atom_values(like=torch.empty(0, dtype=torch.float64, device=device)) - distribution.high
