@@ -152,6 +152,40 @@ def test_a_step_that_cannot_be_captured_is_guided_nevertheless(
     assert message == "steps of 1 rows of value@1 can't be captured, and take longer"
 
 
+def test_a_replay_that_gives_something_else_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class OfTheFirstRows:
+        """Tilts as it did when it was captured."""
+
+        replayed = 0
+
+        def capture(self, step: Callable[[], Guided]) -> tuple[Guided, Callable[[], None]]:
+            def replay() -> None:
+                self.replayed += 1
+
+            return step(), replay
+
+    stale = OfTheFirstRows()
+    ours, plain = (Runner(tmp_path / str(each), "v", each) for each in (stale, None))
+    for runner in (ours, plain):
+        runner.put(0, 5)
+    for _ in range(3):
+        torch.testing.assert_close(ours.step({0: [3]}), plain.step({0: [3]}))
+    assert stale.replayed == 1
+    (message,) = [record.getMessage() for record in caplog.records if record.name == captured.logger.name]
+    assert message == "replayed steps of 1 rows of value@1 differ from what they replay: they aren't used"
+
+
+def test_logits_are_alike_up_to_rounding_and_where_they_are_masked() -> None:
+    before_BV = torch.tensor([[1.0, 2.0, -torch.inf], [0.0, torch.nan, 3.0]])
+    tilted_BV = before_BV - torch.tensor([[10.0], [0.0]])
+    assert captured.are_alike(before_BV, tilted_BV, tilted_BV.clone())
+    assert captured.are_alike(before_BV, tilted_BV, tilted_BV + 0.01)
+    for place, value in (((0, 0), -8.5), ((0, 0), -torch.inf), ((0, 2), 1.0), ((1, 0), torch.nan), ((1, 2), 3.1)):
+        again_BV = tilted_BV.clone()
+        again_BV[place] = value
+        assert not captured.are_alike(before_BV, tilted_BV, again_BV)
+
+
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_cpus_capture_nothing(enforce_eager: bool) -> None:
     assert choose_graphs(torch.device("cpu"), enforce_eager=enforce_eager) is None

@@ -5,12 +5,14 @@ Shapes: ``B`` rows of a captured step, ``G`` of them guided now, ``V`` vocabular
 
 A step is captured where it is a function of what is on the device: each row's last token is all that its cache lacks,
 and how many candidates are scored is known beforehand. What it reads is copied into tensors of its own, then it is
-replayed. Rows are rounded up to one of ``ROWS``; those that nobody has are rows of the scratch slot. Imports no vLLM.
+replayed. Rows are rounded up to one of ``ROWS``; those that nobody has are rows of the scratch slot. The first step of
+a kind is compared with its replay. Imports no vLLM.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +29,8 @@ logger = logging.getLogger("vllm.qtilt.captured")  # vLLM configures the loggers
 
 MOST_TOKENS = CAPTURED_TOKENS
 """Of a value model in a captured step. With more of them the device takes longer than the host, whoever starts what."""
+ROUNDING = 0.02
+"""Of what the first replay gives, relative to how far logits were moved."""
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, CAPTURED_ROWS)
 
 
@@ -84,23 +88,59 @@ class CapturedStep:
     """
 
     def __init__(self, version: ResidentVersion, kind: StepKind, logits_BV: Tensor, graphs: Graphs) -> None:
-        engine, device = version.engine, logits_BV.device
-        (self._nobody_31,) = copy_to_device(device, np.array([[engine.cache.scratch_slot], [0], [0]]))
+        device = logits_BV.device
+        (self._nobody_31,) = copy_to_device(device, np.array([[version.engine.cache.scratch_slot], [0], [0]]))
         (self._nobodys_S,) = copy_to_device(device, np.array(RowSettings.ending(None), dtype=np.float64))
+        self._asked = kind.asked
+        self._name = f"{kind.rows} rows of {version.label}"
         self._logits_BV = logits_BV
         self._last_3B = self._nobody_31.repeat(1, kind.rows)
         self._numbers_BS = self._nobodys_S.repeat(kind.rows, 1)
+        self._guided, self._replay = graphs.capture(lambda: self._run(version))
+        self._verdict = torch.tensor(False)
+        self._is_there = torch.cuda.Event() if device.type == "cuda" else None
 
-        def step() -> Guided:
-            slots_B, positions_B, tokens_B = self._last_3B.unbind(0)
-            last = LastTokens(slots_B, positions_B, tokens_B, longest=engine.cache.max_length)
-            settings = StepSettings.of(self._numbers_BS, kind.asked)
-            return guide_step(version, logits_BV, settings, lambda tokens_BK, _: engine.score(last, tokens_BK))
+    @cached_property
+    def agrees(self) -> bool:
+        """Whether the replay that was compared gave what the step did.
 
-        self._guided, self._replay = graphs.capture(step)
+        Waits for that step, once: if each rank of tensor parallel replayed as soon as its own device is there, ranks
+        could differ by rounding.
+        """
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        agrees = bool(self._verdict)
+        if not agrees:
+            logger.error("replayed steps of %s differ from what they replay: they aren't used", self._name)
+        return agrees
 
     def __call__(self, logits_GV: Tensor, settings: StepSettings, last: LastTokens) -> Guided:
         """As :func:`guide_step`. What is returned is lost with the next step."""
+        self._take(logits_GV, settings, last)
+        self._replay()
+        return self._give(logits_GV, self._guided)
+
+    def compare(self, version: ResidentVersion, logits_GV: Tensor, settings: StepSettings, last: LastTokens) -> Guided:
+        """The same, replayed only to see whether that gives what the step does. version: that was captured."""
+        self._take(logits_GV, settings, last)
+        before_BV = self._logits_BV.clone()
+        self._replay()
+        replayed_BV = self._logits_BV.clone()
+        self._logits_BV.copy_(before_BV)
+        guided = self._run(version)
+        self._verdict = are_alike(before_BV, self._logits_BV, replayed_BV).to("cpu", non_blocking=True)
+        if self._is_there is not None:
+            self._is_there.record()
+        return self._give(logits_GV, guided)
+
+    def _run(self, version: ResidentVersion) -> Guided:
+        engine = version.engine
+        slots_B, positions_B, tokens_B = self._last_3B.unbind(0)
+        last = LastTokens(slots_B, positions_B, tokens_B, longest=engine.cache.max_length)
+        settings = StepSettings.of(self._numbers_BS, self._asked)
+        return guide_step(version, self._logits_BV, settings, lambda tokens_BK, _: engine.score(last, tokens_BK))
+
+    def _take(self, logits_GV: Tensor, settings: StepSettings, last: LastTokens) -> None:
         rows = len(logits_GV)
         self._logits_BV[:rows].copy_(logits_GV)
         for mine_B, given_G in zip(self._last_3B, (last.slots_B, last.positions_B, last.token_ids_B), strict=True):
@@ -109,9 +149,10 @@ class CapturedStep:
         if rows < len(self._numbers_BS):
             self._last_3B[:, rows:].copy_(self._nobody_31)
             self._numbers_BS[rows:].copy_(self._nobodys_S)
-        self._replay()
-        logits_GV.copy_(self._logits_BV[:rows])
-        return Guided(*(measured_B[:rows] for measured_B in self._guided))
+
+    def _give(self, logits_GV: Tensor, guided: Guided) -> Guided:
+        logits_GV.copy_(self._logits_BV[: len(logits_GV)])
+        return Guided(*(measured_B[: len(logits_GV)] for measured_B in guided))
 
 
 class CapturedSteps:
@@ -135,13 +176,14 @@ class CapturedSteps:
         if not is_capturable(version, settings.asked, logits_GV):
             return None
         kind = StepKind(min(rows for rows in ROWS if rows >= len(logits_GV)), settings.asked)
-        if kind not in version.captured:
+        is_new = kind not in version.captured
+        if is_new:
             version.captured[kind] = self._capture(version, kind, logits_GV.shape[1])
         captured = version.captured[kind]
-        if captured is None:
+        if captured is None or not (is_new or captured.agrees):
             return None
         version.engine.extend(spans)
-        return captured(logits_GV, settings, last)
+        return captured.compare(version, logits_GV, settings, last) if is_new else captured(logits_GV, settings, last)
 
     def _capture(self, version: ResidentVersion, kind: StepKind, vocabulary: int) -> CapturedStep | None:
         if self._logits_BV is None:
@@ -153,6 +195,14 @@ class CapturedSteps:
         except RuntimeError:
             logger.exception("steps of %d rows of %s can't be captured, and take longer", kind.rows, version.label)
             return None
+
+
+def are_alike(before_BV: Tensor, tilted_BV: Tensor, again_BV: Tensor) -> Tensor:
+    """Whether logits were tilted alike twice: bool, on the device. Up to rounding, though the kernels are the same."""
+    moved_B1 = (tilted_BV - before_BV).nan_to_num().abs().amax(-1, keepdim=True)
+    differ_BV = (again_BV - tilted_BV).nan_to_num(nan=0.0)  # −inf less −inf
+    same_numbers = (again_BV.isfinite() == tilted_BV.isfinite()).all()
+    return same_numbers & (differ_BV.abs() <= ROUNDING * (1 + moved_B1)).all()
 
 
 def is_capturable(version: ResidentVersion, asked: Asked, logits_GV: Tensor) -> bool:

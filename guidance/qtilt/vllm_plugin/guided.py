@@ -182,7 +182,7 @@ class GuidedBatch:
     def _take(self, slot: int, settings: RowSettings) -> None:
         assert not any(slot in taken for taken in (self._guided, self._failed, self._left)), f"slot {slot} is taken"
         self._staged_SC[slot], self._is_staged = settings, True
-        self._failures_S[slot] = 0
+        self._failures_S[slot].zero_()  # to assign a number to one element waits for a GPU
         self._steps_S[slot] = self._guided_steps_S[slot] = 0
         self._grouped = None
         self.table.clear(slot, self._requests.prefill_len(slot))

@@ -83,7 +83,7 @@ class StepTable:
 
     def clear(self, slot: int, length: int) -> None:
         """Another request takes the slot, with so many tokens."""
-        self.candidates_SP[slot] = UNMEASURED
+        self.candidates_SP[slot].fill_(UNMEASURED)
         self.longest_S[slot] = length
 
     def note_lengths(self, slots_N: IntArray, lengths_N: IntArray) -> None:

@@ -93,7 +93,7 @@ def masses(
     tl.store(rests + row, tl.where(rest < rounding, -float("inf"), tl.log(rest)))
 
 
-@triton.jit(do_not_specialize=["k", "atoms"])
+@triton.jit(do_not_specialize=["k", "atoms"], do_not_specialize_on_alignment=["inv_etas"])
 def offsets(
     values, returns, inv_etas, outs, k, atoms, FIRST_IS_ZERO: tl.constexpr, IS_MEAN: tl.constexpr, BLOCK_K: tl.constexpr
 ):
