@@ -128,6 +128,16 @@ def test_drafts_are_rows_of_a_step_too() -> None:
     assert drafted.step_activations - plain.step_activations == rows * (21 * 70_000 + 6 * 4 * 128256)
 
 
+def test_what_stays_with_captured_steps_is_planned() -> None:
+    """Of a V-type's rows as many as have 4,096 tokens; and a copy of their logits, which are rows of at most 256."""
+    value = ModelSize(10**9, 2**15, 70_000, 128256)
+    few, many = (Serving(slots, 4096, 2048, 20, on_gpu=True) for slots in (64, 1024))
+    activations = [plan_memory(73 * GIB, value, value, serving, 10_000).step_activations for serving in (few, many)]
+    of_steps = [(2048 + rows * 21) * 70_000 + rows * 128256 * 4 for rows in (64, 1024)]
+    captured = [64 * 21 * 70_000 + 64 * 128256 * 4, 4096 * 70_000 + 256 * 128256 * 4]
+    assert activations == [step + kept for step, kept in zip(of_steps, captured, strict=True)]
+
+
 def test_a_reference_whose_size_is_unknown_leaves_it_to_the_user(tmp_path: Path) -> None:
     unknown, value = ModelSize(0, 0, 0, 128256), ModelSize(10**9, 2**15, 70_000, 128256)
     with pytest.raises(PlanError, match="--guidance-kv-tokens"):
