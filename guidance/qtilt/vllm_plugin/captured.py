@@ -4,9 +4,9 @@ Shapes: ``B`` rows of a captured step, ``G`` of them guided now, ``V`` vocabular
 :class:`qtilt.vllm_plugin.step.RowSettings`.
 
 A step is captured where it is a function of what is on the device: each row's last token is all that its cache lacks,
-and how many candidates are scored is known beforehand. What it reads is copied into tensors of its own, then it is
-replayed. Rows are rounded up to one of ``ROWS``; those that nobody has are rows of the scratch slot. The first step of
-a kind is compared with its replay. Imports no vLLM.
+and as many candidates are run of each row, whether or not they count by their mass. What it reads is copied into
+tensors of its own, then it is replayed. Rows are rounded up to one of ``ROWS``; those that nobody has are rows of the
+scratch slot. The first step of a kind is compared with its replay. Imports no vLLM.
 """
 
 import logging
@@ -207,7 +207,7 @@ def are_alike(before_BV: Tensor, tilted_BV: Tensor, again_BV: Tensor) -> Tensor:
 
 def is_capturable(version: ResidentVersion, asked: Asked, logits_GV: Tensor) -> bool:
     """Whether such a step is a function of what is on the device, and short enough for that to pay."""
-    if not version.engine.forward.is_capturable or asked.have_masses or logits_GV.dtype != torch.float32:
+    if not version.engine.forward.is_capturable or logits_GV.dtype != torch.float32:
         return False
     tokens_of_row = 1
     if version.engine.model.type == "v":

@@ -320,8 +320,8 @@ def run_counts(
     """How many candidates of each row a V-type runs, the first ones; None: all of them. requests: without drafts, of
     these rows.
 
-    On a GPU the host waits for that only where some request has asked for fewer by their mass: otherwise a request
-    costs its ``top_k``, and with drafts the largest of them.
+    On a GPU, and where the step isn't captured, the host waits for that if some request has asked for fewer by their
+    mass: otherwise a request costs its ``top_k``, and with drafts the largest of them.
     """
     if is_scored_GK.device.type == "cpu" or settings.candidate_mass_G is not None:
         counts_G: IntArray = is_scored_GK.sum(-1).cpu().numpy()
