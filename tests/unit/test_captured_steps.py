@@ -152,6 +152,18 @@ def test_a_step_that_cannot_be_captured_is_guided_nevertheless(
     assert message == "steps of 1 rows of value@1 can't be captured, and take longer"
 
 
+def test_of_many_kinds_of_steps_the_least_recent_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And captured anew when they come again."""
+    monkeypatch.setattr(captured, "MOST_KINDS", 2)
+    graphs = PlayedGraphs()
+    runner = Runner(tmp_path, "q", graphs)
+    for top_k, count in [(3, 1), (4, 2), (3, 2), (5, 3), (3, 3), (4, 4), (3, 4)]:
+        runner.put(0, 5, top_k=top_k)
+        runner.step({0: [3]})
+        assert graphs.captured == count
+    assert [kind.asked.max_top_k for kind in runner.version.captured] == [4, 3]
+
+
 def test_a_replay_that_gives_something_else_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class OfTheFirstRows:
         """Tilts as it did when it was captured."""

@@ -29,6 +29,9 @@ logger = logging.getLogger("vllm.qtilt.captured")  # vLLM configures the loggers
 
 MOST_TOKENS = CAPTURED_TOKENS
 """Of a value model in a captured step. With more of them the device takes longer than the host, whoever starts what."""
+MOST_KINDS = 64
+"""Of a version, that are kept: what requests ask for decides how many there are. The device is long done with a replay
+of the least recent."""
 ROUNDING = 0.02
 """Of what the first replay gives, relative to how far logits were moved."""
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, CAPTURED_ROWS)
@@ -177,9 +180,10 @@ class CapturedSteps:
             return None
         kind = StepKind(min(rows for rows in ROWS if rows >= len(logits_GV)), settings.asked)
         is_new = kind not in version.captured
-        if is_new:
-            version.captured[kind] = self._capture(version, kind, logits_GV.shape[1])
-        captured = version.captured[kind]
+        captured = self._capture(version, kind, logits_GV.shape[1]) if is_new else version.captured.pop(kind)
+        version.captured[kind] = captured  # the last one used is the last one here
+        if len(version.captured) > MOST_KINDS:
+            del version.captured[next(iter(version.captured))]
         if captured is None or not (is_new or captured.agrees):
             return None
         version.engine.extend(spans)
