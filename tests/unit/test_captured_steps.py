@@ -74,16 +74,20 @@ def test_a_batch_in_which_everything_happens_is_guided_as_if_nothing_were_captur
 
 
 def test_rows_that_nobody_has_write_to_the_scratch_slot_only(tmp_path: Path) -> None:
+    """Also where there was a request when a step of their kind was last replayed, in whose slot another one is now."""
     runner = Runner(tmp_path, "v", PlayedGraphs())
-    for slot in range(3):
+    for slot in range(4):
         runner.put(slot, 5 + slot)
-    runner.step({slot: [5] for slot in range(3)})
+    runner.step({slot: [5] for slot in range(4)})
+    runner.put(3, 3, output=[9] * 17)
+    runner.step({3: [7]})
     cache = runner.version.engine.cache
     held = [page for slot in range(3) for page in cache.pages.of(slot)]
     scratch = int(cache.pages.table_SM[cache.scratch_slot, 0])
     before = cache.memory.keys_LNGPD.clone()
     runner.step({1: [6], 2: [6], 0: [6]})
     changed = (cache.memory.keys_LNGPD != before).flatten(2).any(2).any(0).nonzero().flatten().tolist()
+    assert {kind.rows for kind in runner.version.captured} == {1, 4}
     assert set(changed) <= {*held, scratch}
     assert set(changed) >= set(held[:1])
 
@@ -196,6 +200,15 @@ def test_logits_are_alike_up_to_rounding_and_where_they_are_masked() -> None:
         again_BV = tilted_BV.clone()
         again_BV[place] = value
         assert not captured.are_alike(before_BV, tilted_BV, again_BV)
+
+
+def test_logits_in_other_numbers_than_float32_are_not_captured(tmp_path: Path) -> None:
+    graphs = PlayedGraphs()
+    runner = Runner(tmp_path, "q", graphs)
+    runner.put(0, 5)
+    guided = runner.guide([0], torch.randn(1, REFERENCE_VOCAB, dtype=torch.float64))
+    assert guided.dtype == torch.float64
+    assert graphs.captured == 0
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
