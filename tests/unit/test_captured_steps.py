@@ -113,14 +113,16 @@ def test_what_the_host_must_know_in_each_step_is_not_captured(
     assert (graphs.replayed > 0) == is_captured
 
 
-@pytest.mark.parametrize(("most", "is_captured"), [(12, True), (11, False)])
+@pytest.mark.parametrize(
+    ("type_", "most", "is_captured"), [("v", 12, True), ("v", 11, False), ("q", 4, True), ("q", 3, False)]
+)
 def test_steps_of_many_tokens_are_not_captured(
-    tmp_path: Path, most: int, is_captured: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, type_: str, most: int, is_captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two rows of a last token and 5 candidates."""
+    """Two rows of a last token and 5 candidates, whose rows of a Q-type's head take less than another token."""
     monkeypatch.setattr(captured, "MOST_TOKENS", most)
     graphs = PlayedGraphs()
-    runner = Runner(tmp_path, "v", graphs)
+    runner = Runner(tmp_path, type_, graphs)
     for slot in range(2):
         runner.put(slot, 5)
     runner.step({0: [3], 1: [3]})

@@ -129,12 +129,12 @@ def test_drafts_are_rows_of_a_step_too() -> None:
 
 
 def test_what_stays_with_captured_steps_is_planned() -> None:
-    """Of a V-type's rows as many as have 4,096 tokens; and a copy of their logits, which are rows of at most 256."""
+    """Of a V-type's rows as many as have 4,096 tokens, twice; and a copy of the logits, of at most 256 rows."""
     value = ModelSize(10**9, 2**15, 70_000, 128256)
     few, many = (Serving(slots, 4096, 2048, 20, on_gpu=True) for slots in (64, 1024))
     activations = [plan_memory(73 * GIB, value, value, serving, 10_000).step_activations for serving in (few, many)]
     of_steps = [(2048 + rows * 21) * 70_000 + rows * 128256 * 4 for rows in (64, 1024)]
-    captured = [64 * 21 * 70_000 + 64 * 128256 * 4, 4096 * 70_000 + 256 * 128256 * 4]
+    captured = [2 * 64 * 21 * 70_000 + 64 * 128256 * 4, 2 * 4096 * 70_000 + 256 * 128256 * 4]
     assert activations == [step + kept for step, kept in zip(of_steps, captured, strict=True)]
 
 

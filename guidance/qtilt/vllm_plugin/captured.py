@@ -10,6 +10,7 @@ scratch slot. The first step of a kind is compared with its replay. Imports no v
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,8 @@ logger = logging.getLogger("vllm.qtilt.captured")  # vLLM configures the loggers
 
 MOST_TOKENS = CAPTURED_TOKENS
 """Of a value model in a captured step. With more of them the device takes longer than the host, whoever starts what."""
+ROWS_OF_HEAD = 6
+"""So many rows of a Q-type's head, copied and in float32, take the memory of a token's activations, or less."""
 MOST_KINDS = 64
 """Of a version, that are kept: what requests ask for decides how many there are. The device is long done with a replay
 of the least recent."""
@@ -62,20 +65,32 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._keeps_pool: torch.cuda.CUDAGraph | None = None
+        self._has_failed = False
 
     def capture(self, step: Callable[[], Guided]) -> tuple[Guided, Callable[[], None]]:
+        """After a capture that failed, in what state it has left torch's allocator is unknown: there are no others."""
+        if self._has_failed:
+            raise RuntimeError("a capture has failed before")
         steps = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(steps)
-        with torch.cuda.stream(self._stream):
-            step()  # what is compiled or allocated when it is first met, is before it is captured
-            graph = torch.cuda.CUDAGraph()
-            # Threads that load value models go on meanwhile.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                guided = step()
-            finally:
-                graph.capture_end()
-        steps.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                step()  # what is compiled or allocated when it is first met, is before it is captured
+                return self._capture(step)
+        finally:
+            steps.wait_stream(self._stream)
+
+    def _capture(self, step: Callable[[], Guided]) -> tuple[Guided, Callable[[], None]]:
+        graph, self._has_failed = torch.cuda.CUDAGraph(), True
+        # Threads that load value models go on meanwhile.
+        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        try:
+            guided = step()
+        finally:
+            graph.capture_end()
+        # A pool that no graph is in can't be used again.
+        self._keeps_pool, self._has_failed = graph, False
         return guided, graph.replay
 
 
@@ -213,9 +228,11 @@ def is_capturable(version: ResidentVersion, asked: Asked, logits_GV: Tensor) -> 
     """Whether such a step is a function of what is on the device, and short enough for that to pay."""
     if not version.engine.forward.is_capturable or logits_GV.dtype != torch.float32:
         return False
-    tokens_of_row = 1
-    if version.engine.model.type == "v":
+    model = version.engine.model
+    if model.type == "v":
         if asked.differ_in_top_k:  # each row then runs as many candidates as it asks for
             return False
-        tokens_of_row += asked.max_top_k
+        tokens_of_row = 1 + asked.max_top_k
+    else:
+        tokens_of_row = 1 + math.ceil(asked.max_top_k * model.distribution.num_logits / ROWS_OF_HEAD)
     return len(logits_GV) <= ROWS[-1] and len(logits_GV) * tokens_of_row <= MOST_TOKENS

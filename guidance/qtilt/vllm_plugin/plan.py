@@ -204,10 +204,13 @@ def plan_memory(
 
 
 def _captured(value: ModelSize, reference: ModelSize, serving: Serving) -> int:
-    """Bytes that stay with captured steps, of all kinds together."""
+    """Bytes that stay with captured steps of all kinds: their logits, and twice what they compute.
+
+    Once as it was captured, and once as it ran before that.
+    """
     rows = min(serving.slots, CAPTURED_ROWS)
     tokens = min(rows * (1 + serving.max_top_k), CAPTURED_TOKENS)
-    return tokens * value.activations + rows * reference.vocabulary * 4
+    return 2 * tokens * value.activations + rows * reference.vocabulary * 4
 
 
 def model_size(config: PreTrainedConfig, dtype: torch.dtype, *, further_weights: int = 0, ranks: int = 1) -> ModelSize:

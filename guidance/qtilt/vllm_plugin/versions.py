@@ -87,7 +87,7 @@ class ResidentVersion:
             "provenance": self.manifest.provenance,
             "scorable_tokens": self.scorable,
             "forward": self.engine.forward.name,
-            "captured_steps": sum(step is not None for step in self.captured.values()),
+            "captured_steps": sum(step is not None and step.agrees for step in self.captured.values()),
             "warnings": self.warnings,
             "rows": self.rows,
             "free_slots": self.engine.cache.free_slots,
