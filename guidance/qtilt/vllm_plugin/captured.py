@@ -54,8 +54,8 @@ class Graphs(Protocol):
     def capture(self, step: Callable[[], Guided]) -> tuple[Guided, Callable[[], None]]:
         """What a step gives that reads and writes the same tensors each time, and what runs it again into these.
 
-        Between two replays of steps of one graphs the results of the first are lost. Raises RuntimeError for a step
-        that can't be captured, or when the memory for it isn't there.
+        What a replay gives is lost with the next one of any step. Raises RuntimeError for a step that can't be
+        captured, or when the memory for it isn't there.
         """
 
 
