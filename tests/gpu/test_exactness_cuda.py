@@ -1,7 +1,7 @@
 """Guided distributions on CUDA under both model runners: the tests of tests/guided_vllm.
 
-To see that no step waits for the device, run these with ``VLLM_GPU_SYNC_CHECK=error`` (those with a ``candidate_mass``
-below 1 wait on purpose, and fail then).
+To see that no step waits for the device, run these with ``VLLM_GPU_SYNC_CHECK=error`` (steps that aren't captured wait
+on purpose for a V-type's ``candidate_mass``: with drafts those tests fail then).
 """
 
 from collections.abc import Iterator

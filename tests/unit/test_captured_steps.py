@@ -120,7 +120,7 @@ def test_steps_of_many_tokens_are_not_captured(
     tmp_path: Path, type_: str, most: int, is_captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rows of a last token and 5 candidates, whose rows of a Q-type's head take less than another token."""
-    monkeypatch.setattr(captured, "MOST_TOKENS", most)
+    monkeypatch.setattr(captured, "CAPTURED_TOKENS", most)
     graphs = PlayedGraphs()
     runner = Runner(tmp_path, type_, graphs)
     for slot in range(2):

@@ -26,7 +26,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     graphs = PlayedGraphs(is_strict=True)
     with pytest.MonkeyPatch.context() as patch:
         allow_async_scheduling(patch)
-        patch.setattr(processor, "load_compiled_parts", lambda _: None)
         patch.setattr(processor, "choose_graphs", lambda *_, **__: graphs)
         run_as_on_gpus(TritonKernels(), patch)
         served = guided_engine.start(tmp_path_factory.mktemp("captured"), ask_plain=False, kv_fraction=0.2)

@@ -14,7 +14,6 @@ from guided_vllm.served import Served
 from guided_vllm.tiny_models import VALUE_MODELS, prompt
 from guided_vllm.vllm_on_cpu import allow_async_scheduling
 from qtilt.forwards.paged.triton_kernels import TritonKernels
-from qtilt.vllm_plugin import processor
 
 
 class Checked(TritonKernels):
@@ -30,7 +29,6 @@ class Checked(TritonKernels):
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
         allow_async_scheduling(patch)
-        patch.setattr(processor, "load_compiled_parts", lambda _: None)
         run_as_on_gpus(Checked(), patch)
         speculation = guided_engine.N_GRAM_SPECULATION
         served = guided_engine.start(tmp_path_factory.mktemp("paged"), ask_plain=False, kv_fraction=0.2, **speculation)

@@ -28,8 +28,6 @@ from qtilt.vllm_plugin.versions import ResidentVersion
 
 logger = logging.getLogger("vllm.qtilt.captured")  # vLLM configures the loggers below its own name only
 
-MOST_TOKENS = CAPTURED_TOKENS
-"""Of a value model in a captured step. With more of them the device takes longer than the host, whoever starts what."""
 ROWS_OF_HEAD = 6
 """So many rows of a Q-type's head, copied and in float32, take the memory of a token's activations, or less."""
 MOST_KINDS = 64
@@ -189,7 +187,7 @@ class CapturedSteps:
         spans: Sequence[Span],
     ) -> Guided | None:
         """As :func:`guide_step`, after ``spans`` have been cached; None, and nothing has been done, where the step
-        can't be captured. What is returned is lost with the next step.
+        can't be captured, or its replay has differed. What is returned is lost with the next step.
         """
         if not is_capturable(version, settings.asked, logits_GV):
             return None
@@ -235,4 +233,4 @@ def is_capturable(version: ResidentVersion, asked: Asked, logits_GV: Tensor) -> 
         tokens_of_row = 1 + asked.max_top_k
     else:
         tokens_of_row = 1 + math.ceil(asked.max_top_k * model.distribution.num_logits / ROWS_OF_HEAD)
-    return len(logits_GV) <= ROWS[-1] and len(logits_GV) * tokens_of_row <= MOST_TOKENS
+    return len(logits_GV) <= ROWS[-1] and len(logits_GV) * tokens_of_row <= CAPTURED_TOKENS

@@ -28,7 +28,8 @@ RECORD_BYTES = 28
 VOCABULARY_COPIES, VOCABULARY_COPIES_ON_GPU = 6, 1
 """How many copies of a step's logits the tilt holds at once, in float32; by Triton, of rows that don't lie together."""
 CAPTURED_TOKENS, CAPTURED_ROWS = 4096, 256
-"""Of a captured step on a GPU, at most: what it computes in between stays allocated, and a copy of its logits."""
+"""Of a captured step on a GPU, at most: what it computes in between stays allocated, and a copy of its logits. With
+more of the value model's tokens the device takes longer than the host, whoever starts what."""
 COPIED_BYTES = 2 * 4 * COPIED_ELEMENTS
 """What the attention of rows copies at once where they have pages, on CPUs: see forwards/packed_attention.py."""
 
