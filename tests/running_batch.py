@@ -17,6 +17,7 @@ from qtilt.vllm_plugin.captured import Graphs
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt.vllm_plugin.guided import GuidedBatch, GuidedRequest
+from qtilt.vllm_plugin.ranks import Ranks
 from qtilt.vllm_plugin.records import GuidanceSummary, Records, Stay
 from qtilt.vllm_plugin.runner import StepRows
 from qtilt.vllm_plugin.step import RowSettings
@@ -77,10 +78,16 @@ class RunningBatch:
     """Slots of a model runner, and the guided requests in them."""
 
     def __init__(
-        self, slots: int, *, speculates: bool = False, device: torch.device = CPU, graphs: Graphs | None = None
+        self,
+        slots: int,
+        *,
+        speculates: bool = False,
+        device: torch.device = CPU,
+        graphs: Graphs | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.requests = PlayedRequests(slots, speculates=speculates, device=device)
-        self.batch = GuidedBatch(self.requests, graphs)
+        self.batch = GuidedBatch(self.requests, graphs, ranks)
         self.records = Records()
 
     def add(

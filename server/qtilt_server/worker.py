@@ -1,6 +1,6 @@
 """The worker's guidance calls with types: a thin face on vLLM's ``collective_rpc``, which runs between two steps.
 
-Every rank of a tensor-parallel engine answers; ranks hold the same value models and compute the same records.
+Of a tensor-parallel engine the first rank guides and answers; the others answer with nothing but their errors.
 """
 
 import asyncio
@@ -40,13 +40,13 @@ class GuidanceWorker:
 
     async def describe(self) -> dict[str, Any]:
         """What the first worker has loaded. Raises WorkerError when the guidance processor isn't live in any."""
-        answer: dict[str, Any] = (await self._call("qtilt_describe"))[0]
-        return answer
+        description: dict[str, Any] = await self._call("qtilt_describe")
+        return description
 
     async def prepare(self, name: str, version: int, path: str) -> None:
-        """Load a directory beside the running versions; returns when every worker is ready.
+        """Load a directory beside the running versions; returns when it is ready.
 
-        Raises WorkerError, after clearing away what the others prepared, when one of them can't use it.
+        Raises WorkerError, after clearing away what was prepared, when it can't be used.
         """
         await self._call("qtilt_prepare_value_model", name, version, path)
         try:
@@ -69,12 +69,12 @@ class GuidanceWorker:
         """What was done to each returned token sequence of a trace; forgets the trace unless more is to come."""
         sequences = [list(token_ids) for token_ids in returned]
         answers = await self._call("qtilt_take_records", trace_id, sequences, more_to_come)
-        return [_one_of(of_ranks) for of_ranks in zip(*answers, strict=True)]
+        return [answer if "reason" in answer else ChoiceGuidance.model_validate(answer) for answer in answers]
 
     async def failures(self) -> dict[str, GuidanceFailure]:
         """Why guidance failed, by the id of each trace that it failed for and that isn't forgotten yet."""
-        answers = await self._call("qtilt_failures")
-        return {trace_id: failure for answer in answers for trace_id, failure in answer.items()}
+        failures: dict[str, GuidanceFailure] = await self._call("qtilt_failures")
+        return failures
 
     async def forget(self, trace_id: str) -> None:
         """Drop the records of a trace that nobody will ask for."""
@@ -82,30 +82,22 @@ class GuidanceWorker:
 
     async def _wait_until_ready(self, name: str, version: int) -> None:
         while True:
-            statuses = await self._call("qtilt_prepare_status", name, version)
-            failures = [status["error"] for status in statuses if status["state"] == "failed"]
-            if failures:
-                raise WorkerError(failures[0])
-            if all(status["state"] == "ready" for status in statuses):
+            status = await self._call("qtilt_prepare_status", name, version)
+            if status["state"] == "failed":
+                raise WorkerError(status["error"])
+            if status["state"] == "ready":
                 return
             await asyncio.sleep(PREPARATION_POLL_S)
 
-    async def _call(self, method: str, *args: Any) -> list[Any]:
+    async def _call(self, method: str, *args: Any) -> Any:
+        """The first worker's answer. Raises WorkerError when it, or another one, is an error."""
         call = asyncio.ensure_future(self._engine.collective_rpc(method, args=args))
         try:
             while call not in (await asyncio.wait([call], timeout=ENGINE_POLL_S))[0]:
                 if self._engine.errored:  # vLLM never answers a call that its engine stopped on
                     raise RuntimeError(f"the engine stopped before it answered {method}")
-            return raise_errors(call.result())
+            return raise_errors(call.result())[0]
         except Exception as error:  # vLLM hands errors of the engine over as bare Exceptions
             raise WorkerError(str(error)) from error
         finally:
             call.cancel()
-
-
-def _one_of(of_ranks: Sequence[dict[str, Any]]) -> ChoiceGuidance | GuidanceFailure:
-    """What all ranks say of one choice. One that ran out of memory alone has sampled otherwise than the others."""
-    for record in of_ranks:
-        if "reason" in record:
-            return {"kind": record["kind"], "reason": record["reason"]}
-    return ChoiceGuidance.model_validate(of_ranks[0])

@@ -63,7 +63,9 @@ def start_on_two_ranks(models: Path, patch: pytest.MonkeyPatch, **more: Any) -> 
     patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     patch.setenv("OMP_NUM_THREADS", "1")
     served = start(models, tensor_parallel_size=2, distributed_executor_backend="mp", **more)
-    assert len(served.engine.collective_rpc("qtilt_describe")) == 2
+    guides, follows = served.engine.collective_rpc("qtilt_describe")
+    assert len(guides["value_models"]) == len(VALUE_MODELS)
+    assert follows["value_models"] == []
     return served
 
 

@@ -47,10 +47,10 @@ class Served:
         return sum(version["dropped"] for version in self.rpc("qtilt_describe")["value_models"])
 
     def rpc(self, method: str, *args: Any) -> Any:
-        """The workers' answer, which all must agree on. Raises ValueError with their error."""
-        answers = self.engine.collective_rpc(method, args=args)
-        assert answers == answers[:1] * len(answers), "workers disagree"
-        return raise_errors(answers)[0]
+        """The answer of the worker that guides. Raises ValueError with its error."""
+        answer, *others = raise_errors(self.engine.collective_rpc(method, args=args))
+        assert method == "qtilt_describe" or others == [None] * len(others)
+        return answer
 
     @contextmanager
     def also(self, value_model: str, version: int, directory: Path) -> Iterator[None]:
@@ -160,12 +160,8 @@ def _vector(logprobs: dict[int, float]) -> torch.Tensor:
 def await_preparation(served: Served, name: str, version: int) -> dict[str, str | None]:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        # Each worker reads for itself, and one may be done before another.
-        statuses: list[dict[str, str | None]] = raise_errors(
-            served.engine.collective_rpc("qtilt_prepare_status", args=(name, version))
-        )
-        if all(status["state"] != "loading" for status in statuses):
-            (state,) = {(status["state"], status["error"]) for status in statuses}
-            return dict(zip(("state", "error"), state, strict=True))
+        status: dict[str, str | None] = served.rpc("qtilt_prepare_status", name, version)
+        if status["state"] != "loading":
+            return status
         time.sleep(0.02)
     raise TimeoutError(f"{name}@{version} is still loading")

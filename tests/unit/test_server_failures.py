@@ -9,13 +9,14 @@ from prometheus_client import REGISTRY
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from qtilt.params import GuidanceParams
+from qtilt.vllm_plugin.answers import ERROR
 from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers, of_exception
 from qtilt_server.failures import FailureWatch, GuidanceFailedError
 from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.registry import Lease, ResidentVersion
 from qtilt_server.schema import ChoiceGuidance
 from qtilt_server.session import GuidedSession
-from qtilt_server.worker import GuidanceWorker
+from qtilt_server.worker import GuidanceWorker, WorkerError
 from vllm import SamplingParams
 
 POLL_S = 0.001
@@ -61,7 +62,7 @@ class Ended:
 
 
 def test_a_failed_request_is_ended_once_and_the_others_are_watched_on() -> None:
-    engine = Engine([{}, {}], [{}, {"a": not_numbers()}])
+    engine = Engine([{}, None], [{"a": not_numbers()}, None])
 
     async def scenario() -> None:
         watch, ended, other = FailureWatch(GuidanceWorker(engine), POLL_S), Ended(), Ended()
@@ -78,7 +79,7 @@ def test_a_failed_request_is_ended_once_and_the_others_are_watched_on() -> None:
 
 
 def test_nothing_is_asked_while_nothing_runs() -> None:
-    engine = Engine([{}, {}])
+    engine = Engine([{}, None])
 
     async def scenario() -> None:
         watch = FailureWatch(GuidanceWorker(engine), POLL_S)
@@ -95,7 +96,7 @@ def test_nothing_is_asked_while_nothing_runs() -> None:
 
 
 def test_a_question_that_fails_is_asked_again() -> None:
-    engine = Engine(RuntimeError("busy"), [{"a": not_numbers()}, {}])
+    engine = Engine(RuntimeError("busy"), [{"a": not_numbers()}, None])
 
     async def scenario() -> None:
         watch, ended = FailureWatch(GuidanceWorker(engine), POLL_S), Ended()
@@ -105,13 +106,18 @@ def test_a_question_that_fails_is_asked_again() -> None:
     asyncio.run(scenario())
 
 
-def test_a_failure_on_any_rank_is_a_failure() -> None:
-    """A rank that ran out of memory alone has sampled otherwise than the first."""
+def test_what_the_first_rank_says_of_each_choice_is_its_record() -> None:
     done, failure = DONE.model_dump(), of_exception(MemoryError("one\ntwo"))
     assert failure == {"kind": "exception", "reason": "MemoryError: one"}
-    engine = Engine([[done, done], [done, failure]])
+    engine = Engine([[done, failure], None])
     records = asyncio.run(GuidanceWorker(engine).read_records("a", [[1, 2], [3, 4]], more_to_come=False))
     assert records == [DONE, failure]
+
+
+def test_an_error_of_a_rank_that_only_follows_is_an_error() -> None:
+    engine = Engine([None, {ERROR: "no processor"}])
+    with pytest.raises(WorkerError, match="no processor"):
+        asyncio.run(GuidanceWorker(engine).commit("a", 2))
 
 
 def test_the_error_names_the_value_model_and_the_reason_in_one_line() -> None:
@@ -144,7 +150,7 @@ def output(*token_ids: int, finish_reason: str | None = None) -> RequestOutput:
 def test_a_failure_is_raised_when_the_engine_ends_an_aborted_request_without_another_output(
     metrics: GuidanceMetrics,
 ) -> None:
-    engine = Engine([{}, {}])
+    engine = Engine([{}, None])
 
     async def scenario() -> None:
         session = session_on(engine, metrics, POLL_S)

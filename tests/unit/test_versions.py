@@ -8,6 +8,7 @@ import torch
 
 from engine_histories import acquire, value_logits
 from guided_vllm.tiny_models import make_value_model
+from low_rank_models import write_language_model, write_low_rank
 from qtilt.distributions import Bernoulli
 from qtilt.vllm_plugin.reserve import Reserve
 from running_batch import CPU, make_residents
@@ -25,6 +26,19 @@ def test_the_value_model_runs_in_the_dtype_asked_for(tmp_path: Path) -> None:
         logits.append(value_logits(engine, [acquire(engine), acquire(engine)], [[1, 2], [3, 4, 5]], candidates_BK))
     assert not torch.equal(*logits)
     torch.testing.assert_close(*logits, rtol=0.1, atol=0.2)
+
+
+@pytest.mark.parametrize(("type", "family"), [("q", "gpt2"), ("v", "llama"), ("low-rank", "llama")])
+def test_to_load_draws_no_random_numbers(tmp_path: Path, type: str, family: str) -> None:
+    """Requests without a seed are sampled with the same generator, and with it the ranks of an engine agree."""
+    if type == "low-rank":
+        base = write_language_model(tmp_path / "base", family)
+        directory = write_low_rank(tmp_path / "value", base)
+    else:
+        directory = make_value_model(tmp_path / "value", type, Bernoulli(), family, seed=1)
+    before = torch.get_rng_state()
+    make_residents(SLOTS).load_at_start("value", str(directory))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_versions_of_equal_geometry_share_one_cache(tmp_path: Path) -> None:

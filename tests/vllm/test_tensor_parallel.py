@@ -1,6 +1,6 @@
-"""Guided distributions with the reference split between two worker processes, each of which guides the whole batch.
+"""Guided distributions with the reference split between two worker processes, of which the first guides.
 
-Every call of a worker's method, those for the records among them, checks that all workers answer the same.
+Each draws every token itself and feeds it: were their logits different, the reference's would be wrong in later steps.
 """
 
 from collections.abc import Iterator

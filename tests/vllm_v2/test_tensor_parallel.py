@@ -1,7 +1,4 @@
-"""Guided distributions under Model Runner V2 with the reference split between two workers, which both guide the batch.
-
-Every call of a worker's method, those for the records among them, checks that all workers answer the same.
-"""
+"""Guided distributions under Model Runner V2, the reference split between two workers, of which the first guides."""
 
 import os
 from collections.abc import Iterator

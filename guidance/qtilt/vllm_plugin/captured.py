@@ -118,11 +118,7 @@ class CapturedStep:
 
     @cached_property
     def agrees(self) -> bool:
-        """Whether the replay that was compared gave what the step did.
-
-        Waits for that step, once: if each rank of tensor parallel replayed as soon as its own device is there, ranks
-        could differ by rounding.
-        """
+        """Whether the replay that was compared gave what the step did. Waits for that step, once."""
         if self._is_there is not None:
             self._is_there.synchronize()
         agrees = bool(self._verdict)

@@ -22,6 +22,7 @@ from qtilt.forwards.packing import LastTokens, Span
 from qtilt.method.params import GuidanceParams
 from qtilt.vllm_plugin.captured import CapturedSteps, Graphs
 from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
+from qtilt.vllm_plugin.ranks import Ranks
 from qtilt.vllm_plugin.records import Stay, StepTable
 from qtilt.vllm_plugin.runner import Requests, StepRows
 from qtilt.vllm_plugin.step import Asked, RowSettings, StepSettings, end_unless, guide_step
@@ -96,11 +97,12 @@ class Group:
 class GuidedBatch:
     """Guided requests by slot. Requests without guidance aren't here, and their logits aren't touched.
 
-    graphs: for steps that can be captured, if any are to be.
+    graphs: for steps that can be captured, if any are to be. ranks: that are to sample from the same logits, if any.
     """
 
-    def __init__(self, requests: Requests, graphs: Graphs | None = None) -> None:
+    def __init__(self, requests: Requests, graphs: Graphs | None = None, ranks: Ranks | None = None) -> None:
         self._requests = requests
+        self._ranks = ranks
         self._captured = None if graphs is None else CapturedSteps(graphs, requests.slots)
         self.table = StepTable(requests)
         self._guided: dict[int, GuidedRequest] = {}
@@ -171,12 +173,16 @@ class GuidedBatch:
         Where guidance fails, or has failed before, the row gets logits that end its request.
         """
         self.flush()
+        if self._ranks is not None:
+            self._ranks.begin(self._ending_tokens(rows))
         self.table.note_lengths(rows.slots_N, rows.lengths_N)
         if not self._requests.speculates:
             self._steps_S[rows.slots_N] = np.maximum(rows.lengths_N - self._prefill_S[rows.slots_N], 0)
         for group in self._groups(rows):
             self._guide_group(group, logits_RV, rows)
         self._end_failed(logits_RV, rows)
+        if self._ranks is not None:
+            self._ranks.send(logits_RV)
         return logits_RV
 
     def _take(self, slot: int, settings: RowSettings) -> None:
@@ -297,6 +303,8 @@ class GuidedBatch:
             guided = guide_step(group.version, logits_GV, settings, score, is_mine_G)
         if isinstance(where, Tensor):  # what indexing by a slice gives is the rows themselves
             logits_RV[where] = logits_GV
+        if self._ranks is not None:
+            self._ranks.note(where, guided, settings.temperature_G, is_mine_G)
         self._failures_S.index_add_(0, slots_G, guided.failed.int())
         self.table.write(slots_G, positions_G, guided.divergence_G3, guided.candidates_G)
         self._steps_S[group.slots_G] += 1
@@ -305,8 +313,11 @@ class GuidedBatch:
         slots_F_host = np.intersect1d(rows.slots_N, list(self._failed)) if self._failed else np.empty(0)
         if len(slots_F_host):
             (slots_F,) = copy_to_device(logits_RV.device, slots_F_host.astype(np.int64))
-            ending_R = self._settings_SC[rows.slots_R, RowSettings._fields.index("ending_token")].long()
-            end_unless(~self._is_of(slots_F, rows), logits_RV, ending_R)
+            end_unless(~self._is_of(slots_F, rows), logits_RV, self._ending_tokens(rows))
+
+    def _ending_tokens(self, rows: StepRows) -> Tensor:
+        """Of each row's request, ``[R]``; of an unguided one, any that there was."""
+        return self._settings_SC[rows.slots_R, RowSettings._fields.index("ending_token")].long()
 
     def _is_of(self, slots_F: Tensor, rows: StepRows) -> Tensor:
         """Which rows ``[R]`` are of these slots. (``torch.isin`` waits for the device when there are many.)"""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
@@ -28,6 +29,7 @@ from qtilt.vllm_plugin.failure import of_exception
 from qtilt.vllm_plugin.guided import GuidedBatch, GuidedRequest
 from qtilt.vllm_plugin.kernels import VllmKernels
 from qtilt.vllm_plugin.plan import VERSIONS, MemoryPlan
+from qtilt.vllm_plugin.ranks import FollowingBatch, Ranks
 from qtilt.vllm_plugin.records import Records, Stay
 from qtilt.vllm_plugin.reserve import Reserve
 from qtilt.vllm_plugin.runner import Requests
@@ -44,7 +46,8 @@ logger = logging.getLogger("vllm.qtilt.processor")  # vLLM configures the logger
 class GuidanceProcessor(V1Interface, V2Interface):
     """Guides the requests whose ``extra_args`` ask for it.
 
-    Loads the first value models at construction, so that vLLM counts their memory before it sizes its own cache.
+    Loads the first value models at construction, so that vLLM counts their memory before it sizes its own cache. Under
+    tensor parallelism that is the first rank's business, see ranks.py.
 
     Raises ValueError when the settings or a value model can't be used.
     """
@@ -64,12 +67,19 @@ class GuidanceProcessor(V1Interface, V2Interface):
         else:
             speculates = vllm_config.speculative_config is not None
             self.requests = V2Requests(device_or_requests, speculates=speculates)
-        load_compiled_parts(self.requests.device)
-        graphs = choose_graphs(self.requests.device, enforce_eager=vllm_config.model_config.enforce_eager)
-        self.batch, self.records = GuidedBatch(self.requests, graphs), Records()
+        self.batch, self.records = _batch(vllm_config, self.config, self.requests), Records()
         plan = _plan(vllm_config, self.config, self.requests.device)
         settings = _engine_settings(vllm_config, self.config, self.requests, plan)
         self.residents = Residents(_reference(vllm_config), settings)
+        if not self.follows:
+            self._load_at_start(settings, plan)
+
+    @property
+    def follows(self) -> bool:
+        """Whether this is a rank that doesn't guide: no value model is resident here."""
+        return isinstance(self.batch, FollowingBatch)
+
+    def _load_at_start(self, settings: EngineSettings, plan: MemoryPlan | None) -> None:
         for name, path in self.config.value_models.items():
             version = self.residents.load_at_start(name, path)
             for warning in version.warnings:
@@ -111,6 +121,9 @@ class GuidanceProcessor(V1Interface, V2Interface):
         """
         if not asks_for_guidance(sampling_params.extra_args):
             return False
+        if isinstance(self.batch, FollowingBatch):
+            self.batch.put(slot)
+            return True
         self.residents.reserve.begin_to_serve()
         stay = Stay(self.requests, self.batch.table, slot)
         ending_token = _ending_token(sampling_params)
@@ -169,6 +182,16 @@ def _refuse_what_is_not_exact(vllm_config: VllmConfig, *, is_v2: bool) -> None:
         raise ValueError("guidance compares tokenizers at start: drop --skip-tokenizer-init")
     if vllm_config.model_config.enable_sleep_mode:
         raise ValueError("value models don't survive vLLM's sleep mode: drop --enable-sleep-mode")
+
+
+def _batch(vllm_config: VllmConfig, config: PluginConfig, requests: Requests) -> GuidedBatch | FollowingBatch:
+    group = get_tp_group()
+    ranks = Ranks(group, config.max_top_k, requests.device) if group.world_size > 1 else None
+    if ranks is not None and not ranks.guides:
+        return FollowingBatch(ranks)
+    load_compiled_parts(requests.device)
+    graphs = choose_graphs(requests.device, enforce_eager=vllm_config.model_config.enforce_eager)
+    return GuidedBatch(requests, graphs, ranks)
 
 
 def _reference(vllm_config: VllmConfig) -> Reference:

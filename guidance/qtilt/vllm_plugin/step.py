@@ -140,11 +140,14 @@ class Guided(NamedTuple):
     """What a step has measured.
 
     divergence_G3: the columns of :class:`qtilt.tilt.Divergence`, NaN where guidance failed. candidates_G: how many
-    tokens of a row were scored.
+    tokens of a row were scored. token_ids_GK: the candidates. others_G1: how many nats all other tokens have dropped,
+    the one that ends a request aside, see :class:`qtilt.tilt.Drops`.
     """
 
     divergence_G3: Tensor
     candidates_G: Tensor
+    token_ids_GK: Tensor
+    others_G1: Tensor
 
     @property
     def failed(self) -> Tensor:
@@ -183,7 +186,8 @@ def guide_step(
     version.tilt.tilt_(logits_GV, candidates, dropped, settings.temperature_G)
     finite_G = finite_G & (divergence_G3[:, 0] < math.inf)
     end_unless(finite_G if applies_G is None else finite_G | ~applies_G, logits_GV, settings.ending_token_G)
-    return Guided(divergence_G3.masked_fill(~finite_G.unsqueeze(-1), math.nan), is_scored_GK.sum(-1))
+    divergence_G3 = divergence_G3.masked_fill(~finite_G.unsqueeze(-1), math.nan)
+    return Guided(divergence_G3, is_scored_GK.sum(-1), candidates.token_ids_BK, dropped.others_B1)
 
 
 def _can_be_moved(candidates: Candidates, settings: StepSettings) -> Tensor:

@@ -4,18 +4,38 @@ vLLM mixes this class into its worker, so every name starts with ``qtilt`` to co
 runs between two steps: nothing here waits for long. Arguments and results are JSON-able.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from qtilt.vllm_plugin.answers import answers_errors
 from qtilt.vllm_plugin.failure import GuidanceFailure
+from qtilt.vllm_plugin.guided import GuidedBatch
 from qtilt.vllm_plugin.processor import GuidanceProcessor
 from qtilt.vllm_plugin.records import GuidanceSummary
 from qtilt.vllm_plugin.versions import PreparationStatus
 
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
+
+
+def by_the_first_rank(
+    method: Callable[Concatenate["GuidanceWorkerExtension", P], Answer],
+) -> Callable[Concatenate["GuidanceWorkerExtension", P], Answer | None]:
+    """Have the other ranks of tensor parallelism, which hold no value models, answer None."""
+
+    @wraps(method)
+    def answer(self: "GuidanceWorkerExtension", /, *args: P.args, **kwargs: P.kwargs) -> Answer | None:
+        return None if self._qtilt_processor().follows else method(self, *args, **kwargs)
+
+    return answer
+
 
 class GuidanceWorkerExtension:
-    """Mixed into the worker by ``worker_extension_cls``. Errors are answers, see answers.py, unless said otherwise."""
+    """Mixed into the worker by ``worker_extension_cls``. Errors are answers, see answers.py, unless said otherwise.
+
+    Under tensor parallelism the first rank's answer is the one that counts.
+    """
 
     model_runner: Any
     """The worker's own."""
@@ -25,26 +45,31 @@ class GuidanceWorkerExtension:
         return self._qtilt_processor().describe()
 
     @answers_errors
+    @by_the_first_rank
     def qtilt_prepare_value_model(self, name: str, version: int, path: str) -> None:
         """Begin to read and check the directory ``path`` off the step path."""
         self._qtilt_processor().residents.prepare(name, version, path)
 
     @answers_errors
+    @by_the_first_rank
     def qtilt_prepare_status(self, name: str, version: int) -> PreparationStatus:
         """How the preparation goes."""
         return self._qtilt_processor().residents.status(name, version)
 
     @answers_errors
+    @by_the_first_rank
     def qtilt_commit_value_model(self, name: str, version: int) -> None:
         """Make a ready version one that requests may name."""
         self._qtilt_processor().residents.commit(name, version)
 
     @answers_errors
+    @by_the_first_rank
     def qtilt_discard_value_model(self, name: str, version: int) -> None:
         """Drop a prepared version, or a resident one that guides no running request."""
         self._qtilt_processor().residents.discard(name, version)
 
     @answers_errors
+    @by_the_first_rank
     def qtilt_take_records(
         self, trace_id: str, returned: Sequence[Sequence[int]], more_to_come: bool = False
     ) -> list[GuidanceSummary | GuidanceFailure]:
@@ -55,9 +80,11 @@ class GuidanceWorkerExtension:
         return self._qtilt_processor().records.take(trace_id, returned, more_to_come)
 
     @answers_errors
+    @by_the_first_rank
     def qtilt_failures(self) -> dict[str, GuidanceFailure]:
         """The traces, not taken yet, of which a request has failed."""
         processor = self._qtilt_processor()
+        assert isinstance(processor.batch, GuidedBatch), "the others don't answer"
         processor.batch.look_for_failures()
         return processor.records.failures()
 

@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from qtilt.forwards.arrays import IntArray
 from qtilt.method.params import asks_for_guidance
 from qtilt.vllm_plugin.guided import GuidedBatch
+from qtilt.vllm_plugin.ranks import FollowingBatch
 from qtilt.vllm_plugin.runner import StepRows, TakesRequests
 from qtilt.vllm_plugin.v1.requests import V1Requests
 from qtilt.vllm_plugin.v1.seeded_prefill import keep_seeds_through_chunked_prefill
@@ -22,7 +23,7 @@ class V1Interface(TakesRequests, LogitsProcessor):
 
     requests: Any
     """V1Requests, when it is V1 that calls."""
-    batch: GuidedBatch
+    batch: GuidedBatch | FollowingBatch
     _step: tuple[IntArray, Tensor] | None = None
 
     def is_argmax_invariant(self) -> bool:

@@ -4,13 +4,14 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from qtilt.vllm_plugin.guided import GuidedBatch
+from qtilt.vllm_plugin.ranks import FollowingBatch
 from qtilt.vllm_plugin.runner import TakesRequests
 
 
 class V2Interface(TakesRequests, LogitsProcessor):
     """The methods that V2 calls, ``apply`` aside."""
 
-    batch: GuidedBatch
+    batch: GuidedBatch | FollowingBatch
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """A request has got a slot; whose it was has left."""
