@@ -6,16 +6,20 @@ and the lease that keeps a value model loaded.
 """
 
 import json
+import re
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qtilt.params import EXTRA_ARGS_KEY
 from qtilt_server.errors import GuidanceRequestError, error_response
+from qtilt_server.misplaced import is_like, misplaced_in_carriers
 
 GUIDED_ROUTES = ("/v1/completions", "/v1/chat/completions")
 SESSIONS = "qtilt_sessions"
 """Scope entry: the guided sessions of this request, closed when it ends."""
+SHORT_KEY = re.compile(rb'"([A-Za-z_. -]{6,12})"\s*:')
+"""In a body of JSON, what may be a key that is like ``guidance``."""
 
 
 class GuidanceGuard:
@@ -43,19 +47,21 @@ class GuidanceGuard:
 
 
 def _refuse_ignored_guidance(path: str, body: bytes) -> None:
-    if not _may_mention_guidance(body):
-        return
     guided = path in GUIDED_ROUTES
     if not guided and b'name="guidance"' in body:  # a field of a multipart form
-        raise _not_here(path)
+        raise _not_here(path, "guidance")
+    if not _may_mention_guidance(body):
+        return
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):
         return  # vLLM answers malformed JSON itself
     if not isinstance(request, dict):
         return
-    if not guided and request.get("guidance") is not None:
-        raise _not_here(path)
+    if not guided:
+        place = misplaced_in_carriers(request)
+        if place is not None:
+            raise _not_here(path, place)
     for holder, field in _extra_arguments(request):
         if EXTRA_ARGS_KEY in holder:
             raise GuidanceRequestError(
@@ -75,13 +81,13 @@ def _extra_arguments(request: dict[str, Any]) -> list[tuple[dict[str, Any], str]
 
 def _may_mention_guidance(body: bytes) -> bool:
     """False spares the parsing. Escapes, or an encoding other than UTF-8, may hide a key."""
-    return any(mark in body for mark in (b"guidance", EXTRA_ARGS_KEY.encode(), b"\\u", b"\0"))
+    if any(mark in body for mark in (EXTRA_ARGS_KEY.encode(), b"\\u", b"\0")):
+        return True
+    return any(is_like(key.decode()) for key in set(SHORT_KEY.findall(body)))
 
 
-def _not_here(path: str) -> GuidanceRequestError:
-    return GuidanceRequestError(
-        f"guidance isn't available on {path}, only on {' and '.join(GUIDED_ROUTES)}", "guidance"
-    )
+def _not_here(path: str, place: str) -> GuidanceRequestError:
+    return GuidanceRequestError(f"guidance isn't available on {path}, only on {' and '.join(GUIDED_ROUTES)}", place)
 
 
 async def _read_body(receive: Receive) -> tuple[bytes, Receive]:

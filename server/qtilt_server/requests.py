@@ -1,16 +1,29 @@
 """vLLM's completion requests with a strict ``guidance`` field."""
 
-from typing import Self
+from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import BaseModel, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 
+from qtilt_server.misplaced import explain, misplaced_in
 from qtilt_server.schema import GuidanceRequest
 
 
-class GuidedCompletionRequest(CompletionRequest):
+class RefusesMisplacedGuidance(BaseModel):
+    """A request that asks for guidance in a field which nobody reads is an error: it would be answered unguided."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_guidance_is_in_its_place(cls, request: Any) -> Any:
+        place = misplaced_in(request, cls.model_fields) if isinstance(request, dict) else None
+        if place is not None:
+            raise VLLMValidationError(explain(place), parameter=place)
+        return request
+
+
+class GuidedCompletionRequest(RefusesMisplacedGuidance, CompletionRequest):
     """Body of ``POST /v1/completions``."""
 
     guidance: GuidanceRequest | None = None
@@ -31,7 +44,7 @@ class GuidedCompletionRequest(CompletionRequest):
         return self
 
 
-class GuidedChatCompletionRequest(ChatCompletionRequest):
+class GuidedChatCompletionRequest(RefusesMisplacedGuidance, ChatCompletionRequest):
     """Body of ``POST /v1/chat/completions``."""
 
     guidance: GuidanceRequest | None = None

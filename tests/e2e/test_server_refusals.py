@@ -87,6 +87,33 @@ def test_a_bad_block_is_refused(post: Callable[..., httpx.Response], name: str, 
     assert_refused(post(route, {**ROUTES[route], "stream": stream, "guidance": BAD_BLOCKS[name]}))
 
 
+MISPLACED: dict[str, Any] = {
+    "extra_body.guidance": {"extra_body": {"guidance": {"eta": 0.1}}},
+    "Guidance": {"Guidance": {"eta": 0.1}},
+    "guidence": {"guidence": {}},
+    "sampling_params.guidance": {"sampling_params": {"guidance": {}}},
+    "vllm_xargs.guidance": {"vllm_xargs": {"guidance": "{}"}},
+    "eta": {"guidance": {}, "eta": 0.1},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("place", MISPLACED)
+def test_guidance_in_a_place_where_nobody_reads_it_is_refused(
+    post: Callable[..., httpx.Response], place: str, route: str, stream: bool
+) -> None:
+    response = post(route, {**ROUTES[route], "stream": stream, **MISPLACED[place]})
+    assert_refused(response, mentions="goes into the field 'guidance' at the top level")
+    assert response.json()["error"]["param"] == place
+
+
+def test_of_other_routes_too(post: Callable[..., httpx.Response]) -> None:
+    body = {"messages": CHAT["messages"], "max_tokens": 3}
+    assert_refused(post("/v1/messages", {**body, "Guidance": {}}), mentions="isn't available on /v1/messages")
+    assert_refused(post("/v1/messages", {**body, "extra_body": {"guidance": {}}}), mentions="extra_body.guidance")
+
+
 def test_the_official_client_raises_bad_request(client: OpenAI, idle: RunningServer) -> None:
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match="unknown value model 'nobody'; loaded: value@"):

@@ -45,22 +45,33 @@ def send(path: str, body: bytes, headers: dict[str, str] | None = None) -> tuple
     return asyncio.run(go()), sessions
 
 
-REFUSED: list[tuple[str, Any]] = [
-    ("/v1/responses", {"guidance": {}}),
-    ("/v1/responses", {"guidance": False}),
-    ("/v1/completions/", {"guidance": {}}),
-    ("/v1/completions", {"vllm_xargs": {"qtilt": "{}"}}),
-    ("/v1/chat/completions", {"vllm_xargs": {"qtilt": 1}}),
-    ("/v1/responses", {"vllm_xargs": {"qtilt": 1}}),
-    ("/inference/v1/generate", {"sampling_params": {"extra_args": {"qtilt": {}}}}),
+REFUSED: list[tuple[str, Any, str]] = [
+    ("/v1/responses", {"guidance": {}}, "guidance"),
+    ("/v1/responses", {"guidance": False}, "guidance"),
+    ("/v1/completions/", {"guidance": {}}, "guidance"),
+    ("/v1/responses", {"Guidance": {}}, "Guidance"),
+    ("/v1/messages", {"model": "m", "guidence": {"eta": 1}}, "guidence"),
+    ("/v1/responses", {"extra_body": {"guidance": {}}}, "extra_body.guidance"),
+    ("/inference/v1/generate", {"sampling_params": {"guidance": {}}}, "sampling_params.guidance"),
+    (
+        "/inference/v1/generate",
+        {"sampling_params": {"extra_args": {"GUIDANCE": {}}}},
+        "sampling_params.extra_args.GUIDANCE",
+    ),
+    ("/v1/completions", {"vllm_xargs": {"qtilt": "{}"}}, "vllm_xargs"),
+    ("/v1/chat/completions", {"vllm_xargs": {"qtilt": 1}}, "vllm_xargs"),
+    ("/v1/responses", {"vllm_xargs": {"qtilt": 1}}, "vllm_xargs"),
+    ("/inference/v1/generate", {"sampling_params": {"extra_args": {"qtilt": {}}}}, "sampling_params.extra_args"),
 ]
 
 
-@pytest.mark.parametrize(("path", "body"), REFUSED)
-def test_guidance_that_would_be_ignored_is_refused(path: str, body: Any) -> None:
+@pytest.mark.parametrize(("path", "body", "names"), REFUSED)
+def test_guidance_that_would_be_ignored_is_refused(path: str, body: Any, names: str) -> None:
     response, sessions = send(path, json.dumps(body).encode())
     assert response.status_code == 400
-    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == names
     assert not sessions, "the app was reached"
 
 
@@ -82,6 +93,7 @@ def test_no_encoding_hides_it(body: bytes) -> None:
     [
         ("/v1/responses", b'{"guidance": null, "input": "guidance"}'),
         ("/v1/responses", b'{"metadata": {"guidance": 1}, "vllm_xargs": {"other": 1}}'),
+        ("/v1/responses", b'{"input": [{"guidance": {}}], "text": {"guidance": {}}, "extra_body": {"guidance": null}}'),
         ("/v1/completions", b'{"guidance": {}}'),
         ("/v1/responses", b'{"guidance": '),
         ("/v1/responses", b'["guidance"]'),
