@@ -20,11 +20,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/installed-for-$(DEVICE)
 TASKS_INSTALLED := .venv/installed-tasks
+CLIENTS_INSTALLED := .venv/installed-clients
 # A pre-trained model for the demo, made once for all checkouts.
 SMOLLM2 := $(HOME)/.cache/qtilt/SmolLM2-135M-Instruct
 PACKAGES := guidance/qtilt server/qtilt_server trainer/qtilt_trainer
 
-.PHONY: help install install-tasks demo serve toys test test-slow lint types format docs lock clean
+.PHONY: help install install-tasks install-clients demo serve toys test test-slow lint types format docs lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +54,12 @@ $(TASKS_INSTALLED): requirements/tasks.txt $(INSTALLED)
 	$(PIP) install --no-deps -r requirements/tasks.txt
 	@touch $@
 
+install-clients: $(CLIENTS_INSTALLED) ## add other people's clients, which the tests have ask the server
+
+$(CLIENTS_INSTALLED): requirements/clients.txt $(INSTALLED)
+	$(PIP) install --no-deps -r requirements/clients.txt
+	@touch $@
+
 demo: install $(SMOLLM2) ## SmolLM2 steered on two tasks, from collecting to the report; writes runs/demo/
 	$(BIN)/python examples/demo/run.py
 
@@ -67,10 +74,10 @@ $(SMOLLM2): | $(INSTALLED)
 toys: install ## the whole loop on two tiny references; writes runs/toys/
 	$(BIN)/python examples/toys/run.py
 
-test: install install-tasks ## every test that needs no GPU and isn't slow
+test: install install-tasks install-clients ## every test that needs no GPU and isn't slow
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
 
-test-slow: install install-tasks ## the remaining tests (those for a GPU skip themselves without one)
+test-slow: install install-tasks install-clients ## the remaining tests (those for a GPU skip themselves without one)
 	$(BIN)/python -m pytest -m "slow or gpu" $(PYTEST_FLAGS)
 
 lint: install ## ruff's rules and format, and the import contracts
@@ -93,16 +100,18 @@ docs: install ## write the generated pages of docs/ anew
 COMPILE = $(BIN)/uv pip compile --quiet --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \
   --python-version 3.11 --python-platform x86_64-manylinux_2_35 $(LOCK_FLAGS)
 LOCK = $(COMPILE) pyproject.toml
-# tasks.txt has only what reasoning_gym needs beyond cpu.txt.
+# tasks.txt and clients.txt have only what these extras need beyond cpu.txt.
+LOCK_BESIDE = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"], sep="\n")' \
+  | $(COMPILE) - -c requirements/cpu.txt -o requirements/$(2).txt \
+  $$(grep -oE '^[A-Za-z0-9._-]+' requirements/cpu.txt | sed 's/^/--no-emit-package /')
 lock: install ## resolve requirements/*.txt anew from pyproject.toml
 	$(LOCK) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
 	  $(foreach name,torch torchvision torchaudio torchcodec,--no-emit-package $(name)) \
 	  --extra cpu --extra demo --extra dev -o requirements/cpu.txt
 	$(LOCK) --extra cuda --extra demo --extra dev -o requirements/cuda.txt
 	$(LOCK) -c requirements/cuda.txt -o requirements/trainer.txt
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["reasoning-gym"], sep="\n")' \
-	  | $(COMPILE) - -c requirements/cpu.txt -o requirements/tasks.txt \
-	  $$(grep -oE '^[A-Za-z0-9._-]+' requirements/cpu.txt | sed 's/^/--no-emit-package /')
+	$(call LOCK_BESIDE,reasoning-gym,tasks)
+	$(call LOCK_BESIDE,clients,clients)
 
 clean: ## remove the environment, caches and built files (runs/ stays)
 	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -73,6 +73,14 @@ class ChoiceGuidance(StrictModel):
     candidates: float = Field(description="how many candidates were scored for one of them in the mean; 0 without any")
 
 
+class TotalGuidance(AppliedGuidance):
+    """``usage.completion_tokens_details.guidance``: what was done, to all choices together."""
+
+    guided_tokens: int = Field(description="the sum of the choices'")
+    kl: float = Field(description="the sum of the choices', in nats")
+    kl_candidates: float = Field(description="the sum of the choices', in nats")
+
+
 class PublishRequest(StrictModel):
     """Body of ``POST /v1/guidance/value_models``."""
 

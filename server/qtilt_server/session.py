@@ -19,7 +19,7 @@ from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt_server.failures import FailureWatch, GuidanceFailedError
 from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.registry import Lease, ResidentVersion
-from qtilt_server.schema import AppliedGuidance, ChoiceGuidance
+from qtilt_server.schema import AppliedGuidance, ChoiceGuidance, TotalGuidance
 from qtilt_server.worker import GuidanceWorker, WorkerError
 
 logger = logging.getLogger("vllm.qtilt_server.session")  # vLLM configures the loggers below its own name only
@@ -73,6 +73,22 @@ class GuidedSession:
             method=self.params.method,  # type: ignore[arg-type]
             tail=self.params.tail,  # type: ignore[arg-type]
             candidate_mass=self.params.candidate_mass,
+        )
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether some choice has."""
+        return any(trace.records for trace in self._traces)
+
+    @property
+    def total(self) -> TotalGuidance:
+        """``usage.completion_tokens_details.guidance`` of the response, over the choices that have finished."""
+        records = [record for trace in self._traces for record in trace.records.values()]
+        return TotalGuidance(
+            **self.applied.model_dump(),
+            guided_tokens=sum(record.guided_tokens for record in records),
+            kl=sum(record.kl for record in records),
+            kl_candidates=sum(record.kl_candidates for record in records),
         )
 
     def open_trace(self) -> "Trace":

@@ -240,7 +240,11 @@ def test_the_usage_chunk_of_a_stream_follows_the_guidance(client: OpenAI, idle: 
     )
     parts = collect(stream)
     assert parts.usage.completion_tokens == 5
-    assert parts.choices[0].guidance is not None
+    record, applied = parts.choices[0].guidance, parts.choices[0].applied
+    assert record is not None
+    assert applied is not None
+    total = {"guided_tokens": 5, "kl": record["kl"], "kl_candidates": record["kl_candidates"]}
+    assert parts.usage.completion_tokens_details.guidance == {**applied, **total}
 
 
 def test_the_same_seed_gives_the_same_tokens(client: OpenAI, idle: RunningServer) -> None:

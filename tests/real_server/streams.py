@@ -20,11 +20,13 @@ class StreamedChoice:
 class Streamed:
     choices: dict[int, StreamedChoice] = field(default_factory=dict)
     usage: Any = None
+    chunks: int = 0
 
     def add(self, chunk: Any) -> None:
         self.usage = chunk.usage or self.usage
-        if not any(choice.finish_reason for choice in chunk.choices):
-            assert not hasattr(chunk, "guidance"), "guidance is said in the chunk that carries finish_reason"
+        says = bool(self.chunks == 0 or any(choice.finish_reason for choice in chunk.choices))
+        assert hasattr(chunk, "guidance") in (says, False), "only the first chunk and those with finish_reason say it"
+        self.chunks += 1
         for part in chunk.choices:
             choice = self.choices.setdefault(part.index, StreamedChoice())
             assert choice.finish_reason is None, "nothing follows finish_reason"

@@ -15,7 +15,11 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DECLARED = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
-FOR_TESTS = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["dev"]}
+FOR_TESTS = {
+    canonicalize_name(Requirement(line).name)
+    for extra in ("dev", "clients")
+    for line in PROJECT["optional-dependencies"][extra]
+}
 OUR_SCRIPTS = {
     path.stem
     for folder in ("tests", "benchmarks", "examples", "examples/demo", "examples/toys")

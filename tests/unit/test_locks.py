@@ -61,17 +61,29 @@ def test_lock_fulfils_the_project_file(lock: str, extras: list[str]) -> None:
         assert requirement.specifier.contains(locked[name]), f"{lock} pins {name} {locked[name]}, asked: {requirement}"
 
 
-def test_tasks_lock_fulfils_the_project_file_and_adds_nothing_that_the_cpu_lock_has() -> None:
-    locked, beside = locked_versions("tasks.txt"), locked_versions("cpu.txt")
+BESIDE_CPU = pytest.mark.parametrize(("lock", "extra"), [("tasks.txt", "reasoning-gym"), ("clients.txt", "clients")])
+
+
+@BESIDE_CPU
+def test_a_lock_beside_the_cpu_lock_fulfils_the_project_file_and_adds_nothing_that_is_there(
+    lock: str, extra: str
+) -> None:
+    locked, beside = locked_versions(lock), locked_versions("cpu.txt")
     assert not locked.keys() & beside.keys()
-    for requirement in map(Requirement, PROJECT["optional-dependencies"]["reasoning-gym"]):
+    for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)])
 
 
+def test_locks_beside_the_cpu_lock_agree() -> None:
+    tasks, clients = locked_versions("tasks.txt"), locked_versions("clients.txt")
+    assert {name for name in tasks.keys() & clients.keys() if tasks[name] != clients[name]} == set()
+
+
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
-def test_cpu_and_tasks_locks_are_closed_together(python: str) -> None:
-    locked = {**locked_versions("cpu.txt"), **locked_versions("tasks.txt")}
-    for package in locked_versions("tasks.txt"):
+@pytest.mark.parametrize("lock", ["tasks.txt", "clients.txt"])
+def test_the_cpu_lock_and_one_beside_it_are_closed_together(python: str, lock: str) -> None:
+    locked = {**locked_versions("cpu.txt"), **locked_versions(lock)}
+    for package in locked_versions(lock):
         for requirement in map(Requirement, distribution(package).requires or []):
             if requirement.marker and not requirement.marker.evaluate({**environment(python), "extra": ""}):
                 continue

@@ -14,6 +14,7 @@ from qtilt_server.schema import (
     GuidanceStatus,
     PublishedVersion,
     PublishRequest,
+    TotalGuidance,
 )
 
 FROZEN = Path(__file__).parent / "http_schema.json"
@@ -21,6 +22,7 @@ SURFACE: dict[str, type[BaseModel]] = {
     "request.guidance": GuidanceRequest,
     "response.guidance": AppliedGuidance,
     "response.choices[i].guidance": ChoiceGuidance,
+    "response.usage.completion_tokens_details.guidance": TotalGuidance,
     "GET /v1/guidance response": GuidanceStatus,
     "POST /v1/guidance/value_models request": PublishRequest,
     "POST /v1/guidance/value_models response": PublishedVersion,

@@ -18,7 +18,7 @@ from qtilt_server.guard import SESSIONS
 from qtilt_server.requests import GuidedChatCompletionRequest, GuidedCompletionRequest, GuidedRequest
 from qtilt_server.session import GuidedEngine, GuidedSession
 from qtilt_server.state import GuidanceState
-from qtilt_server.streaming import add_guidance, say_guidance
+from qtilt_server.streaming import add_guidance, header_of, say_guidance
 
 LOAD_METRICS_FORMAT_HEADER = "endpoint-load-metrics-format"
 
@@ -61,10 +61,11 @@ async def _answer(request: GuidedRequest, raw_request: Request, handler: Any, me
         return JSONResponse(result.model_dump(), status_code=result.error.code)
     if not request.stream:
         content = add_guidance(result.model_dump(), session)
-        return JSONResponse(content, headers=metrics_header(raw_request.headers.get(LOAD_METRICS_FORMAT_HEADER, "")))
+        load = metrics_header(raw_request.headers.get(LOAD_METRICS_FORMAT_HEADER, ""))
+        return JSONResponse(content, headers={**(load or {}), **header_of(session)})
     interval = float(getattr(raw_request.app.state.args, "sse_keep_alive_interval", 0))
     events = with_sse_keep_alive(say_guidance(result, session), interval)
-    return StreamingResponse(events, media_type="text/event-stream")
+    return StreamingResponse(events, media_type="text/event-stream", headers=header_of(session))
 
 
 def _open_session(request: GuidedRequest, raw_request: Request) -> GuidedSession:
