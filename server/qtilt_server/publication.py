@@ -75,14 +75,30 @@ class Publisher:
             await self._worker.prepare(version.name, version.version, str(directory))
         except WorkerError as error:
             raise GuidanceRequestError(self._without_root(error), "path") from error
+        older = self._registry.in_the_way(version.name)
         try:
-            await self._make_room(version.name)
-            await self._worker.commit(version.name, version.version)
+            await self._swap(version, older)
         except BaseException:
+            if older is not None:
+                self._registry.keep(older)
             await self._worker.discard(version.name, version.version)
             raise
+        if older is not None:
+            self._registry.remove(older)
         self._registry.activate(version)
         return version
+
+    async def _swap(self, version: ResidentVersion, older: ResidentVersion | None) -> None:
+        """The prepared version becomes one that requests may name, and only then the older one is dropped."""
+        deadline = time.monotonic() + self._swap_timeout
+        if older is not None and not await self._registry.drain(older, self._swap_timeout):
+            raise SwapTimeoutError(
+                f"{older.label} still guides {older.leases} running request(s) after {self._swap_timeout:g} s "
+                f"(--swap-timeout) and two versions are resident at most; try again later"
+            )
+        await self._worker.commit(version.name, version.version)
+        if older is not None:
+            await self._discard_when_rows_are_gone(older, deadline)
 
     def _check(self, request: PublishRequest) -> tuple[Path, ResidentVersion]:
         """Everything but the weights."""
@@ -98,23 +114,6 @@ class Publisher:
         path = str(directory.relative_to(self._root))
         number = self._registry.next_version(request.name)
         return directory, resident_version(request.name, number, path, manifest, self._reference)
-
-    async def _make_room(self, name: str) -> None:
-        older = self._registry.in_the_way(name)
-        if older is None:
-            return
-        deadline = time.monotonic() + self._swap_timeout
-        try:
-            if not await self._registry.drain(older, self._swap_timeout):
-                raise SwapTimeoutError(
-                    f"{older.label} still guides {older.leases} running request(s) after {self._swap_timeout:g} s "
-                    f"(--swap-timeout) and two versions are resident at most; try again later"
-                )
-            await self._discard_when_rows_are_gone(older, deadline)
-        except BaseException:
-            self._registry.keep(older)
-            raise
-        self._registry.remove(older)
 
     async def _discard_when_rows_are_gone(self, older: ResidentVersion, deadline: float) -> None:
         """A response ends a step before its row leaves the running batch."""

@@ -78,12 +78,14 @@ class ScriptedEngine:
 
     def __init__(self, fail_at: str | None = None, running_rows: int = 0) -> None:
         self.fail_at = fail_at
+        """Part of ``method name@version``."""
         self.running_rows = running_rows
         self.prepared: set[tuple[str, int]] = set()
         self.resident: set[tuple[str, int]] = set()
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-        if self.fail_at is not None and self.fail_at in method:
+        call = f"{method} {args[0]}@{args[1]}"
+        if self.fail_at is not None and self.fail_at in call:
             raise RuntimeError(f"{method} failed")
         return [getattr(self, method)(*args)]
 
@@ -155,6 +157,25 @@ def test_a_failure_at_any_step_leaves_what_is_served(model_root: Path, step: str
         assert (labels(registry), engine.resident, engine.prepared) == (["value@1"], {("value", 1)}, set())
         engine.fail_at = None
         assert (await publish(PUBLISH)).version == 2
+
+    asyncio.run(publish())
+
+
+@pytest.mark.parametrize("step", ["prepare_value_model", "commit", "discard_value_model value@1"])
+def test_a_failure_at_any_step_leaves_the_older_version_too(model_root: Path, step: str) -> None:
+    async def publish() -> None:
+        engine, registry = ScriptedEngine(), ValueModelRegistry()
+        publish = publisher(model_root, engine, registry).publish
+        await publish(PUBLISH)
+        await publish(PUBLISH)
+        engine.fail_at = step
+        with pytest.raises(Exception, match="failed"):
+            await publish(PUBLISH)
+        engine.fail_at = None
+        assert labels(registry) == ["value@1", "value@2"]
+        assert (engine.resident, engine.prepared) == ({("value", 1), ("value", 2)}, set())
+        registry.lease("value@1").release()
+        assert (await publish(PUBLISH)).version == 3
 
     asyncio.run(publish())
 
