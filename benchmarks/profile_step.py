@@ -122,6 +122,7 @@ def start_engine(arguments: argparse.Namespace, folder: Path) -> "VllmSystem":
             max_top_k=arguments.top_k,
             dummy_weights=False,
             enforce_eager=arguments.enforce_eager,
+            compilation={},
             prefix_caching=False,
             gpu_memory_utilization=None,
         ),

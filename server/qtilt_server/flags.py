@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, Self
 
-from qtilt.params import DEFAULT_TAIL, TAILS
+from qtilt.params import DEFAULT_TAIL, MIN_ETA, TAILS
 from qtilt.vllm_plugin.config import VALUE_DTYPES
 from qtilt_server.errors import StartupError
 from qtilt_server.schema import VALUE_MODEL_NAME
@@ -37,7 +37,7 @@ class GuidanceFlags:
     """GiB of the device whose memory is planned, in place of serving."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.eta < math.inf, f"--guidance-eta must be finite and above 0, got {self.eta}")
+        _require(MIN_ETA <= self.eta < math.inf, f"--guidance-eta must be finite and {MIN_ETA} or more, got {self.eta}")
         _require(self.max_top_k >= 1, f"--guidance-max-top-k must be at least 1, got {self.max_top_k}")
         _require(
             1 <= self.top_k <= self.max_top_k,

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qtilt.params import MIN_ETA
+
 MAX_GUIDED_TOKENS = 2**31 - 1
 VALUE_MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -24,8 +26,8 @@ class GuidanceRequest(StrictModel):
     value_model: str | None = Field(
         default=None, description="NAME (its active version) or NAME@VERSION; default: the first value model named"
     )
-    eta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        default=None, description="KL weight η of the paper, finite and > 0; a larger η is a weaker tilt"
+    eta: Annotated[float, Field(ge=MIN_ETA, allow_inf_nan=False)] | None = Field(
+        default=None, description="KL weight η of the paper; a larger η is a weaker tilt"
     )
     top_k: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="how many of the reference's likeliest tokens are scored each step, at most"

@@ -32,6 +32,7 @@ BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"value_model": "graded@1", "eta": 1.0, "top_k": 3, "method": "cd", "tail": "mean", "candidate_mass": 1.0},
     ),
     "tail-floor": ({"tail": "floor"}, DEFAULTS | {"tail": "floor"}),
+    "the-smallest-eta": ({"eta": 1e-9}, DEFAULTS | {"eta": 1e-9}),
     "tail-mean": ({"tail": "mean", "eta": 0.5}, DEFAULTS | {"tail": "mean", "eta": 0.5}),
     "clamped": (
         {"value_model": "graded@1", "top_k": 64},

@@ -16,6 +16,7 @@ BAD_BLOCKS: dict[str, Any] = {
     "unknown key": {"etta": 0.1},
     "eta 0": {"eta": 0},
     "eta negative": {"eta": -0.1},
+    "eta too small": {"eta": 1e-30},
     "eta infinite": {"eta": float("inf")},
     "eta NaN": {"eta": float("nan")},
     "eta huge integer": {"eta": 10**400},

@@ -87,8 +87,9 @@ class ValueOracle:
         return returns, weights_KA / weights_KA.sum(1, keepdim=True)
 
     def offsets(self, history: list[int], candidates: list[int], eta: float, method: str) -> tuple[Tensor, float]:
-        """Q/η per candidate ``[K]``, and v_min/η."""
+        """Q/η per candidate ``[K]``, and v_min/η; less v_max/η, which changes no distribution."""
         returns, pmf_KZ = self.pmf(self.logits(history, candidates))
+        returns = returns - returns[-1]
         if method == "qsharp":
             offsets = torch.log((pmf_KZ * torch.exp(returns / eta)).sum(1))
         else:

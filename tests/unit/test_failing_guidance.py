@@ -212,7 +212,7 @@ def test_offsets_beyond_float32_are_no_failure(tmp_path: Path) -> None:
     path = make_value_model(tmp_path / "huge", "v", Categorical(-1e9, 1e9, 3), "llama", seed=1)
     version = make_residents(SLOTS).load_at_start("huge", str(path))
     running = RunningBatch(SLOTS)
-    running.add(0, version, HEALTHY, eta=1e-300)
+    running.add(0, version, HEALTHY, eta=1e-9)
     guided_BV = running.draw(logits(1))
     assert running.summary([5])["guided_tokens"] == 1
     assert not guided_BV.isnan().any()

@@ -27,6 +27,7 @@ def test_a_request_without_guidance_has_no_params(extra_args):
         ("version", True),
         ("eta", 0.0),
         ("eta", -1),
+        ("eta", 0.99e-9),
         ("eta", float("nan")),
         ("eta", float("inf")),
         ("eta", True),

@@ -43,7 +43,15 @@ PUBLIC_NAMES = {
         "ReturnDistribution",
         "distribution_from_config",
     },
-    "qtilt.params": {"DEFAULT_TAIL", "EXTRA_ARGS_KEY", "METHODS", "TAILS", "GuidanceParams", "asks_for_guidance"},
+    "qtilt.params": {
+        "DEFAULT_TAIL",
+        "EXTRA_ARGS_KEY",
+        "METHODS",
+        "MIN_ETA",
+        "TAILS",
+        "GuidanceParams",
+        "asks_for_guidance",
+    },
     "qtilt.tilt": {
         "Candidates",
         "Divergence",

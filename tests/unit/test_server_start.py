@@ -58,7 +58,7 @@ BAD_FLAGS = {
     "--value-model=a@1=/": "a name is",
     "--value-model==/": "a name is",
     "--value-model-root=/no/such/place": "create it first",
-    "--guidance-eta=0": "above 0",
+    "--guidance-eta=0": "1e-09 or more",
     "--guidance-eta=inf": "finite",
     "--guidance-eta=nan": "finite",
     "--guidance-eta=x": "invalid float value",

@@ -90,7 +90,7 @@ def test_the_key_is_not_in_the_resolved_configuration(tmp_path: Path) -> None:
             "fit.precision: Input should be 'auto', 'float32' or 'bfloat",
         ),
         ("samples = 4", "samples = 4\nk = 5", "evaluate: k must be at most samples = 4, got 5"),
-        ("samples = 4", "inv_eta = [0.0]", "evaluate.inv_eta: every 1/eta must be finite and > 0"),
+        ("samples = 4", "inv_eta = [0.0]", "evaluate.inv_eta: every 1/eta must be above 0 and at most 1e+09"),
         ("samples = 4", "inv_eta = [2.0, 2.0]", "evaluate.inv_eta: an entry is repeated"),
         ("samples = 4", 'methods = ["vas"]', "evaluate.methods.0: Input should be 'qsharp' or 'cd', got 'vas'"),
         (

@@ -3,7 +3,6 @@
 Knows nothing of tasks' own settings: `[task]` is handed to `make_task` as it is.
 """
 
-import math
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
+from qtilt.params import MIN_ETA
 from qtilt_trainer.describe import describe_errors
 
 Method = Literal["qsharp", "cd"]
@@ -148,7 +148,7 @@ class CollectConfig(Table):
 
     prompts: int = Field(ge=1)
     samples_per_prompt: int = Field(ge=1)
-    eta: float = Field(default=0.1, gt=0.0)
+    eta: float = Field(default=0.1, ge=MIN_ETA)
     """KL weight of the guided roll-in: smaller is a stronger tilt."""
     guidance_top_k: int = Field(default=20, ge=1)
     method: Method = "qsharp"
@@ -241,8 +241,8 @@ class EvaluateConfig(Table):
     @field_validator("inv_eta")
     @classmethod
     def _is_positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(math.isfinite(value) and value > 0 for value in values):
-            raise ValueError("every 1/eta must be finite and > 0")
+        if not all(0 < value <= 1 / MIN_ETA for value in values):
+            raise ValueError(f"every 1/eta must be above 0 and at most {1 / MIN_ETA:g}")
         return values
 
     @field_validator("inv_eta", "methods", "tails", "decoding", "sampling")

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 EXTRA_ARGS_KEY = "qtilt"
 METHODS = ("qsharp", "cd")
+MIN_ETA = 1e-9
+"""A mean return is rounded in float64; a smaller η would make a difference of the rounding of means that are equal."""
 TAILS = ("floor", "mean")
 DEFAULT_TAIL: Literal["floor", "mean"] = "mean"
 """Where neither the request nor the server says otherwise. Why: docs/tails.md."""
@@ -21,7 +23,7 @@ class GuidanceParams:
     """One request's guidance.
 
     value_model, version: which resident value model scores the candidates.
-    eta: the KL weight η of the paper (Eq. 1), > 0; a larger η is a weaker tilt.
+    eta: the KL weight η of the paper (Eq. 1), MIN_ETA or more; a larger η is a weaker tilt.
     top_k: how many of the reference's likeliest tokens are candidates in each step, at most.
     candidate_mass: the reference's mass, 0 < m ≤ 1, that is enough for them: once the likeliest hold so much at the
     request's temperature, the others aren't candidates. 1 takes all top_k.
@@ -47,7 +49,8 @@ class GuidanceParams:
     def __post_init__(self) -> None:
         _require(isinstance(self.value_model, str) and self.value_model != "", self, "value_model", "a non-empty name")
         _require(_is_int(self.version) and self.version >= 1, self, "version", "an integer of at least 1")
-        _require(_is_number(self.eta) and 0 < self.eta < math.inf, self, "eta", "a finite number above 0")
+        is_eta = _is_number(self.eta) and MIN_ETA <= self.eta < math.inf
+        _require(is_eta, self, "eta", f"a finite number of {MIN_ETA} or more")
         _require(_is_int(self.top_k) and self.top_k >= 1, self, "top_k", "an integer of at least 1")
         _require(self.method in METHODS, self, "method", f"one of {', '.join(METHODS)}")
         _require(self.tail in TAILS, self, "tail", f"one of {', '.join(TAILS)}")
@@ -72,10 +75,8 @@ class GuidanceParams:
 
     @property
     def inv_eta(self) -> float:
-        """1/η, at most 1e30: there no return but the highest has any weight left, and the products that follow are
-        still finite.
-        """
-        return min(1 / self.eta, 1e30)
+        """1/η."""
+        return 1 / self.eta
 
     def to_extra_args(self) -> dict[str, Any]:
         """The JSON-able form that goes under ``extra_args[EXTRA_ARGS_KEY]``."""
