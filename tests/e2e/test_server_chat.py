@@ -88,6 +88,30 @@ def test_a_forced_tool_call_is_counted_by_its_tokens(client: OpenAI, idle: Runni
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_required_tools_are_counted_choice_by_choice(client: OpenAI, idle: RunningServer, stream: bool) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    ask: Any = {
+        "model": idle.model,
+        "messages": MESSAGES,
+        "max_completion_tokens": 300,
+        "n": 2,
+        "tools": [{"type": "function", "function": {"name": "pick", "parameters": schema}}],
+        "tool_choice": "required",
+        "extra_body": {"guidance": {"eta": 0.5}},
+    }
+    if stream:
+        parts = collect(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+        choices, usage = list(parts.choices.values()), parts.usage
+    else:
+        response: Any = client.chat.completions.create(**ask)
+        choices, usage = response.choices, response.usage
+    records: list[Any] = [choice.guidance for choice in choices]
+    assert len(records) == 2
+    assert all(record["kl"] > 0 for record in records)
+    assert sum(record["guided_tokens"] for record in records) == usage.completion_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_structured_output_is_guided_among_the_allowed_tokens(
     client: OpenAI, idle: RunningServer, stream: bool
 ) -> None:
