@@ -99,7 +99,7 @@ async def ask_all(url: str, problems: list[Problem], body: dict[str, Any]) -> li
             return dict(await client.post("/chat/completions", body=fields, cast_to=object))
 
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
-        (model,) = [model.id async for model in client.models.list()]
+        (model,) = [model.id async for model in client.models.list() if model.owned_by != "qtilt"]
         return list(await asyncio.gather(*(ask(client, model, *numbered) for numbered in enumerate(problems))))
 
 

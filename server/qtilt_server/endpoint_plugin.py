@@ -20,7 +20,7 @@ from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.publication import Publisher, resident_version
 from qtilt_server.reference import check_value_models, reference_of
 from qtilt_server.registry import ValueModelRegistry
-from qtilt_server.routes import completions, guidance
+from qtilt_server.routes import completions, guidance, models
 from qtilt_server.sampling_check import RolloutSamplingCheck
 from qtilt_server.state import GuidanceState
 from qtilt_server.worker import GuidanceWorker, WorkerError
@@ -39,6 +39,7 @@ class GuidanceEndpoints:
         app.add_exception_handler(GuidanceRequestError, _answer_refusal)
         app.include_router(completions.router)
         app.include_router(guidance.router)
+        app.include_router(models.router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Raises StartupError when guidance isn't live in the worker or a value model doesn't fit."""

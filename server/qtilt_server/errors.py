@@ -2,6 +2,7 @@
 
 StartupError              the launcher prints it as one line and exits with code 2
 GuidanceRequestError      HTTP 400: the request, or the directory it names, can't be used
+├─ UnknownModelError      HTTP 404: its model names a value model that isn't there
 └─ SwapTimeoutError       HTTP 409: the older version of a name still guides running requests
 
 What fails while it runs is GuidanceFailedError, HTTP 500, in failures.py: an error of vLLM's, answered by vLLM.
@@ -24,6 +25,12 @@ class GuidanceRequestError(ValueError):
     def __init__(self, message: str, parameter: str | None = None) -> None:
         super().__init__(message)
         self.parameter = parameter
+
+
+class UnknownModelError(GuidanceRequestError):
+    """A ``model`` that names no value model of this server, as vLLM answers for other models."""
+
+    status = HTTPStatus.NOT_FOUND
 
 
 class SwapTimeoutError(GuidanceRequestError):

@@ -1,12 +1,13 @@
 """vLLM's completion requests with a strict ``guidance`` field."""
 
-from typing import Any, Self
+from typing import Any
 
 from pydantic import BaseModel, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 
+from qtilt_server.errors import GuidanceRequestError
 from qtilt_server.misplaced import explain, misplaced_in
 from qtilt_server.schema import GuidanceRequest
 
@@ -33,15 +34,11 @@ class GuidedCompletionRequest(RefusesMisplacedGuidance, CompletionRequest):
         """vLLM generates one token for ``echo`` with ``max_tokens`` 0, and doesn't return it."""
         return not (self.echo and self.max_tokens == 0)
 
-    @model_validator(mode="after")
-    def check_guidance_is_possible(self) -> Self:
-        if self.guidance is not None:
-            _refuse_beam_search(self.use_beam_search)
-            if self.prompt_embeds is not None:
-                raise VLLMValidationError(
-                    "guidance needs token ids and can't be used with prompt_embeds", parameter="guidance"
-                )
-        return self
+    def refuse_impossible(self) -> None:
+        """Raises GuidanceRequestError when it can't be guided."""
+        _refuse_beam_search(self.use_beam_search)
+        if self.prompt_embeds is not None:
+            raise GuidanceRequestError("guidance needs token ids and can't be used with prompt_embeds", "guidance")
 
 
 class GuidedChatCompletionRequest(RefusesMisplacedGuidance, ChatCompletionRequest):
@@ -53,11 +50,9 @@ class GuidedChatCompletionRequest(RefusesMisplacedGuidance, ChatCompletionReques
     def returns_tokens(self) -> bool:
         return True
 
-    @model_validator(mode="after")
-    def check_guidance_is_possible(self) -> Self:
-        if self.guidance is not None:
-            _refuse_beam_search(self.use_beam_search)
-        return self
+    def refuse_impossible(self) -> None:
+        """Raises GuidanceRequestError when it can't be guided."""
+        _refuse_beam_search(self.use_beam_search)
 
 
 GuidedRequest = GuidedCompletionRequest | GuidedChatCompletionRequest
@@ -65,4 +60,4 @@ GuidedRequest = GuidedCompletionRequest | GuidedChatCompletionRequest
 
 def _refuse_beam_search(use_beam_search: bool) -> None:
     if use_beam_search:
-        raise VLLMValidationError("guidance can't be used with beam search", parameter="guidance")
+        raise GuidanceRequestError("guidance can't be used with beam search", "guidance")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from qtilt_trainer.client import Guidance, GuidedClient, Sampling
 from qtilt_trainer.config import ServerConfig
 from qtilt_trainer.prompts import Framing
+from real_server.checking import Oracle, Returned, encode
 from real_server.models import POSITIONS, make_value_model
 from real_server.process import RunningServer, running_server
 
@@ -76,6 +77,26 @@ def test_a_value_model_of_another_policy_is_refused(
     error = refused.json()["error"]
     assert error["param"] == "guidance.value_model"
     assert named in error["message"]
+
+
+def test_each_is_a_model_of_its_policy(adapted: RunningServer) -> None:
+    listed = {card["id"]: card for card in adapted.get("/v1/models").json()["data"]}
+    assert {f"{ADAPTER}:adapted", f"{ADAPTER}:adapted@1", f"{adapted.model}:plain"} <= listed.keys()
+    assert f"{adapted.model}:adapted" not in listed
+    assert listed[f"{ADAPTER}:adapted"]["parent"] == ADAPTER
+    named, asked = (complete(adapted, *each) for each in ((f"{ADAPTER}:adapted", None), (ADAPTER, "adapted")))
+    assert named.json()["choices"][0]["text"] == asked.json()["choices"][0]["text"]
+    assert named.json()["guidance"] == asked.json()["guidance"]
+    assert complete(adapted, f"{adapted.model}:adapted", None).status_code == 400
+
+
+def test_logprobs_are_the_references_by_vllms_default(adapted: RunningServer, models: Path) -> None:
+    """At temperature 1, whatever was sampled from."""
+    body = {"prompt": "abc", "max_tokens": 12, "temperature": 0.5, "logprobs": 0, "return_token_ids": True}
+    (choice,) = adapted.post("/v1/completions", {**body, "guidance": {"eta": 0.02}}).json()["choices"]
+    returned = Returned(encode("abc"), choice["token_ids"], choice["logprobs"]["token_logprobs"], None)
+    Oracle(models / "reference", {}).check(returned, None)
+    assert choice["guidance"]["kl"] > 0.1
 
 
 def test_requests_without_guidance_are_vllms_own(adapted: RunningServer) -> None:

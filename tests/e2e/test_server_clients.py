@@ -114,6 +114,8 @@ def test_langchain(idle: RunningServer) -> None:
     message = model.invoke("abc")
     assert isinstance(message, AIMessage)
     assert_told(message.response_metadata["token_usage"]["completion_tokens_details"]["guidance"])
+    by_name = model.model_copy(update={"model_name": f"{idle.model}:graded", "extra_body": {"ignore_eos": True}})
+    assert by_name.invoke("abc").response_metadata["model_name"] == f"{idle.model}:graded@1"
     streamed: AIMessageChunk = reduce(add, model.stream("abc", stream_usage=True))
     assert streamed.usage_metadata is not None
     assert streamed.usage_metadata["output_tokens"] == TOKENS

@@ -21,8 +21,12 @@ def app() -> FastAPI:
 def test_every_route_needs_the_api_key(app: FastAPI) -> None:
     client = TestClient(app)
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
-    assert {"/v1/completions", "/v1/chat/completions", "/v1/guidance", "/v1/guidance/value_models"} == {
-        route.path for route in routes
+    assert {route.path for route in routes} == {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/v1/guidance",
+        "/v1/guidance/value_models",
     }
     for route in routes:
         for method in route.methods:

@@ -150,7 +150,8 @@ class GuidedClient:
     async def model(self) -> str:
         """The id of the model that is asked: the configured one, or the only one the server has."""
         if self._model is None:
-            served = [model["id"] for model in await self._served()]
+            # One that a value model guides isn't the policy that roll-outs are of.
+            served = [model["id"] for model in await self._served() if model.get("owned_by") != "qtilt"]
             if len(served) != 1:
                 raise ServerError(f"the server has the models {served}: choose one as server.model")
             self._model = served[0]

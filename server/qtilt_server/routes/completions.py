@@ -14,8 +14,12 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_jso
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
+from qtilt_server.errors import GuidanceRequestError, UnknownModelError
 from qtilt_server.guard import SESSIONS
+from qtilt_server.named_models import AnsweringAs
+from qtilt_server.named_models import split as split_name
 from qtilt_server.requests import GuidedChatCompletionRequest, GuidedCompletionRequest, GuidedRequest
+from qtilt_server.schema import GuidanceRequest
 from qtilt_server.session import GuidedEngine, GuidedSession
 from qtilt_server.state import GuidanceState
 from qtilt_server.streaming import add_guidance, header_of, say_guidance
@@ -36,27 +40,54 @@ router = APIRouter(
 @router.post("/v1/completions", response_model=None)
 async def guided_completion(request: GuidedCompletionRequest, raw_request: Request) -> Any:
     """vLLM's own route unless the request asks for guidance."""
+    named = _take_from_name(request, raw_request)
     if request.guidance is None:
         return await create_completion(request, raw_request)
-    return await _answer(request, raw_request, completion(raw_request), "create_completion")
+    return await _answer(request, raw_request, completion(raw_request), "create_completion", named=named)
 
 
 @router.post("/v1/chat/completions", response_model=None)
 async def guided_chat_completion(request: GuidedChatCompletionRequest, raw_request: Request) -> Any:
     """vLLM's own route unless the request asks for guidance."""
+    named = _take_from_name(request, raw_request)
     if request.guidance is None:
         return await create_chat_completion(request, raw_request)
-    return await _answer(request, raw_request, chat(raw_request), "create_chat_completion")
+    return await _answer(request, raw_request, chat(raw_request), "create_chat_completion", named=named)
+
+
+def _take_from_name(request: GuidedRequest, raw_request: Request) -> bool:
+    """Whether the request's model names a value model; its model is then the one of vLLM's, guided by that.
+
+    Raises GuidanceRequestError when its guidance names another one.
+    """
+    split = split_name(request.model, raw_request.app.state.openai_serving_models)
+    if split is None:
+        return False
+    block = request.guidance or GuidanceRequest()
+    if block.value_model not in (None, split[1]):
+        raise GuidanceRequestError(
+            f"guidance.value_model is {block.value_model!r}, and the model {request.model!r} names another: drop one",
+            "guidance.value_model",
+        )
+    request.model, request.guidance = split[0], block.model_copy(update={"value_model": split[1]})
+    return True
 
 
 @with_cancellation  # type: ignore[untyped-decorator]
 @load_aware_call  # type: ignore[untyped-decorator]
-async def _answer(request: GuidedRequest, raw_request: Request, handler: Any, method: str) -> Response:
-    """What vLLM's route does, with a handler whose engine is watched, and the guidance said in the answer."""
+async def _answer(request: GuidedRequest, raw_request: Request, handler: Any, method: str, *, named: bool) -> Response:
+    """What vLLM's route does, with a handler whose engine is watched, and the guidance said in the answer.
+
+    named: the model named the value model, and the answer's is to do so too.
+    """
     if handler is None:
         raise NotImplementedError(f"the model does not support {raw_request.url.path}")
-    session = _open_session(request, raw_request)
-    result = await getattr(_watched(handler, session, raw_request), method)(request, raw_request)
+    request.refuse_impossible()
+    session = _open_session(request, raw_request, named=named)
+    watched = _watched(handler, session, raw_request)
+    if named:
+        watched.models = AnsweringAs(handler.models, request.model or "", session.version)
+    result = await getattr(watched, method)(request, raw_request)
     if isinstance(result, ErrorResponse):
         return JSONResponse(result.model_dump(), status_code=result.error.code)
     if not request.stream:
@@ -68,11 +99,17 @@ async def _answer(request: GuidedRequest, raw_request: Request, handler: Any, me
     return StreamingResponse(events, media_type="text/event-stream", headers=header_of(session))
 
 
-def _open_session(request: GuidedRequest, raw_request: Request) -> GuidedSession:
+def _open_session(request: GuidedRequest, raw_request: Request, *, named: bool) -> GuidedSession:
     """Admit the request. The guard, which sees its end whatever happens, closes the session."""
     state: GuidanceState = raw_request.app.state.guidance
     assert request.guidance is not None
-    params, lease = state.admission.admit(request.guidance)
+    try:
+        params, lease = state.admission.admit(request.guidance)
+    except GuidanceRequestError as refusal:
+        if named and refusal.parameter == "guidance.value_model":
+            model = f"{request.model}:{request.guidance.value_model}"
+            raise UnknownModelError(f"the model {model!r} does not exist ({refusal})", "model") from refusal
+        raise
     session = GuidedSession(
         params,
         lease,
