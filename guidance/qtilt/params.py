@@ -1,7 +1,9 @@
 """The public path of what lies in :mod:`qtilt.method.params`."""
 
 from qtilt.method.params import (
+    DEFAULT_ETA,
     DEFAULT_TAIL,
+    DEFAULT_TOP_K,
     EXTRA_ARGS_KEY,
     METHODS,
     MIN_ETA,
@@ -11,7 +13,9 @@ from qtilt.method.params import (
 )
 
 __all__ = [
+    "DEFAULT_ETA",
     "DEFAULT_TAIL",
+    "DEFAULT_TOP_K",
     "EXTRA_ARGS_KEY",
     "METHODS",
     "MIN_ETA",

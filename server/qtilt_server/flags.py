@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, Self
 
-from qtilt.params import DEFAULT_TAIL, MIN_ETA, TAILS
+from qtilt.params import DEFAULT_ETA, DEFAULT_TAIL, DEFAULT_TOP_K, MIN_ETA, TAILS
 from qtilt.vllm_plugin.config import VALUE_DTYPES
 from qtilt_server.errors import StartupError
 from qtilt_server.schema import VALUE_MODEL_NAME
@@ -19,8 +19,8 @@ class GuidanceFlags:
 
     value_models: dict[str, Path] = field(default_factory=dict)
     """Name → directory, in the order given: the first is the default of requests."""
-    eta: float = 0.1
-    top_k: int = 20
+    eta: float = DEFAULT_ETA
+    top_k: int = DEFAULT_TOP_K
     max_top_k: int = 64
     tail: Literal["floor", "mean"] = DEFAULT_TAIL
     value_model_root: Path | None = None
@@ -127,10 +127,10 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         "Without any, guided requests are refused until one is published.",
     )
     group.add_argument(
-        "--guidance-eta", type=float, default=0.1, help="Default KL weight η; a larger η is a weaker tilt."
+        "--guidance-eta", type=float, default=DEFAULT_ETA, help="Default KL weight η; a larger η is a weaker tilt."
     )
     group.add_argument(
-        "--guidance-top-k", type=int, default=20, help="Default number of scored tokens a step, at most."
+        "--guidance-top-k", type=int, default=DEFAULT_TOP_K, help="Default number of scored tokens a step, at most."
     )
     group.add_argument("--guidance-max-top-k", type=int, default=64, help="Largest top_k a request may ask for.")
     group.add_argument(

@@ -118,6 +118,7 @@ def plugin_config(flags: GuidanceFlags) -> PluginConfig:
         kv_tokens=flags.kv_tokens,
         backbone=flags.backbone,
         backbone_layers=flags.backbone_layers,
+        behind_server=True,
     )
 
 

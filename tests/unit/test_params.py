@@ -56,7 +56,16 @@ def test_a_value_out_of_range_is_refused_by_name(field, value):
         GuidanceParams(**{**VALID, field: value})
 
 
-@pytest.mark.parametrize("entry", [3, {"eta": 0.1}, {**VALID, "ета": 0.1}])
+def test_a_block_in_json_and_one_with_nothing_but_a_name_are_read():
+    entry = {"value_model": "maths", "eta": 0.3}
+    read = GuidanceParams.from_extra_args({EXTRA_ARGS_KEY: json.dumps(entry)})
+    assert read == GuidanceParams.from_extra_args({EXTRA_ARGS_KEY: entry}) == GuidanceParams("maths", 1, 0.3, 20)
+    assert GuidanceParams.from_extra_args({EXTRA_ARGS_KEY: {"value_model": "a"}}) == GuidanceParams("a", 1, 0.1, 20)
+
+
+@pytest.mark.parametrize(
+    "entry", [3, {"eta": 0.1}, {**VALID, "ета": 0.1}, "{", "[1]", "3", '{"eta": 0.1}', "[" * 100_000]
+)
 def test_a_malformed_entry_is_refused(entry):
     with pytest.raises(ValueError, match="extra_args"):
         GuidanceParams.from_extra_args({EXTRA_ARGS_KEY: entry})

@@ -44,7 +44,9 @@ PUBLIC_NAMES = {
         "distribution_from_config",
     },
     "qtilt.params": {
+        "DEFAULT_ETA",
         "DEFAULT_TAIL",
+        "DEFAULT_TOP_K",
         "EXTRA_ARGS_KEY",
         "METHODS",
         "MIN_ETA",

@@ -219,6 +219,7 @@ def test_the_users_own_settings_are_kept(directory: Path) -> None:
             "kv_tokens": None,
             "backbone": None,
             "backbone_layers": None,
+            "behind_server": True,
         },
     }
 

@@ -21,9 +21,10 @@ from vllm import SamplingParams
 @pytest.mark.parametrize(
     ("entry", "names"),
     [
-        ("v-bernoulli", "expected an object"),
+        ("v-bernoulli", "is no JSON"),
+        ("[1]", "expected an object"),
         ({"value_model": "v-bernoulli", "version": 1, "eta": 0.1, "top_k": 4, "strength": 2}, "strength"),
-        ({"value_model": "v-bernoulli", "version": 1, "top_k": 4}, "eta"),
+        ({"version": 1, "eta": 0.1, "top_k": 4}, "expected value_model"),
         ({"value_model": "v-bernoulli", "version": 1, "eta": -0.1, "top_k": 4}, "eta"),
         ({"value_model": "v-bernoulli", "version": True, "eta": 0.1, "top_k": 4}, "version"),
     ],
@@ -73,13 +74,21 @@ def test_the_engine_is_not_built_with_speculative_decoding(served: Served) -> No
         ),
         ({"model_config": SimpleNamespace(skip_tokenizer_init=True)}, "skip-tokenizer-init"),
         ({"model_config": SimpleNamespace(skip_tokenizer_init=False, enable_sleep_mode=True)}, "enable-sleep-mode"),
+        ({"lora_config": object()}, "enable-lora"),
     ],
 )
 def test_settings_under_which_guidance_is_wrong_are_refused_at_construction(
     served: Served, change: dict[str, object], names: str
 ) -> None:
     config = served.engine.vllm_config
-    parts = ("additional_config", "speculative_config", "parallel_config", "model_config", "scheduler_config")
+    parts = (
+        "additional_config",
+        "speculative_config",
+        "parallel_config",
+        "model_config",
+        "scheduler_config",
+        "lora_config",
+    )
     changed = SimpleNamespace(**{part: getattr(config, part) for part in parts} | change)
     with pytest.raises(ValueError, match=names):
         GuidanceProcessor(changed, torch.device("cpu"), False)

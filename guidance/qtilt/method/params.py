@@ -4,6 +4,7 @@ Knows nothing of torch or vLLM: the API process imports it, and it travels to th
 ``SamplingParams.extra_args[EXTRA_ARGS_KEY]``.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -14,8 +15,9 @@ METHODS = ("qsharp", "cd")
 MIN_ETA = 1e-9
 """A mean return is rounded in float64; a smaller η would make a difference of the rounding of means that are equal."""
 TAILS = ("floor", "mean")
+DEFAULT_ETA, DEFAULT_TOP_K = 0.1, 20
 DEFAULT_TAIL: Literal["floor", "mean"] = "mean"
-"""Where neither the request nor the server says otherwise. Why: docs/tails.md."""
+"""Where neither the request nor the server says otherwise. Why this tail: docs/tails.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,27 +86,38 @@ class GuidanceParams:
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> "GuidanceParams | None":
-        """Read a request's guidance back; None when it asked for none.
+        """Read a request's guidance back, with defaults for all but ``value_model``; None when it asked for none.
 
-        Raises ValueError when the entry isn't what :meth:`to_extra_args` writes.
+        The entry may also be an object in JSON: ``vllm_xargs``, by which a plain vLLM server is told, holds no objects.
+        Raises ValueError when it isn't what :meth:`to_extra_args` writes, or a part of that.
         """
         entry = (extra_args or {}).get(EXTRA_ARGS_KEY)
         if entry is None:
             return None
+        if isinstance(entry, str):
+            entry = _parsed(entry)
         if not isinstance(entry, Mapping):
             raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}'] is a {type(entry).__name__}, expected an object")
-        known = {field.name for field in fields(cls)}
-        unknown, missing = set(entry) - known, {"value_model", "version", "eta", "top_k"} - set(entry)
-        if unknown or missing:
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(entry) - {*known})
+        if unknown or "value_model" not in entry:
             raise ValueError(
-                f"extra_args['{EXTRA_ARGS_KEY}']: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}"
+                f"extra_args['{EXTRA_ARGS_KEY}'] has the keys {sorted(entry)}, expected value_model and perhaps "
+                f"{', '.join(known[1:])}"
             )
-        return cls(**entry)
+        return cls(**{"version": 1, "eta": DEFAULT_ETA, "top_k": DEFAULT_TOP_K, **entry})
 
 
 def asks_for_guidance(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether a request has an entry of guidance, right or wrong."""
     return (extra_args or {}).get(EXTRA_ARGS_KEY) is not None
+
+
+def _parsed(entry: str) -> Any:
+    try:
+        return json.loads(entry)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"extra_args['{EXTRA_ARGS_KEY}'] is no JSON: {str(error).splitlines()[0]}") from error
 
 
 def _is_int(value: object) -> bool:

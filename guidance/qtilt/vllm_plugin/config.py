@@ -37,6 +37,8 @@ class PluginConfig:
     """Directory or hub id of what value models to come are made of: memory for two of them is held from the start."""
     backbone_layers: int | None = None
     """How many of its first layers they have; all if None."""
+    behind_server: bool = False
+    """Whether qtilt-server has checked each request: whose LoRA adapter it is of, which the worker isn't told."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.value_models, dict):

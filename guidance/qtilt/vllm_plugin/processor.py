@@ -59,7 +59,7 @@ class GuidanceProcessor(V1Interface, V2Interface):
         is_pin_memory: bool = False,  # V1 passes it
     ) -> None:
         self.config = PluginConfig.from_additional_config(vllm_config.additional_config)
-        _refuse_what_is_not_exact(vllm_config, is_v2=not isinstance(device_or_requests, torch.device))
+        _refuse_what_is_not_exact(vllm_config, self.config, is_v2=not isinstance(device_or_requests, torch.device))
         self.requests: Requests
         if isinstance(device_or_requests, torch.device):
             slots, max_length = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
@@ -165,7 +165,7 @@ def _ending_token(sampling_params: SamplingParams) -> int | None:
     return next((token for token in stop_token_ids if token is not None), None)
 
 
-def _refuse_what_is_not_exact(vllm_config: VllmConfig, *, is_v2: bool) -> None:
+def _refuse_what_is_not_exact(vllm_config: VllmConfig, config: PluginConfig, *, is_v2: bool) -> None:
     """Raise ValueError for settings under which guidance would be wrong or missing on this runner."""
     if vllm_config.speculative_config is not None and not is_v2:
         raise ValueError(
@@ -182,6 +182,10 @@ def _refuse_what_is_not_exact(vllm_config: VllmConfig, *, is_v2: bool) -> None:
         raise ValueError("guidance compares tokenizers at start: drop --skip-tokenizer-init")
     if vllm_config.model_config.enable_sleep_mode:
         raise ValueError("value models don't survive vLLM's sleep mode: drop --enable-sleep-mode")
+    if vllm_config.lora_config is not None and not config.behind_server:
+        raise ValueError(
+            "a processor isn't told whose adapter a request is of: start qtilt-server, or drop --enable-lora"
+        )
 
 
 def _batch(vllm_config: VllmConfig, config: PluginConfig, requests: Requests) -> GuidedBatch | FollowingBatch:
