@@ -11,6 +11,7 @@ from starlette.datastructures import State
 
 from qtilt.checkpoint import Manifest
 from qtilt.vllm_plugin.compatibility import Reference
+from qtilt_server.admin import AdminAccess
 from qtilt_server.admission import Admission
 from qtilt_server.errors import GuidanceRequestError, StartupError, error_response
 from qtilt_server.failures import FailureWatch
@@ -53,6 +54,7 @@ class GuidanceEndpoints:
         metrics = GuidanceMetrics()
         registry = _registry(flags, manifests, reference, metrics)
         state.guidance = GuidanceState(
+            admin=AdminAccess(flags.admin_key),
             admission=Admission(flags, registry),
             publisher=Publisher(registry, worker, reference, metrics, flags.value_model_root, flags.swap_timeout),
             worker=worker,

@@ -2,6 +2,7 @@
 
 StartupError              the launcher prints it as one line and exits with code 2
 GuidanceRequestError      HTTP 400: the request, or the directory it names, can't be used
+├─ ForbiddenError         HTTP 403: it changes what is served, and whoever sent it may not
 ├─ UnknownModelError      HTTP 404: its model names a value model that isn't there
 └─ SwapTimeoutError       HTTP 409: the older version of a name still guides running requests
 
@@ -25,6 +26,12 @@ class GuidanceRequestError(ValueError):
     def __init__(self, message: str, parameter: str | None = None) -> None:
         super().__init__(message)
         self.parameter = parameter
+
+
+class ForbiddenError(GuidanceRequestError):
+    """A request that changes what is served, of somebody who may not."""
+
+    status = HTTPStatus.FORBIDDEN
 
 
 class UnknownModelError(GuidanceRequestError):

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from qtilt.params import DEFAULT_ETA, DEFAULT_TAIL, DEFAULT_TOP_K, MIN_ETA, TAIL
 from qtilt.vllm_plugin.config import VALUE_DTYPES
 from qtilt_server.errors import StartupError
 from qtilt_server.schema import VALUE_MODEL_NAME
+
+ADMIN_KEY_VARIABLE = "QTILT_ADMIN_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,8 @@ class GuidanceFlags:
     backbone_layers: int | None = None
     plan: float | None = None
     """GiB of the device whose memory is planned, in place of serving."""
+    admin_key: str | None = field(default=None, repr=False)
+    """Who has it may publish; without one whoever is on this machine."""
 
     def __post_init__(self) -> None:
         _require(MIN_ETA <= self.eta < math.inf, f"--guidance-eta must be finite and {MIN_ETA} or more, got {self.eta}")
@@ -97,6 +102,7 @@ class GuidanceFlags:
             backbone=args.guidance_backbone,
             backbone_layers=args.guidance_backbone_layers,
             plan=args.guidance_plan,
+            admin_key=args.admin_key or os.environ.get(ADMIN_KEY_VARIABLE) or None,
         )
 
 
@@ -179,6 +185,13 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="How many of its first layers they have (default: all).",
+    )
+    group.add_argument(
+        "--admin-key",
+        metavar="KEY",
+        help="What POST /v1/guidance/value_models wants as bearer token; the environment variable "
+        f"{ADMIN_KEY_VARIABLE} keeps it out of the list of processes. Without it that route answers to this machine "
+        "only.",
     )
     group.add_argument(
         "--guidance-plan",

@@ -52,6 +52,8 @@ def launch(argv: list[str]) -> None:
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
+    from qtilt_server.admin import hide_admin_key
+
     cli_env_setup()  # type: ignore[no-untyped-call]
     command = ServeSubcommand()
     args = _parse(command, argv)
@@ -67,6 +69,7 @@ def launch(argv: list[str]) -> None:
 
         print_plan(args, plugin_config(flags), flags.plan)
         return
+    hide_admin_key(args, flags.admin_key)
     add_guidance(args, flags)
     _check_against_model(args, flags)
     _refuse_speculation_on_v1(args)

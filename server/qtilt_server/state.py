@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qtilt_server.admin import AdminAccess
 from qtilt_server.admission import Admission
 from qtilt_server.failures import FailureWatch
 from qtilt_server.metrics import GuidanceMetrics
@@ -14,6 +15,7 @@ from qtilt_server.worker import GuidanceWorker
 class GuidanceState:
     """Everything about guidance that outlives a request."""
 
+    admin: AdminAccess
     admission: Admission
     publisher: Publisher
     worker: GuidanceWorker

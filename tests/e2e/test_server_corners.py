@@ -24,6 +24,8 @@ from real_server.state import running, worker_state
 from real_server.streams import collect
 
 LENGTH = 128
+ADMIN_KEY = "only-for-admins"
+ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 BYTES = {"x": "<0xC3>", "y": "<0xA9>", "z": "<0xB6>"}
 FIRST, *LATER = (ALPHABET.index(character) for character in BYTES)
 TOKENS = {"return_token_ids": True}
@@ -64,7 +66,11 @@ def odd(directory: Path) -> Iterator[RunningServer]:
         "--reasoning-parser=deepseek_r1",
         "--logits-processors=real_server.nudging:Nudging",
     )
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "QTILT_ADMIN_KEY": ADMIN_KEY,
+    }
     with running_server(directory / "reference", root, directory / "log", *flags, environment=environment) as server:
         yield server
 
@@ -206,7 +212,7 @@ def test_a_publication_while_the_engine_is_paused(client: OpenAI, idle: RunningS
     body = {"guidance": {}, "ignore_eos": True, **TOKENS}
 
     def post(path: str, body: Any = None, **query: Any) -> httpx.Response:
-        return httpx.post(f"{idle.origin}{path}", json=body, params=query, timeout=60)
+        return httpx.post(f"{idle.origin}{path}", json=body, params=query, headers=ADMIN, timeout=60)
 
     with ThreadPoolExecutor(1) as pool:
         kept = pool.submit(lambda: client.completions.create(**ask, extra_body=body))
@@ -238,3 +244,16 @@ def test_a_pause_that_aborts_ends_requests_and_lets_go_of_them(client: OpenAI, i
         (choice,) = ended.result().choices
     assert len(choice.token_ids) < 120
     assert choice.guidance["guided_tokens"] == len(choice.token_ids)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer guessed"}, {"Authorization": ADMIN_KEY}])
+def test_with_an_admin_key_nobody_else_publishes(idle: RunningServer, headers: dict[str, str]) -> None:
+    """Not from the server's own machine either."""
+    before = idle.get("/v1/guidance").json()
+    body = {"name": "another", "path": "first"}
+    refused = httpx.post(f"{idle.origin}/v1/guidance/value_models", json=body, headers=headers, timeout=60)
+    assert refused.status_code == 403
+    assert refused.json()["error"]["type"] == "Forbidden"
+    assert "needs the admin key" in refused.json()["error"]["message"]
+    assert idle.get("/v1/guidance").json() == before
+    assert ADMIN_KEY not in idle.log.read_text()

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
 from qtilt_server.schema import GuidanceStatus, PublishedVersion, PublishRequest
 from qtilt_server.state import GuidanceState
@@ -16,7 +16,11 @@ async def guidance_status(raw_request: Request) -> GuidanceStatus:
     return _state(raw_request).admission.status()
 
 
-@router.post("/v1/guidance/value_models")
+def _by_admin(raw_request: Request) -> None:
+    _state(raw_request).admin.check(raw_request)
+
+
+@router.post("/v1/guidance/value_models", dependencies=[Depends(_by_admin)])
 async def publish_value_model(request: PublishRequest, raw_request: Request) -> PublishedVersion:
     """Load a directory as the next version of a name while requests run."""
     # Shielded: a client that goes away must not leave a swap half done.
