@@ -3,8 +3,9 @@
 StartupError              the launcher prints it as one line and exits with code 2
 GuidanceRequestError      HTTP 400: the request, or the directory it names, can't be used
 ├─ ForbiddenError         HTTP 403: it changes what is served, and whoever sent it may not
-├─ UnknownModelError      HTTP 404: its model names a value model that isn't there
-└─ SwapTimeoutError       HTTP 409: the older version of a name still guides running requests
+├─ NotFoundError          HTTP 404: its model, or its path, names a value model that isn't there
+└─ ConflictError          HTTP 409: what is served now doesn't allow it
+   └─ SwapTimeoutError    the version that has to go still guides running requests
 
 What fails while it runs is GuidanceFailedError, HTTP 500, in failures.py: an error of vLLM's, answered by vLLM.
 """
@@ -34,16 +35,20 @@ class ForbiddenError(GuidanceRequestError):
     status = HTTPStatus.FORBIDDEN
 
 
-class UnknownModelError(GuidanceRequestError):
-    """A ``model`` that names no value model of this server, as vLLM answers for other models."""
+class NotFoundError(GuidanceRequestError):
+    """A ``model``, or a path, that names no value model of this server."""
 
     status = HTTPStatus.NOT_FOUND
 
 
-class SwapTimeoutError(GuidanceRequestError):
-    """The version that has to make room didn't drain in time; trying again later is right."""
+class ConflictError(GuidanceRequestError):
+    """What is served now doesn't allow it; the message says what has to be done before."""
 
     status = HTTPStatus.CONFLICT
+
+
+class SwapTimeoutError(ConflictError):
+    """The version that has to go didn't drain in time; trying again later is right."""
 
 
 def error_response(refusal: GuidanceRequestError) -> JSONResponse:

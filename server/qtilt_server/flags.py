@@ -189,8 +189,8 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--admin-key",
         metavar="KEY",
-        help="What POST /v1/guidance/value_models wants as bearer token; the environment variable "
-        f"{ADMIN_KEY_VARIABLE} keeps it out of the list of processes. Without it that route answers to this machine "
+        help="What the routes below /v1/guidance/value_models want as bearer token; the environment variable "
+        f"{ADMIN_KEY_VARIABLE} keeps it out of the list of processes. Without it they answer to this machine "
         "only.",
     )
     group.add_argument(

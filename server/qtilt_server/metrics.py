@@ -47,6 +47,9 @@ class GuidanceMetrics:
     def active(self, value_model: str, version: int) -> None:
         self._active.labels(value_model).set(version)
 
+    def gone(self, value_model: str) -> None:
+        self._active.remove(value_model)
+
     def load(self, outcome: str) -> None:
         """outcome: ``loaded``, ``refused`` or ``timeout``."""
         self._swaps.labels(outcome).inc()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qtilt.checkpoint import Manifest, read_manifest
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
-from qtilt_server.errors import GuidanceRequestError, SwapTimeoutError
+from qtilt_server.errors import ConflictError, GuidanceRequestError, SwapTimeoutError
 from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.registry import ResidentVersion, ValueModelRegistry
 from qtilt_server.schema import PublishedVersion, PublishRequest
@@ -19,7 +19,7 @@ DISCARD_POLL_S = 0.05
 
 
 class Publisher:
-    """Serves ``POST /v1/guidance/value_models``, one at a time.
+    """Serves what changes the resident versions, one request at a time.
 
     Nothing that requests see changes before the new version is ready and has a place: a refusal, a failure or a
     timeout leaves the resident versions as they were.
@@ -69,6 +69,34 @@ class Publisher:
             distribution=version.distribution,
         )
 
+    async def activate(self, name: str, number: int) -> None:
+        """Have the name mean a version that is resident: a roll-back. Raises NotFoundError."""
+        async with self._one_at_a_time:
+            version = self._registry.resident(name, number)
+            self._registry.activate(version)
+        self._metrics.active(name, number)
+        logger.info("%s is now %s", name, version.label)
+
+    async def unload(self, name: str, number: int) -> None:
+        """Drop a version once no request uses it any more, and with the last one the name.
+
+        Raises NotFoundError; ConflictError for the active one of two, SwapTimeoutError when it doesn't drain.
+        """
+        async with self._one_at_a_time:
+            version = self._registry.resident(name, number)
+            if self._registry.is_active(version) and not self._registry.is_alone(version):
+                raise ConflictError(f"{version.label} is active: activate the other version first", "version")
+            try:
+                await self._drain(version)
+                await self._discard_when_rows_are_gone(version, time.monotonic() + self._swap_timeout)
+            except BaseException:
+                self._registry.keep(version)
+                raise
+            self._registry.remove(version)
+            if name not in {other.name for other in self._registry}:
+                self._metrics.gone(name)
+        logger.info("%s is unloaded", version.label)
+
     async def _load_and_swap(self, request: PublishRequest) -> ResidentVersion:
         directory, version = await asyncio.to_thread(self._check, request)
         try:
@@ -91,14 +119,18 @@ class Publisher:
     async def _swap(self, version: ResidentVersion, older: ResidentVersion | None) -> None:
         """The prepared version becomes one that requests may name, and only then the older one is dropped."""
         deadline = time.monotonic() + self._swap_timeout
-        if older is not None and not await self._registry.drain(older, self._swap_timeout):
-            raise SwapTimeoutError(
-                f"{older.label} still guides {older.leases} running request(s) after {self._swap_timeout:g} s "
-                f"(--swap-timeout) and two versions are resident at most; try again later"
-            )
+        if older is not None:
+            await self._drain(older)
         await self._worker.commit(version.name, version.version)
         if older is not None:
             await self._discard_when_rows_are_gone(older, deadline)
+
+    async def _drain(self, version: ResidentVersion) -> None:
+        if not await self._registry.drain(version, self._swap_timeout):
+            raise SwapTimeoutError(
+                f"{version.label} still guides {version.leases} running request(s) after {self._swap_timeout:g} s "
+                f"(--swap-timeout), and two versions are resident at most; try again later"
+            )
 
     def _check(self, request: PublishRequest) -> tuple[Path, ResidentVersion]:
         """Everything but the weights."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qtilt_server.errors import GuidanceRequestError
+from qtilt_server.errors import GuidanceRequestError, NotFoundError
 from qtilt_server.schema import ValueModelStatus, VersionStatus
 
 MAX_RESIDENT_VERSIONS = 2
@@ -61,10 +61,13 @@ class Lease:
 
 
 class ValueModelRegistry:
-    """Names in the order they came; under each name at most two versions, the last activated one being active."""
+    """Names in the order they came; under each name at most two versions, of which one is active."""
 
     def __init__(self) -> None:
         self._versions: dict[str, list[ResidentVersion]] = {}
+        self._active: dict[str, ResidentVersion] = {}
+        self._newest: dict[str, int] = {}
+        """The highest number that each name ever had, names that are gone too."""
 
     def __iter__(self) -> Iterator[ResidentVersion]:
         return (version for versions in self._versions.values() for version in versions)
@@ -81,21 +84,41 @@ class ValueModelRegistry:
         """
         return Lease(self._find(wanted))
 
+    def resident(self, name: str, number: int) -> ResidentVersion:
+        """Raises NotFoundError."""
+        for version in self._versions.get(name, []):
+            if version.version == number:
+                return version
+        raise NotFoundError(f"{name}@{number} isn't loaded; {_loaded(self)}", "version")
+
     def next_version(self, name: str) -> int:
-        """Numbers of resident versions grow, and the newest stays resident: none is used twice."""
-        versions = self._versions.get(name)
-        return versions[-1].version + 1 if versions else 1
+        """Numbers grow: none is used twice while the server runs."""
+        return self._newest.get(name, 0) + 1
 
     def activate(self, version: ResidentVersion) -> None:
-        """From now on the name means this version."""
-        assert version.version == self.next_version(version.name)
-        assert self.in_the_way(version.name) is None
-        self._versions.setdefault(version.name, []).append(version)
+        """From now on the name means this version, a new one or one that is resident."""
+        versions = self._versions.setdefault(version.name, [])
+        if version not in versions:
+            assert version.version == self.next_version(version.name)
+            assert len(versions) < MAX_RESIDENT_VERSIONS
+            versions.append(version)
+            self._newest[version.name] = version.version
+        self._active[version.name] = version
 
     def in_the_way(self, name: str) -> ResidentVersion | None:
         """The version that has to go before another one of this name fits."""
         versions = self._versions.get(name, [])
-        return versions[0] if len(versions) >= MAX_RESIDENT_VERSIONS else None
+        if len(versions) < MAX_RESIDENT_VERSIONS:
+            return None
+        return next(version for version in versions if not self.is_active(version))
+
+    def is_active(self, version: ResidentVersion) -> bool:
+        """Whether its name means this version."""
+        return self._active[version.name] is version
+
+    def is_alone(self, version: ResidentVersion) -> bool:
+        """Whether no other version of its name is resident."""
+        return len(self._versions[version.name]) == 1
 
     async def drain(self, version: ResidentVersion, limit_s: float) -> bool:
         """Admit no more requests to ``version`` and wait until none uses it; False when they outlast the limit.
@@ -118,17 +141,19 @@ class ValueModelRegistry:
         version.draining = False
 
     def remove(self, version: ResidentVersion) -> None:
-        """Forget a drained version that the worker no longer holds."""
+        """Forget a drained version that the worker no longer holds; with its last version the name."""
         assert version.leases == 0
-        assert version is not self._versions[version.name][-1]
+        assert self.is_alone(version) or not self.is_active(version)
         self._versions[version.name].remove(version)
+        if not self._versions[version.name]:
+            del self._versions[version.name], self._active[version.name]
 
     def describe(self) -> list[ValueModelStatus]:
         return [
             ValueModelStatus(
                 name=name,
-                active=versions[-1].version,
-                versions=[_describe(version, active=version is versions[-1]) for version in versions],
+                active=self._active[name].version,
+                versions=[_describe(version, active=self.is_active(version)) for version in versions],
             )
             for name, versions in self._versions.items()
         ]
@@ -138,12 +163,10 @@ class ValueModelRegistry:
         versions = self._versions.get(name)
         if versions is None:
             raise _refused("no value model is loaded" if wanted is None else f"unknown value model {name!r}", self)
-        if not at:
-            return versions[-1]
         for version in versions:
-            if str(version.version) == number:
+            if str(version.version) == number if at else self.is_active(version):
                 if version.draining:
-                    raise _refused(f"{wanted} is being unloaded and takes no new requests", self)
+                    raise _refused(f"{version.label} is being unloaded and takes no new requests", self)
                 return version
         raise _refused(f"value model {name!r} has no version {number!r} loaded", self)
 
@@ -154,7 +177,7 @@ def _describe(version: ResidentVersion, active: bool) -> VersionStatus:
         path=version.path,
         type=version.type,
         distribution=version.distribution,
-        state="active" if active else "draining" if version.draining else "resident",
+        state="draining" if version.draining else "active" if active else "resident",
         running=version.leases,
         failed=version.failed,
         rollouts=version.rollouts,
@@ -163,5 +186,8 @@ def _describe(version: ResidentVersion, active: bool) -> VersionStatus:
 
 
 def _refused(reason: str, registry: ValueModelRegistry) -> GuidanceRequestError:
-    loaded = ", ".join(version.label for version in registry if not version.draining) or "none"
-    return GuidanceRequestError(f"guidance.value_model: {reason}; loaded: {loaded}", "guidance.value_model")
+    return GuidanceRequestError(f"guidance.value_model: {reason}; {_loaded(registry)}", "guidance.value_model")
+
+
+def _loaded(registry: ValueModelRegistry) -> str:
+    return f"loaded: {', '.join(version.label for version in registry if not version.draining) or 'none'}"

@@ -90,6 +90,12 @@ class PublishRequest(StrictModel):
     path: Annotated[str, Field(min_length=1)] = Field(description="a directory, relative to --value-model-root")
 
 
+class ActivateRequest(StrictModel):
+    """Body of ``POST /v1/guidance/value_models/NAME/activate``."""
+
+    version: Annotated[int, Field(ge=1)] = Field(description="a version of this name that is loaded")
+
+
 class VersionStatus(StrictModel):
     """One resident version. state: ``draining`` takes no new requests because a load waits for its place."""
 

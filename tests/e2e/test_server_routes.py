@@ -27,6 +27,8 @@ def test_every_route_needs_the_api_key(app: FastAPI) -> None:
         "/v1/models",
         "/v1/guidance",
         "/v1/guidance/value_models",
+        "/v1/guidance/value_models/{name}/activate",
+        "/v1/guidance/value_models/{name}/{version}",
     }
     for route in routes:
         for method in route.methods:

@@ -111,6 +111,31 @@ def test_a_low_rank_version_of_another_model_is_refused(
     assert versions(idle, "value") == before
 
 
+def test_a_version_is_rolled_back_and_another_unloaded(
+    client: OpenAI, idle: RunningServer, oracle: Oracle, publish: Any
+) -> None:
+    for path in ("model-10", "model-11"):
+        assert publish("rolled", path).status_code == 200
+    route = f"{idle.origin}/v1/guidance/value_models/rolled"
+    assert httpx.delete(f"{route}/2", timeout=30).status_code == 409
+    assert idle.post("/v1/guidance/value_models/rolled/activate", {"version": 7}).status_code == 404
+    assert idle.post("/v1/guidance/value_models/rolled/activate", {"version": "1"}).status_code == 400
+    status = idle.post("/v1/guidance/value_models/rolled/activate", {"version": 1}).json()
+    (rolled,) = [entry for entry in status["value_models"] if entry["name"] == "rolled"]
+    assert (rolled["active"], [version["state"] for version in rolled["versions"]]) == (1, ["active", "resident"])
+    assert 'qtilt_active_version{value_model="rolled"} 1.0' in idle.get("/metrics").text
+    answer = guided(client, idle, "rolled")
+    assert answer.guidance["value_model"] == "rolled@1"
+    check(oracle, answer)
+    for number in (2, 1):
+        assert httpx.delete(f"{route}/{number}", timeout=30).status_code == 200
+    assert httpx.delete(f"{route}/1", timeout=30).status_code == 404
+    assert "rolled" not in idle.get("/v1/guidance").text + idle.get("/v1/models").text
+    assert 'qtilt_active_version{value_model="rolled"}' not in idle.get("/metrics").text
+    assert publish("rolled", "model-12").json()["version"] == 3
+    assert httpx.delete(f"{route}/3", timeout=30).status_code == 200
+
+
 def test_concurrent_publications_take_their_turn(idle: RunningServer, publish: Any, root: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda seed: publish("turns", f"model-{seed}").json(), (10, 11, 12, 13)))

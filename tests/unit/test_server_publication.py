@@ -8,7 +8,7 @@ import pytest
 
 from qtilt.checkpoint import fingerprint_tokenizer
 from qtilt.vllm_plugin.compatibility import Reference
-from qtilt_server.errors import GuidanceRequestError, SwapTimeoutError
+from qtilt_server.errors import ConflictError, GuidanceRequestError, SwapTimeoutError
 from qtilt_server.publication import Publisher, directory_below
 from qtilt_server.registry import ValueModelRegistry
 from qtilt_server.schema import PublishRequest
@@ -112,6 +112,7 @@ class ScriptedEngine:
 class NoMetrics:
     def load(self, outcome: str) -> None: ...
     def active(self, value_model: str, version: int) -> None: ...
+    def gone(self, value_model: str) -> None: ...
 
 
 def publisher(root: Path, engine: ScriptedEngine, registry: ValueModelRegistry) -> Publisher:
@@ -178,6 +179,54 @@ def test_a_failure_at_any_step_leaves_the_older_version_too(model_root: Path, st
         assert (await publish(PUBLISH)).version == 3
 
     asyncio.run(publish())
+
+
+def test_after_a_roll_back_the_version_that_was_rolled_back_makes_room(model_root: Path) -> None:
+    async def publish() -> None:
+        engine, registry = ScriptedEngine(), ValueModelRegistry()
+        publisher_ = publisher(model_root, engine, registry)
+        await publisher_.publish(PUBLISH)
+        await publisher_.publish(PUBLISH)
+        await publisher_.activate("value", 1)
+        assert registry.lease("value").version.label == "value@1"
+        registry.lease("value").release()
+        lease = registry.lease("value")
+        assert (await publisher_.publish(PUBLISH)).version == 3
+        assert labels(registry) == ["value@1", "value@3"]
+        assert engine.resident == {("value", 1), ("value", 3)}
+        assert registry.lease("value").version.label == "value@3"
+        lease.release()
+
+    asyncio.run(publish())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_version_is_unloaded_when_nothing_uses_it(model_root: Path, fails: bool) -> None:
+    async def unload() -> None:
+        engine, registry = ScriptedEngine(), ValueModelRegistry()
+        publisher_ = publisher(model_root, engine, registry)
+        await publisher_.publish(PUBLISH)
+        await publisher_.publish(PUBLISH)
+        with pytest.raises(ConflictError, match=r"value@2 is active: activate the other"):
+            await publisher_.unload("value", 2)
+        lease = registry.lease("value@1")
+        with pytest.raises(SwapTimeoutError, match=r"value@1 still guides 1"):
+            await publisher_.unload("value", 1)
+        lease.release()
+        engine.fail_at = "discard" if fails else None
+        if fails:
+            with pytest.raises(SwapTimeoutError, match="could not be unloaded"):
+                await publisher_.unload("value", 1)
+            registry.lease("value@1").release()
+            assert labels(registry) == ["value@1", "value@2"]
+            return
+        await publisher_.unload("value", 1)
+        assert (labels(registry), engine.resident) == (["value@2"], {("value", 2)})
+        await publisher_.unload("value", 2)
+        assert (labels(registry), engine.resident) == ([], set())
+        assert (await publisher_.publish(PUBLISH)).version == 3
+
+    asyncio.run(unload())
 
 
 def test_a_version_in_use_outlasts_the_timeout_and_is_served_again(model_root: Path) -> None:

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from qtilt_server.errors import GuidanceRequestError
+from qtilt_server.errors import GuidanceRequestError, NotFoundError
 from qtilt_server.registry import Lease, ResidentVersion, ValueModelRegistry
 
 
@@ -52,6 +52,36 @@ def test_two_versions_fit_and_the_older_is_in_the_way_of_a_third() -> None:
     oldest = registry("name@1", "name@2").in_the_way("name")
     assert oldest is not None
     assert oldest.label == "name@1"
+
+
+def test_an_older_version_becomes_active_again_and_then_the_newer_one_is_in_the_way() -> None:
+    versions = registry("name@1", "name@2")
+    versions.activate(versions.resident("name", 1))
+    assert versions.lease("name").version.label == "name@1"
+    assert versions.lease("name@2").version.label == "name@2"
+    assert versions.describe()[0].active == 1
+    newer = versions.in_the_way("name")
+    assert newer is not None
+    assert newer.label == "name@2"
+
+
+def test_with_its_last_version_a_name_goes_but_not_its_numbers() -> None:
+    versions = registry("name@1", "other@1")
+    lease = versions.lease("name@1")
+    lease.release()
+    versions.remove(lease.version)
+    assert versions.default_name == "other"
+    with pytest.raises(GuidanceRequestError, match="unknown value model 'name'; loaded: other@1"):
+        versions.lease("name")
+    assert versions.next_version("name") == 2
+    versions.activate(version("name", 2))
+    assert versions.lease("name").version.label == "name@2"
+
+
+@pytest.mark.parametrize(("name", "number"), [("name", 3), ("nobody", 1)])
+def test_a_version_that_is_not_resident_is_not_found(name: str, number: int) -> None:
+    with pytest.raises(NotFoundError, match=f"{name}@{number} isn't loaded; loaded: name@1, name@2"):
+        registry("name@1", "name@2").resident(name, number)
 
 
 def test_a_drain_ends_when_the_last_lease_is_released() -> None:

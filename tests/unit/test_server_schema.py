@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from qtilt_server.schema import (
+    ActivateRequest,
     AppliedGuidance,
     ChoiceGuidance,
     GuidanceRequest,
@@ -26,6 +27,7 @@ SURFACE: dict[str, type[BaseModel]] = {
     "GET /v1/guidance response": GuidanceStatus,
     "POST /v1/guidance/value_models request": PublishRequest,
     "POST /v1/guidance/value_models response": PublishedVersion,
+    "POST /v1/guidance/value_models/NAME/activate request": ActivateRequest,
 }
 
 

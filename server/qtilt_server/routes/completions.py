@@ -14,7 +14,7 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_jso
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
-from qtilt_server.errors import GuidanceRequestError, UnknownModelError
+from qtilt_server.errors import GuidanceRequestError, NotFoundError
 from qtilt_server.guard import SESSIONS
 from qtilt_server.named_models import AnsweringAs
 from qtilt_server.named_models import split as split_name
@@ -108,7 +108,7 @@ def _open_session(request: GuidedRequest, raw_request: Request, *, named: bool) 
     except GuidanceRequestError as refusal:
         if named and refusal.parameter == "guidance.value_model":
             model = f"{request.model}:{request.guidance.value_model}"
-            raise UnknownModelError(f"the model {model!r} does not exist ({refusal})", "model") from refusal
+            raise NotFoundError(f"the model {model!r} does not exist ({refusal})", "model") from refusal
         raise
     session = GuidedSession(
         params,

@@ -4,7 +4,7 @@ import asyncio
 
 from fastapi import APIRouter, Depends, Request
 
-from qtilt_server.schema import GuidanceStatus, PublishedVersion, PublishRequest
+from qtilt_server.schema import ActivateRequest, GuidanceStatus, PublishedVersion, PublishRequest
 from qtilt_server.state import GuidanceState
 
 router = APIRouter()
@@ -25,6 +25,22 @@ async def publish_value_model(request: PublishRequest, raw_request: Request) -> 
     """Load a directory as the next version of a name while requests run."""
     # Shielded: a client that goes away must not leave a swap half done.
     return await asyncio.shield(asyncio.ensure_future(_state(raw_request).publisher.publish(request)))
+
+
+@router.post("/v1/guidance/value_models/{name}/activate", dependencies=[Depends(_by_admin)])
+async def activate_version(name: str, request: ActivateRequest, raw_request: Request) -> GuidanceStatus:
+    """Have the name mean a version that is loaded, the one before say."""
+    state = _state(raw_request)
+    await state.publisher.activate(name, request.version)
+    return state.admission.status()
+
+
+@router.delete("/v1/guidance/value_models/{name}/{version}", dependencies=[Depends(_by_admin)])
+async def unload_version(name: str, version: int, raw_request: Request) -> GuidanceStatus:
+    """Drop a version once no request uses it."""
+    state = _state(raw_request)
+    await asyncio.shield(asyncio.ensure_future(state.publisher.unload(name, version)))
+    return state.admission.status()
 
 
 def _state(raw_request: Request) -> GuidanceState:
