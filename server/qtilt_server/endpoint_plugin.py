@@ -1,5 +1,6 @@
 """The entry point that vLLM's API server loads: adds the guard and the routes, then checks that guidance is live."""
 
+import asyncio
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -10,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 
 from qtilt.checkpoint import Manifest
+from qtilt.model.digest import content_digest
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt_server.admin import AdminAccess
 from qtilt_server.admission import Admission
@@ -52,7 +54,7 @@ class GuidanceEndpoints:
         worker = GuidanceWorker(engine_client)
         await _check_live(worker, flags)
         metrics = GuidanceMetrics()
-        registry = _registry(flags, manifests, reference, metrics)
+        registry = await asyncio.to_thread(_registry, flags, manifests, reference, metrics)
         state.guidance = GuidanceState(
             admin=AdminAccess(flags.admin_key),
             admission=Admission(flags, registry),
@@ -86,7 +88,7 @@ def _registry(
     registry = ValueModelRegistry()
     for name, directory in flags.value_models.items():
         path = _shown(directory, flags.value_model_root)
-        registry.activate(resident_version(name, 1, path, manifests[name], reference))
+        registry.activate(resident_version(name, 1, path, content_digest(directory), manifests[name], reference))
         metrics.active(name, 1)
     return registry
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from qtilt.checkpoint import Manifest, read_manifest
+from qtilt.model.digest import content_digest
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
 from qtilt_server.errors import ConflictError, GuidanceRequestError, SwapTimeoutError
 from qtilt_server.metrics import GuidanceMetrics
@@ -65,6 +66,7 @@ class Publisher:
             name=version.name,
             version=version.version,
             path=version.path,
+            digest=version.digest,
             type=version.type,
             distribution=version.distribution,
         )
@@ -138,14 +140,15 @@ class Publisher:
         try:
             manifest = read_manifest(directory)
             warnings = check_fits_reference(manifest, directory, self._reference)
-        except ValueError as error:
+            digest = content_digest(directory)
+        except (ValueError, OSError) as error:
             raise GuidanceRequestError(self._without_root(error), "path") from error
         for warning in warnings:
             logger.warning(warning)
         assert self._root is not None
         path = str(directory.relative_to(self._root))
         number = self._registry.next_version(request.name)
-        return directory, resident_version(request.name, number, path, manifest, self._reference)
+        return directory, resident_version(request.name, number, path, digest, manifest, self._reference)
 
     async def _discard_when_rows_are_gone(self, older: ResidentVersion, deadline: float) -> None:
         """A response ends a step before its row leaves the running batch."""
@@ -162,13 +165,16 @@ class Publisher:
         return str(error).replace(f"{self._root}/", "")
 
 
-def resident_version(name: str, version: int, path: str, manifest: Manifest, reference: Reference) -> ResidentVersion:
+def resident_version(
+    name: str, version: int, path: str, digest: str, manifest: Manifest, reference: Reference
+) -> ResidentVersion:
     """The registry's entry for a checked directory."""
     rollouts = manifest.provenance.get("rollouts")
     return ResidentVersion(
         name=name,
         version=version,
         path=path,
+        digest=digest,
         type=manifest.type,
         distribution=manifest.distribution.to_config(),
         scorable_tokens=scorable_tokens(manifest, reference),

@@ -20,8 +20,8 @@ class ResidentVersion:
     """One version in the worker.
 
     path: as clients may see it. scorable_tokens: ids below this can be scored. rollouts: sampling parameters of the
-    roll-outs it was fitted on. adapter: the LoRA adapter that these were of, None for the reference itself. leases:
-    guided requests that use it now. failed: guided requests it has failed.
+    roll-outs it was fitted on. adapter: the LoRA adapter that these were of, None for the reference itself. digest: of
+    its directory's content. leases: guided requests that use it now. failed: guided requests it has failed.
     """
 
     name: str
@@ -32,6 +32,7 @@ class ResidentVersion:
     scorable_tokens: int
     rollouts: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
+    digest: str = ""
     leases: int = 0
     failed: int = 0
     draining: bool = False
@@ -78,7 +79,7 @@ class ValueModelRegistry:
         return next(iter(self._versions), None)
 
     def lease(self, wanted: str | None) -> Lease:
-        """Fix the version of a new request: ``wanted`` is NAME, NAME@VERSION, or None for the default.
+        """Fix the version of a new request: ``wanted`` is NAME, NAME@VERSION, NAME@DIGEST, or None for the default.
 
         Raises GuidanceRequestError when there is no such version, or it no longer takes requests.
         """
@@ -164,7 +165,7 @@ class ValueModelRegistry:
         if versions is None:
             raise _refused("no value model is loaded" if wanted is None else f"unknown value model {name!r}", self)
         for version in versions:
-            if str(version.version) == number if at else self.is_active(version):
+            if (number != "" and number in (str(version.version), version.digest)) if at else self.is_active(version):
                 if version.draining:
                     raise _refused(f"{version.label} is being unloaded and takes no new requests", self)
                 return version
@@ -175,6 +176,7 @@ def _describe(version: ResidentVersion, active: bool) -> VersionStatus:
     return VersionStatus(
         version=version.version,
         path=version.path,
+        digest=version.digest,
         type=version.type,
         distribution=version.distribution,
         state="draining" if version.draining else "active" if active else "resident",

@@ -24,7 +24,8 @@ class GuidanceRequest(StrictModel):
     """The ``guidance`` of a completion request; null or absent fields take the server's defaults."""
 
     value_model: str | None = Field(
-        default=None, description="NAME (its active version) or NAME@VERSION; default: the first value model named"
+        default=None,
+        description="NAME (its active version), NAME@VERSION or NAME@sha256:…; default: the first value model named",
     )
     eta: Annotated[float, Field(ge=MIN_ETA, allow_inf_nan=False)] | None = Field(
         default=None, description="KL weight η of the paper; a larger η is a weaker tilt"
@@ -101,6 +102,7 @@ class VersionStatus(StrictModel):
 
     version: int
     path: str
+    digest: str = Field(description="sha256:… of the directory's content, the same on every server that has it")
     type: Literal["q", "v"]
     distribution: dict[str, Any]
     state: Literal["active", "resident", "draining"]
@@ -124,6 +126,7 @@ class PublishedVersion(StrictModel):
     name: str
     version: int
     path: str
+    digest: str = Field(description="sha256:… of the directory's content")
     type: Literal["q", "v"]
     distribution: dict[str, Any]
 

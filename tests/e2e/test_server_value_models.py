@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from low_rank_models import write_low_rank, write_merged
+from qtilt.model.digest import content_digest
 from qtilt.params import DEFAULT_TAIL
 from real_server.checking import Oracle, Returned, encode
 from real_server.models import ALPHABET, make_reference, make_tokenizer, make_value_model
@@ -58,6 +60,7 @@ def test_a_new_name_starts_at_version_1_and_can_be_used_at_once(
         "name": "fresh",
         "version": 1,
         "path": "model-10",
+        "digest": content_digest(root / "model-10"),
         "type": "v",
         "distribution": {"name": "bernoulli"},
     }
@@ -112,7 +115,7 @@ def test_a_low_rank_version_of_another_model_is_refused(
 
 
 def test_a_version_is_rolled_back_and_another_unloaded(
-    client: OpenAI, idle: RunningServer, oracle: Oracle, publish: Any
+    client: OpenAI, idle: RunningServer, oracle: Oracle, publish: Any, root: Path
 ) -> None:
     for path in ("model-10", "model-11"):
         assert publish("rolled", path).status_code == 200
@@ -124,6 +127,9 @@ def test_a_version_is_rolled_back_and_another_unloaded(
     (rolled,) = [entry for entry in status["value_models"] if entry["name"] == "rolled"]
     assert (rolled["active"], [version["state"] for version in rolled["versions"]]) == (1, ["active", "resident"])
     assert 'qtilt_active_version{value_model="rolled"} 1.0' in idle.get("/metrics").text
+    assert guided(client, idle, f"rolled@{content_digest(root / 'model-11')}").guidance["value_model"] == "rolled@2"
+    with pytest.raises(openai.BadRequestError, match="no version 'sha256:0"):
+        guided(client, idle, f"rolled@sha256:{'0' * 64}")
     answer = guided(client, idle, "rolled")
     assert answer.guidance["value_model"] == "rolled@1"
     check(oracle, answer)

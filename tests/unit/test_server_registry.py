@@ -84,6 +84,15 @@ def test_a_version_that_is_not_resident_is_not_found(name: str, number: int) -> 
         registry("name@1", "name@2").resident(name, number)
 
 
+def test_a_version_is_found_by_its_digest() -> None:
+    versions = registry("name@1", "name@2")
+    versions.resident("name", 1).digest = f"sha256:{'0' * 64}"
+    assert versions.lease(f"name@sha256:{'0' * 64}").version.label == "name@1"
+    for wanted in ("name@sha256:", "name@", "name@sha256:1", f"other@sha256:{'0' * 64}"):
+        with pytest.raises(GuidanceRequestError, match="loaded: name@1, name@2"):
+            versions.lease(wanted)
+
+
 def test_a_drain_ends_when_the_last_lease_is_released() -> None:
     async def drain() -> bool:
         versions = registry("name@1", "name@2")
