@@ -1,4 +1,4 @@
-"""What a value-model directory holds, as one digest: the same for the same files, wherever they lie. Imports no torch."""
+"""What a value-model directory holds, as one digest: the same for the same files, wherever they are. Without torch."""
 
 import hashlib
 from pathlib import Path
