@@ -47,6 +47,7 @@ FEATURES = [
     "bad words",
     "presence and frequency penalties",
     "repetition penalty",
+    "a thinking budget",
     "stop strings",
     "stop ids",
     "temperature 0",

@@ -11,8 +11,9 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from guided_vllm.driving import Answer, Ask, drive, sampling_params
 from guided_vllm.matrix import WITHOUT_SPECULATION, covers
-from guided_vllm.oracle import Adjust
+from guided_vllm.oracle import Adjust, Measured
 from guided_vllm.served import Served
+from guided_vllm.tight_engine import THOUGHT_BEGINS, THOUGHT_ENDS
 from guided_vllm.tiny_models import REFERENCE_VOCAB, TOKENS, VALUE_MODELS, prompt, words
 
 END = TOKENS - 2
@@ -268,3 +269,36 @@ def test_structured_output_is_guided_within_its_grammar(served: Served) -> None:
         assert "".join(words()[token] for token in document) in documents()
         assert end == END
     served.check(unstructured)
+
+
+@covers("a thinking budget")
+@pytest.mark.parametrize("budget", [0, 3])
+def test_tokens_that_a_thinking_budget_forces_are_left_out_of_the_record(served: Served, budget: int) -> None:
+    """They are drawn from no distribution; those before and after them are guided."""
+    begins, *ends = [words().index(word) for word in f"{THOUGHT_BEGINS} {THOUGHT_ENDS}".split()]
+    sampling = {"thinking_token_budget": budget, "bad_words": ["w1", "w2"]}
+    asks = [
+        Ask([*prompt(6, seed=170), begins], served.guide("v-bernoulli"), max_tokens=12, sampling=sampling),
+        Ask([*prompt(9, seed=171), begins], served.guide("q-categorical"), 0.7, max_tokens=9, sampling=sampling),
+        Ask(prompt(8, seed=172), served.guide("v-categorical"), max_tokens=9, sampling=sampling),
+        Ask([*prompt(7, seed=173), begins], None, max_tokens=9, sampling=sampling),
+    ]
+    answers = drive(served.engine, asks)
+    for answer, is_thinking in zip(answers, (True, True, False, True), strict=True):
+        (choice,), guidance = answer.choices, answer.ask.guidance
+        forced = [budget, budget + 1] if is_thinking else []
+        assert [choice.token_ids[step] for step in forced] == (ends if is_thinking else [])
+        steps = served.expected(answer, choice, lambda logits_V, _: only_not([begins, ends[0]], logits_V))
+        drawn = [step for count, step in enumerate(steps) if count not in forced]
+        if guidance is not None:
+            (summary,) = served.rpc("qtilt_take_records", guidance.trace_id, [choice.token_ids])
+            measured = Measured.of(drawn)
+            assert summary["guided_tokens"] == len(choice.token_ids) - len(forced)
+            assert summary["kl"] == pytest.approx(measured.kl, abs=1e-4, rel=1e-5)
+            assert summary["mass"] == pytest.approx(measured.mass, abs=1e-5)
+            assert summary["candidates"] == pytest.approx(measured.candidates)
+
+
+def only_not(banned: list[int], logits_V: torch.Tensor) -> torch.Tensor:
+    logits_V[banned] = -torch.inf
+    return logits_V

@@ -12,8 +12,8 @@ import pytest
 import torch
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from guided_vllm.driving import Answer
-from guided_vllm.oracle import Adjust, Guided, Measured, expected_steps, log_softmax
+from guided_vllm.driving import Answer, Choice
+from guided_vllm.oracle import Adjust, Guided, Measured, Step, expected_steps, log_softmax
 from guided_vllm.tiny_models import TOKENS
 from guided_vllm.truncation import truncate_as_reported
 from qtilt.params import GuidanceParams
@@ -87,16 +87,7 @@ class Served:
         measured: list[Measured] = []
         for choice in answer.choices:
             reported = [_vector(logprobs) for logprobs in choice.logprobs]
-            steps = expected_steps(
-                self.reference,
-                ask.prompt,
-                choice.token_ids,
-                self.for_oracle(guidance),
-                ask.temperature,
-                self.scorable,
-                self._adjustment(adjust, penalise),
-                reported,
-            )
+            steps = self.expected(answer, choice, self._adjustment(adjust, penalise))
             for count, (token, step, reported_V) in enumerate(zip(choice.token_ids, steps, reported, strict=True)):
                 expected_V = step.log_probs_V
                 if penalise is not None and not self.penalties_first:
@@ -108,6 +99,20 @@ class Served:
             measured.append(Measured.of(steps))
         if guidance is not None:
             self._check_records(answer, guidance, measured)
+
+    def expected(self, answer: Answer, choice: Choice, adjust: Adjust | None = None) -> list[Step]:
+        """What the steps that drew these tokens should have been. adjust: what happens to logits before guidance."""
+        ask = answer.ask
+        return expected_steps(
+            self.reference,
+            ask.prompt,
+            choice.token_ids,
+            self.for_oracle(ask.guidance),
+            ask.temperature,
+            self.scorable,
+            adjust,
+            [_vector(logprobs) for logprobs in choice.logprobs],
+        )
 
     def _adjustment(self, adjust: Adjust | None, penalise: Adjust | None) -> Adjust | None:
         """What happens to the reference's logits before guidance."""

@@ -7,6 +7,7 @@ so long requests preempt each other; the prefix cache is on. Tests assert that w
 from pathlib import Path
 from typing import Any
 
+from vllm.config.reasoning import ReasoningConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -14,6 +15,8 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from guided_vllm.tiny_models import MAX_MODEL_LEN
 
 MAX_SEQS = 8
+THOUGHT_BEGINS, THOUGHT_ENDS = "w1", "w2 w3"
+"""For requests with a thinking budget, which is used up between these."""
 
 
 def start(reference: Path, **more: Any) -> LLMEngine:
@@ -35,6 +38,7 @@ def start(reference: Path, **more: Any) -> LLMEngine:
         "max_logprobs": -1,
         "disable_log_stats": False,
         "seed": 0,
+        "reasoning_config": ReasoningConfig(reasoning_start_str=THOUGHT_BEGINS, reasoning_end_str=THOUGHT_ENDS),
     }
     return LLMEngine.from_engine_args(EngineArgs(**(arguments | more)))
 

@@ -17,6 +17,7 @@ from qtilt.engine import prefixes
 from qtilt.vllm_plugin.failure import not_numbers
 from qtilt.vllm_plugin.guided import GuidedRequest
 from qtilt.vllm_plugin.runner import StepRows
+from qtilt.vllm_plugin.step import FORCED
 from running_batch import END, LENGTH, RunningBatch, count_tokens, make_residents
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -362,3 +363,25 @@ def test_samples_of_one_prompt_compute_it_once(
         torch.testing.assert_close(of_shared, of_alone)
     # A new one runs its prompt's last token again, to draw.
     assert tokens_alone - tokens_shared == 19 + 19 + 20 + 20
+
+
+@pytest.mark.parametrize("speculates", [False, True])
+def test_a_forced_token_counts_for_nothing_but_a_failure_stays_one(tmp_path: Path, speculates: bool) -> None:
+    """vLLM makes a token certain behind all processors. The row that fails has no token that could end it."""
+    runner = Runner(tmp_path, speculates=speculates)
+    runner.put(0, prompt(4, seed=1), trace_id="healthy")
+    runner.put(1, [4, POISON, 5], trace_id="failing", ending_token=None)
+    logits_BV = torch.randn(2, REFERENCE_VOCAB)
+    measured = []
+    for step in range(3):
+        guided_BV = runner.guide([0, 1], logits_BV.clone())
+        if step == 1:
+            guided_BV[:, 9] = FORCED
+        runner.batch.leave_out_forced(guided_BV)
+        for slot in (0, 1):
+            runner.requests.commit(slot, [9])
+        measured.append(runner.summary([9] * (step + 1), "healthy"))
+    assert [summary["guided_tokens"] for summary in measured] == [1, 1, 2]
+    assert measured[0] == measured[1]
+    assert measured[2]["kl"] > measured[1]["kl"] > 0
+    assert runner.outcome([9, 9], "failing") == not_numbers()

@@ -25,7 +25,7 @@ from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
 from qtilt.vllm_plugin.ranks import Ranks
 from qtilt.vllm_plugin.records import Stay, StepTable
 from qtilt.vllm_plugin.runner import Requests, StepRows
-from qtilt.vllm_plugin.step import Asked, RowSettings, StepSettings, end_unless, guide_step
+from qtilt.vllm_plugin.step import CERTAIN, FORCED, Asked, RowSettings, StepSettings, end_unless, guide_step
 from qtilt.vllm_plugin.versions import ResidentVersion
 
 logger = logging.getLogger("vllm.qtilt.guided")  # vLLM configures the loggers below its own name only
@@ -117,6 +117,8 @@ class GuidedBatch:
         self._staged_SC = np.zeros((slots + 1, len(RowSettings._fields)))
         self._settings_SC, self._is_staged = torch.empty(0), True
         self._failures_S = torch.zeros(slots + 1, dtype=torch.int32, device=requests.device)
+        self._rows: StepRows | None = None
+        """Of the step that was guided last."""
         self._grouped: tuple[IntArray, BoolArray, list[Group]] | None = None
 
     def __len__(self) -> int:
@@ -173,6 +175,7 @@ class GuidedBatch:
         Where guidance fails, or has failed before, the row gets logits that end its request.
         """
         self.flush()
+        self._rows = rows
         if self._ranks is not None:
             self._ranks.begin(self._ending_tokens(rows))
         self.table.note_lengths(rows.slots_N, rows.lengths_N)
@@ -184,6 +187,14 @@ class GuidedBatch:
         if self._ranks is not None:
             self._ranks.send(logits_RV)
         return logits_RV
+
+    @torch.inference_mode()
+    def leave_out_forced(self, logits_RV: Tensor) -> None:
+        """Leave out of the records where vLLM has forced a token since: of the step that was guided last."""
+        assert self._rows is not None, "no step has been guided"
+        largest_R = logits_RV.amax(-1)
+        is_forced_R = (largest_R >= FORCED) & (largest_R < CERTAIN)
+        self.table.leave_out(self._rows.slots_R, self._rows.positions_R, is_forced_R)
 
     def _take(self, slot: int, settings: RowSettings) -> None:
         assert not any(slot in taken for taken in (self._guided, self._failed, self._left)), f"slot {slot} is taken"

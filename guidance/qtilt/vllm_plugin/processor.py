@@ -36,7 +36,7 @@ from qtilt.vllm_plugin.runner import Requests
 from qtilt.vllm_plugin.sizing import bytes_of, is_planned, plan_of, published, serving_of, value_dtype
 from qtilt.vllm_plugin.step import RowSettings
 from qtilt.vllm_plugin.v1.interface import V1Interface, v1_requests
-from qtilt.vllm_plugin.v2.interface import V2Interface
+from qtilt.vllm_plugin.v2.interface import V2Interface, show_forced_tokens
 from qtilt.vllm_plugin.v2.requests import V2Requests, step_rows
 from qtilt.vllm_plugin.versions import EngineSettings, Residents
 
@@ -67,6 +67,7 @@ class GuidanceProcessor(V1Interface, V2Interface):
         else:
             speculates = vllm_config.speculative_config is not None
             self.requests = V2Requests(device_or_requests, speculates=speculates)
+            show_forced_tokens(self)
         self.batch, self.records = _batch(vllm_config, self.config, self.requests), Records()
         plan = _plan(vllm_config, self.config, self.requests.device)
         settings = _engine_settings(vllm_config, self.config, self.requests, plan)
@@ -111,6 +112,7 @@ class GuidanceProcessor(V1Interface, V2Interface):
         """Both; V2 passes the step's layout."""
         if len(self.batch) == 0:
             return logits
+        self.guided = ctx
         return self.batch.guide(logits, self.v1_rows() if ctx is None else step_rows(ctx))
 
     def enter(self, slot: int, sampling_params: SamplingParams, *, has_tokens: bool) -> bool:

@@ -101,6 +101,9 @@ class FollowingBatch:
     def flush(self) -> None:
         """Nothing waits to be brought to the device."""
 
+    def leave_out_forced(self, logits_RV: Tensor) -> None:
+        """Nothing is on record here."""
+
     def guide(self, logits_RV: Tensor, rows: StepRows) -> Tensor:
         """The logits, in place, as the first rank has guided them."""
         return self._ranks.receive(logits_RV)

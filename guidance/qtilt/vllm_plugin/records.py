@@ -30,6 +30,8 @@ from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers
 from qtilt.vllm_plugin.runner import Requests
 
 UNMEASURED = -1
+LEFT_OUT = -2
+"""Of a step whose token was forced on the request after guidance: it was drawn from no distribution."""
 
 
 class GuidanceSummary(TypedDict):
@@ -50,8 +52,8 @@ class StepTable:
     """What was measured by the step that drew the token after each position, for the requests in all slots.
 
     divergence_SP3: the columns of :class:`qtilt.tilt.Divergence`, NaN where guidance failed. candidates_SP: how many
-    were scored, UNMEASURED where no step was guided. longest_S: how many tokens there are at most. These 28 bytes a
-    position are little beside a value cache, which has kilobytes.
+    were scored, UNMEASURED where no step was guided, or LEFT_OUT. longest_S: how many tokens there are at most. These
+    28 bytes a position are little beside a value cache, which has kilobytes.
     """
 
     def __init__(self, requests: Requests) -> None:
@@ -94,6 +96,12 @@ class StepTable:
         """What a step measured. A position may come again: what follows a rejected draft is drawn anew."""
         self.divergence_SP3[slots_R, positions_R] = divergence_R3
         self.candidates_SP[slots_R, positions_R] = candidates_R.int()
+
+    def leave_out(self, slots_R: Tensor, positions_R: Tensor, is_forced_R: Tensor) -> None:
+        """What the last step measured in these rows doesn't count, unless it is a failure."""
+        candidates_R = self.candidates_SP[slots_R, positions_R]
+        is_left_out_R = is_forced_R & ~self.divergence_SP3[slots_R, positions_R, 0].isnan()
+        self.candidates_SP[slots_R, positions_R] = candidates_R.masked_fill(is_left_out_R, LEFT_OUT)
 
 
 class Steps(NamedTuple):
@@ -257,7 +265,8 @@ def _outcome(stays: Sequence[tuple[Stay, Steps]], tokens: Tensor, trace_id: str)
         candidates_N[measured] = steps.candidates_N[measured].long()
     if (candidates_N == UNMEASURED).any():
         raise ValueError(f"no guidance record of trace {trace_id!r} has generated these {len(tokens)} tokens")
-    return _summary(divergence_N3, candidates_N)
+    is_drawn_N = candidates_N != LEFT_OUT
+    return _summary(divergence_N3[is_drawn_N], candidates_N[is_drawn_N])
 
 
 def _summary(divergence_N3: Tensor, candidates_N: Tensor) -> GuidanceSummary:

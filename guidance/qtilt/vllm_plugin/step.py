@@ -26,6 +26,8 @@ from qtilt.vllm_plugin.versions import ResidentVersion
 
 CERTAIN = 1e30
 """A logit beside which all others have no probability, at any temperature, and which float32 still divides by one."""
+FORCED = 1e9
+"""The logit by which vLLM makes a token certain, after guidance, when a thinking budget is used up."""
 NO_TOKEN = -1
 METHODS = list(OFFSETS)
 TAIL_NAMES = list(TAILS)

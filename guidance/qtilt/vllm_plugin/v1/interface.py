@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from qtilt.forwards.arrays import IntArray
@@ -68,6 +69,7 @@ class V1Interface(TakesRequests, LogitsProcessor):
 def v1_requests(device: torch.device, slots: int, max_length: int) -> V1Requests:
     """The requests of this runner, which is prepared for guidance."""
     show_steps()
+    show_forced_tokens()
     if device.type == "cpu":
         keep_seeds_through_chunked_prefill()
     return V1Requests(device, slots, max_length)
@@ -96,7 +98,30 @@ def show_steps() -> None:
             fed_last_N = runner.query_start_loc.gpu[1 : count + 1].long() - 1
             for processor in processors:
                 processor.before_sampling(lengths_N, runner.input_ids.gpu[fed_last_N])
+        if runner.input_batch.thinking_budget_state_holder is not None:
+            runner.input_batch.thinking_budget_state_holder.guidance = processors
         return sample(runner, *args, **kwargs)
 
     runner_class._sample = sample_showing_steps
     runner_class._sample.shows_steps = True
+
+
+def show_forced_tokens() -> None:
+    """Let the batch know the logits once vLLM has forced tokens on requests whose thinking budget is used up.
+
+    That comes after all processors. Idempotent; changes the class for the whole process.
+    """
+    holder_class: Any = ThinkingBudgetStateHolder
+    apply = holder_class.apply_to_logits
+    if hasattr(apply, "shows_forced"):
+        return
+
+    @wraps(apply)
+    def apply_showing_forced(holder: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        logits = apply(holder, logits, *args, **kwargs)
+        for processor in getattr(holder, "guidance", ()):
+            processor.batch.leave_out_forced(logits)
+        return logits
+
+    holder_class.apply_to_logits = apply_showing_forced
+    holder_class.apply_to_logits.shows_forced = True
