@@ -45,7 +45,7 @@ class VllmSystem:
         arguments: dict[str, Any] = {}
         if plugin:
             values = {type: str(path) for type, path in settings.values.items()}
-            config = PluginConfig(value_models=values, max_top_k=settings.max_top_k)
+            config = PluginConfig(value_models=values, max_top_k=settings.max_top_k, behind_server=True)
             arguments = {
                 "logits_processors": [PROCESSOR],
                 "worker_extension_cls": WORKER_EXTENSION,

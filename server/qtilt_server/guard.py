@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qtilt.params import EXTRA_ARGS_KEY
 from qtilt_server.errors import GuidanceRequestError, error_response
-from qtilt_server.misplaced import is_like, misplaced_in_carriers
+from qtilt_server.misplaced import ONLY_OURS, is_like, misplaced_in_carriers
 
 GUIDED_ROUTES = ("/v1/completions", "/v1/chat/completions")
 SESSIONS = "qtilt_sessions"
@@ -50,7 +50,7 @@ def _refuse_ignored_guidance(path: str, body: bytes) -> None:
     guided = path in GUIDED_ROUTES
     if not guided and b'name="guidance"' in body:  # a field of a multipart form
         raise _not_here(path, "guidance")
-    if not _may_mention_guidance(body):
+    if not _may_be_refused(body, guided=guided):
         return
     try:
         request = json.loads(body)
@@ -79,11 +79,15 @@ def _extra_arguments(request: dict[str, Any]) -> list[tuple[dict[str, Any], str]
     return [(holder, field) for holder, field in places if isinstance(holder, dict)]
 
 
-def _may_mention_guidance(body: bytes) -> bool:
+def _may_be_refused(body: bytes, *, guided: bool) -> bool:
     """False spares the parsing. Escapes, or an encoding other than UTF-8, may hide a key."""
     if any(mark in body for mark in (EXTRA_ARGS_KEY.encode(), b"\\u", b"\0")):
         return True
-    return any(is_like(key.decode()) for key in set(SHORT_KEY.findall(body)))
+    if guided:  # its request looks itself for what is misplaced
+        return False
+    return any(b'"%s"' % key.encode() in body for key in ONLY_OURS) or any(
+        is_like(key.decode()) for key in set(SHORT_KEY.findall(body))
+    )
 
 
 def _not_here(path: str, place: str) -> GuidanceRequestError:

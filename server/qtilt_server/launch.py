@@ -41,6 +41,11 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     """
     if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise StartupError("guidance needs vLLM's Python API server: unset VLLM_USE_RUST_FRONTEND")
+    if environ.get("VLLM_SKIP_MODEL_NAME_VALIDATION", "0") not in ("", "0"):
+        raise StartupError(
+            "without a check of models' names other routes would answer for value models' names, and unguided: "
+            "unset VLLM_SKIP_MODEL_NAME_VALIDATION"
+        )
     environ["VLLM_PLUGINS"] = ",".join(_allowed_plugins(environ.get("VLLM_PLUGINS")))
     for name, capacity in COMPILED_PRODUCTS.items():
         environ.setdefault(name, capacity)

@@ -10,19 +10,10 @@ SIMILAR = 0.8
 """Of difflib's ratio: a letter or two changed, dropped or exchanged."""
 ONLY_OURS = {"value_model", "eta", "guided_tokens", "candidate_mass"}
 """Fields of a guidance block that no other API has."""
-CARRIERS = {
-    "extra_body",
-    "extra_args",
-    "sampling_params",
-    "vllm_xargs",
-    "parameters",
-    "options",
-    "model_kwargs",
-    "nvext",
-}
-"""Where clients and other servers put what isn't OpenAI's. (The ``openai`` client unpacks its own.)"""
-FREE = {"metadata"}
-"""What a client writes there is its own."""
+CARRIERS = {"extra_body", "extra_args", "sampling_params", "parameters", "options", "model_kwargs", "nvext"}
+"""Where clients and other servers put what isn't OpenAI's. (The ``openai`` client unpacks ``extra_body`` itself.)"""
+XARGS = "vllm_xargs"
+"""What users' own logits processors are told: of ours it can be only by the field's name."""
 DEPTH = 2
 """``extra_body.sampling_params.guidance``. Deeper are JSON schemas, of whose names nothing can be told."""
 
@@ -30,19 +21,22 @@ DEPTH = 2
 def misplaced_in(request: Mapping[str, Any], known: Collection[str]) -> str | None:
     """Where a request whose fields are ``known`` asks for guidance that would be ignored, as ``a.b``; None: nowhere."""
     unknown = {key: value for key, value in request.items() if key not in known}
-    holders = {key: value for key, value in request.items() if key in CARRIERS or key in unknown.keys() - FREE}
-    return _meant_in(unknown, "") or _below(holders, "", DEPTH)
+    holders = {key: value for key, value in request.items() if key in CARRIERS}
+    return _meant_in(unknown, "") or _below(holders, "", DEPTH) or _in_xargs(request)
 
 
 def misplaced_in_carriers(request: Mapping[str, Any]) -> str | None:
     """The same for a request whose fields aren't known: in places that are known to be misused."""
-    likely = {key: value for key, value in request.items() if key in CARRIERS or is_like(key)}
-    return misplaced_in(likely, CARRIERS)
+    likely = {key: value for key, value in request.items() if key in CARRIERS or key == XARGS or is_like(key)}
+    return misplaced_in(likely, {*CARRIERS, XARGS})
 
 
 def is_like(key: str) -> bool:
     """Whether it is ``guidance``, or was meant to be."""
     letters = re.sub(r"[^a-z]", "", key.lower())
+    # Of most keys this much is enough to know.
+    if len({*letters} & {*FIELD}) < len(FIELD) // 2 + 1:
+        return False
     return SequenceMatcher(None, letters, FIELD).ratio() >= SIMILAR
 
 
@@ -55,7 +49,8 @@ def explain(place: str) -> str:
 
 
 def _meant_in(fields: Mapping[str, Any], place: str) -> str | None:
-    meant = (key for key, value in fields.items() if value is not None and (is_like(key) or key in ONLY_OURS))
+    asked = (key for key, value in fields.items() if value is not None and value is not False)
+    meant = (key for key in asked if is_like(key) or key in ONLY_OURS)
     return next((f"{place}{key}" for key in meant), None)
 
 
@@ -67,3 +62,9 @@ def _below(holders: Mapping[str, Any], place: str, depth: int) -> str | None:
             if found is not None:
                 return found
     return None
+
+
+def _in_xargs(request: Mapping[str, Any]) -> str | None:
+    xargs = request.get(XARGS)
+    keys = xargs if isinstance(xargs, dict) else {}
+    return next((f"{XARGS}.{key}" for key in keys if key.lower() == FIELD), None)

@@ -76,12 +76,12 @@ class ChoiceGuidance(StrictModel):
     candidates: float = Field(description="how many candidates were scored for one of them in the mean; 0 without any")
 
 
-class TotalGuidance(AppliedGuidance):
-    """``usage.completion_tokens_details.guidance``: what was done, to all choices together."""
+class TotalGuidance(StrictModel):
+    """Of ``usage.completion_tokens_details``: what was done to all choices together. Numbers: clients add them up."""
 
     guided_tokens: int = Field(description="the sum of the choices'")
-    kl: float = Field(description="the sum of the choices', in nats")
-    kl_candidates: float = Field(description="the sum of the choices', in nats")
+    guidance_kl: float = Field(description="the sum of the choices' kl, in nats")
+    guidance_kl_candidates: float = Field(description="the sum of the choices' kl_candidates, in nats")
 
 
 class PublishRequest(StrictModel):

@@ -82,13 +82,12 @@ class GuidedSession:
 
     @property
     def total(self) -> TotalGuidance:
-        """``usage.completion_tokens_details.guidance`` of the response, over the choices that have finished."""
+        """What ``usage.completion_tokens_details`` of the response says, over the choices that have finished."""
         records = [record for trace in self._traces for record in trace.records.values()]
         return TotalGuidance(
-            **self.applied.model_dump(),
             guided_tokens=sum(record.guided_tokens for record in records),
-            kl=sum(record.kl for record in records),
-            kl_candidates=sum(record.kl_candidates for record in records),
+            guidance_kl=sum(record.kl for record in records),
+            guidance_kl_candidates=sum(record.kl_candidates for record in records),
         )
 
     def open_trace(self) -> "Trace":

@@ -55,7 +55,7 @@ def add_guidance(response: dict[str, Any], session: "GuidedSession") -> dict[str
     usage = response.get("usage")
     if usage is not None and session.has_finished:
         details = usage.get("completion_tokens_details") or {}
-        usage["completion_tokens_details"] = {**details, "guidance": session.total.model_dump()}
+        usage["completion_tokens_details"] = {**details, **session.total.model_dump()}
     return response
 
 

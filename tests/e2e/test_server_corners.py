@@ -3,6 +3,9 @@
 One server with a tokenizer of its own: three characters of the usual one are bytes, two others begin and end a thought.
 """
 
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -207,7 +210,7 @@ def test_another_processor_before_guidance_changes_the_reference(
 
 
 def test_a_publication_while_the_engine_is_paused(client: OpenAI, idle: RunningServer, oracle: Oracle) -> None:
-    """A request that a pause keeps goes on with its version; the next one gets the new one."""
+    """A request that waits meanwhile goes on with its version; the next one gets the new one."""
     ask: Any = {"model": idle.model, "prompt": "abc", "max_tokens": 100, "logprobs": 0, "seed": 2}
     body = {"guidance": {}, "ignore_eos": True, **TOKENS}
 
@@ -215,16 +218,16 @@ def test_a_publication_while_the_engine_is_paused(client: OpenAI, idle: RunningS
         return httpx.post(f"{idle.origin}{path}", json=body, params=query, headers=ADMIN, timeout=60)
 
     with ThreadPoolExecutor(1) as pool:
-        kept = pool.submit(lambda: client.completions.create(**ask, extra_body=body))
-        idle.wait_until(lambda: worker_state(idle)["guided_rows"] == 1)
         assert post("/pause", mode="keep").status_code == 200
         try:
-            assert not kept.done(), "it was over before it could be paused"
+            waiting = pool.submit(lambda: client.completions.create(**ask, extra_body=body))
+            idle.wait_until(lambda: running(idle) == 1)
             published = post("/v1/guidance/value_models", {"name": "value", "path": "second"})
             assert published.json()["version"] == 2, published.text
+            assert not waiting.done()
         finally:
             assert post("/resume").status_code == 200
-        before: Any = kept.result()
+        before: Any = waiting.result()
     after: Any = client.completions.create(**ask, extra_body=body)
     for response, version in ((before, "value@1"), (after, "value@2")):
         assert response.guidance["value_model"] == version
@@ -235,10 +238,11 @@ def test_a_publication_while_the_engine_is_paused(client: OpenAI, idle: RunningS
 def test_a_pause_that_aborts_ends_requests_and_lets_go_of_them(client: OpenAI, idle: RunningServer) -> None:
     ask: Any = {"model": idle.model, "prompt": "abc", "max_tokens": 120}
     with ThreadPoolExecutor(1) as pool:
+        assert httpx.post(f"{idle.origin}/pause", params={"mode": "keep"}, timeout=60).status_code == 200
         ended = pool.submit(
             lambda: client.completions.create(**ask, extra_body={"guidance": {}, "ignore_eos": True, **TOKENS})
         )
-        idle.wait_until(lambda: worker_state(idle)["guided_rows"] == 1)
+        idle.wait_until(lambda: running(idle) == 1)
         assert httpx.post(f"{idle.origin}/pause", params={"mode": "abort"}, timeout=60).status_code == 200
         assert httpx.post(f"{idle.origin}/resume", timeout=60).status_code == 200
         (choice,) = ended.result().choices
@@ -257,3 +261,24 @@ def test_with_an_admin_key_nobody_else_publishes(idle: RunningServer, headers: d
     assert "needs the admin key" in refused.json()["error"]["message"]
     assert idle.get("/v1/guidance").json() == before
     assert ADMIN_KEY not in idle.log.read_text()
+
+
+def test_random_requests_by_the_openapi_document_get_no_server_error(idle: RunningServer) -> None:
+    """The last one here: it may unload what it finds."""
+    command = [
+        Path(sys.executable).parent / "schemathesis",
+        "run",
+        f"{idle.origin}/openapi.json",
+        "--include-path-regex=^/v1/(guidance.*|models|completions|chat/completions)$",
+        "--checks=not_a_server_error",
+        "--phases=fuzzing,stateful",
+        "--max-examples=25",
+        "--seed=1",
+        "--request-timeout=60",
+        f"--header=Authorization: {ADMIN['Authorization']}",
+        "--no-color",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=idle.log.parent)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(r"Tested: +7\b", done.stdout), done.stdout[-3000:]
+    assert idle.get("/health").status_code == 200

@@ -46,6 +46,7 @@ def start(
         value_models={name: str(path) for (name, _), path in directories.items()},
         max_top_k=128,
         kv_fraction=kv_fraction,
+        behind_server=True,
     )
     engine = tight_engine.start(
         reference,

@@ -20,12 +20,12 @@ FOUND: dict[str, Any] = {
     "extra_body.extra_body.guidance": {"extra_body": {"extra_body": {"guidance": BLOCK}}},
     "sampling_params.extra_args.guidance": {"sampling_params": {"extra_args": {"guidance": BLOCK}}},
     "vllm_xargs.guidance": {"vllm_xargs": {"guidance": "{}"}},
-    "whatever.guidance": {"whatever": {"guidance": BLOCK}},
 }
 LEFT_ALONE: list[dict[str, Any]] = [
     {"guidance": BLOCK, "top_k": 3},
     {"Guidance": None, "extra_body": {"guidance": None}},
-    {"metadata": {"guidance": "be kind", "eta": 3}},
+    {"metadata": {"guidance": "be kind", "eta": 3}, "context": {"guidance": "be kind"}, "trace": {"eta": "2026"}},
+    {"use_guidance": False, "vllm_xargs": {"eta": 3e-4, "my_guidance": 1}},
     {"chat_template_kwargs": {"guidance": "be kind"}},
     {"tools": [{"function": {"parameters": {"properties": {"guidance": {}}}}}]},
     {"functions": [{"parameters": {"properties": {"guidance": {}}}}]},

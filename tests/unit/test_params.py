@@ -61,6 +61,8 @@ def test_a_block_in_json_and_one_with_nothing_but_a_name_are_read():
     read = GuidanceParams.from_extra_args({EXTRA_ARGS_KEY: json.dumps(entry)})
     assert read == GuidanceParams.from_extra_args({EXTRA_ARGS_KEY: entry}) == GuidanceParams("maths", 1, 0.3, 20)
     assert GuidanceParams.from_extra_args({EXTRA_ARGS_KEY: {"value_model": "a"}}) == GuidanceParams("a", 1, 0.1, 20)
+    nulls = {"value_model": "a", "eta": None, "tail": None, "guided_tokens": None}
+    assert GuidanceParams.from_extra_args({EXTRA_ARGS_KEY: nulls}) == GuidanceParams("a", 1, 0.1, 20)
 
 
 @pytest.mark.parametrize(

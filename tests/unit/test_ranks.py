@@ -1,6 +1,7 @@
 """Of several ranks one guides, and the others' logits become the same to the bit, whatever it does."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from guided_vllm.poisoned import POISON, broken_layer, poison
 from guided_vllm.tiny_models import REFERENCE_VOCAB, make_value_model, prompt
 from qtilt.distributions import Bernoulli, Categorical
+from qtilt.vllm_plugin import step
 from qtilt.vllm_plugin.ranks import FollowingBatch, Ranks
 from running_batch import CPU, RunningBatch, make_residents
 
@@ -93,6 +95,17 @@ def test_of_a_version_that_raises_after_another_has_guided(tmp_path: Path) -> No
         after_RV = ranks.check(logits_RV, [0, 1])
     assert int(after_RV[0].nan_to_num().argmax()) == 17
     assert int(after_RV[1].nan_to_num().argmax()) != 17
+
+
+def test_of_a_step_that_breaks_off_when_all_is_done_but_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can end this request in this step: both ranks go on with the reference."""
+    ranks = TwoRanks(tmp_path, speculates=False)
+    ranks.add(0, ranks.second, prompt(5, seed=1), ending_token=None)
+    monkeypatch.setattr(step, "end_unless", Mock(side_effect=RuntimeError("out of memory")))
+    logits_RV = logits_of(1)
+    assert torch.equal(ranks.check(logits_RV, [0]).nan_to_num(), logits_RV.nan_to_num())
 
 
 def test_of_drafts(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def send(path: str, body: bytes, headers: dict[str, str] | None = None) -> tuple
 
 REFUSED: list[tuple[str, Any, str]] = [
     ("/v1/responses", {"guidance": {}}, "guidance"),
-    ("/v1/responses", {"guidance": False}, "guidance"),
+    ("/v1/responses", {"extra_body": {"value_model": "v"}}, "extra_body.value_model"),
+    ("/v1/responses", {"vllm_xargs": {"Guidance": "{}"}}, "vllm_xargs.Guidance"),
     ("/v1/completions/", {"guidance": {}}, "guidance"),
     ("/v1/responses", {"Guidance": {}}, "Guidance"),
     ("/v1/messages", {"model": "m", "guidence": {"eta": 1}}, "guidence"),
@@ -92,7 +93,8 @@ def test_no_encoding_hides_it(body: bytes) -> None:
     ("path", "body"),
     [
         ("/v1/responses", b'{"guidance": null, "input": "guidance"}'),
-        ("/v1/responses", b'{"metadata": {"guidance": 1}, "vllm_xargs": {"other": 1}}'),
+        ("/v1/responses", b'{"metadata": {"guidance": 1}, "vllm_xargs": {"other": 1, "eta": 0.1}}'),
+        ("/v1/responses", b'{"guidance": false, "use_guidance": false}'),
         ("/v1/responses", b'{"input": [{"guidance": {}}], "text": {"guidance": {}}, "extra_body": {"guidance": null}}'),
         ("/v1/completions", b'{"guidance": {}}'),
         ("/v1/responses", b'{"guidance": '),

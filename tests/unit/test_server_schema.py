@@ -23,7 +23,7 @@ SURFACE: dict[str, type[BaseModel]] = {
     "request.guidance": GuidanceRequest,
     "response.guidance": AppliedGuidance,
     "response.choices[i].guidance": ChoiceGuidance,
-    "response.usage.completion_tokens_details.guidance": TotalGuidance,
+    "response.usage.completion_tokens_details": TotalGuidance,
     "GET /v1/guidance response": GuidanceStatus,
     "POST /v1/guidance/value_models request": PublishRequest,
     "POST /v1/guidance/value_models response": PublishedVersion,

@@ -202,6 +202,12 @@ def test_what_guidance_cannot_work_with_is_refused(given: dict[str, Any]) -> Non
         refuse_unsupported(argparse.Namespace(**{**VLLM_DEFAULTS, **given}))
 
 
+def test_a_server_that_checks_no_models_names_is_refused() -> None:
+    with pytest.raises(StartupError, match="unset VLLM_SKIP_MODEL_NAME_VALIDATION"):
+        prepare_environment({"VLLM_SKIP_MODEL_NAME_VALIDATION": "1"})
+    prepare_environment({"VLLM_SKIP_MODEL_NAME_VALIDATION": "0"})
+
+
 def test_the_users_own_settings_are_kept(directory: Path) -> None:
     args = argparse.Namespace(
         **{**VLLM_DEFAULTS, "logits_processors": ["mine:Processor"], "additional_config": {"mine": 1}}

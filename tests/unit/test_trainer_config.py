@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from qtilt_trainer.config import LoopConfig, read_config
+from qtilt_trainer.config import EvaluateConfig, LoopConfig, read_config
 
 MINIMAL = """
 run_dir = "runs/x"
@@ -126,3 +127,9 @@ def test_a_key_of_the_wrong_type_is_not_shown(tmp_path: Path) -> None:
 def test_there_is_no_iteration_beyond_the_last(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="iteration must be 1 to 2, got 3"):
         read(tmp_path, MINIMAL).collect_of(3)
+
+
+def test_the_smallest_eta_is_allowed() -> None:
+    assert EvaluateConfig(prompts=1, inv_eta=(1e9, 1e-300)).inv_eta == (1e9, 1e-300)
+    with pytest.raises(ValidationError, match="above 0 and at most"):
+        EvaluateConfig(prompts=1, inv_eta=(1.1e9,))

@@ -41,6 +41,16 @@ def test_to_load_draws_no_random_numbers(tmp_path: Path, type: str, family: str)
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_resident_head_is_a_copy_of_its_file(tmp_path: Path) -> None:
+    directory = make_value_model(tmp_path / "value", "v", Bernoulli(), "llama", seed=1)
+    head = make_residents(SLOTS).load_at_start("value", str(directory)).engine.model.head
+    before = head.weight.clone()
+    with (directory / "head.safetensors").open("r+b") as file:
+        file.seek(-head.weight.numel() * 4 - 4, 2)
+        file.write(b"\x7f" * head.weight.numel() * 4)
+    assert torch.equal(head.weight, before)
+
+
 def test_versions_of_equal_geometry_share_one_cache(tmp_path: Path) -> None:
     residents = make_residents(SLOTS)
     engines = [

@@ -1,5 +1,6 @@
 """What must never reach a step, and how the worker says no."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,23 @@ def test_the_engine_is_not_built_with_speculative_decoding(served: Served) -> No
         build_logitsprocs(config, torch.device("cpu"), False, False, [PROCESSOR])
 
 
+ALONE: dict[str, object] = {"additional_config": {"qtilt": {}}}
+MODEL = {
+    "skip_tokenizer_init": False,
+    "enable_sleep_mode": False,
+    "enable_prompt_embeds": False,
+    "is_multimodal_model": False,
+}
+
+
+def test_guidance_of_a_client_that_came_past_the_server_ends_its_request(served: Served) -> None:
+    processor = tight_engine.worker(served.engine)._qtilt_processor()
+    guidance = replace(served.guide("v-bernoulli"), trace_id="")
+    (answer,) = drive(served.engine, [Ask(prompt(5, seed=301), guidance, sampling={"stop_token_ids": [7]})])
+    assert [choice.token_ids for choice in answer.choices] == [[7]]
+    assert not processor.records.failures()
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -74,7 +92,9 @@ def test_the_engine_is_not_built_with_speculative_decoding(served: Served) -> No
         ),
         ({"model_config": SimpleNamespace(skip_tokenizer_init=True)}, "skip-tokenizer-init"),
         ({"model_config": SimpleNamespace(skip_tokenizer_init=False, enable_sleep_mode=True)}, "enable-sleep-mode"),
-        ({"lora_config": object()}, "enable-lora"),
+        (ALONE | {"lora_config": object()}, "enable-lora, or start qtilt-server"),
+        (ALONE | {"model_config": SimpleNamespace(**MODEL | {"enable_prompt_embeds": True})}, "enable-prompt-embeds"),
+        (ALONE | {"model_config": SimpleNamespace(**MODEL | {"is_multimodal_model": True})}, "a model of text"),
     ],
 )
 def test_settings_under_which_guidance_is_wrong_are_refused_at_construction(

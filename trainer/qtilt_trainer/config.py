@@ -241,7 +241,7 @@ class EvaluateConfig(Table):
     @field_validator("inv_eta")
     @classmethod
     def _is_positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(0 < value <= 1 / MIN_ETA for value in values):
+        if not all(value > 0 and 1 / value >= MIN_ETA for value in values):
             raise ValueError(f"every 1/eta must be above 0 and at most {1 / MIN_ETA:g}")
         return values
 

@@ -105,7 +105,8 @@ class GuidanceParams:
                 f"extra_args['{EXTRA_ARGS_KEY}'] has the keys {sorted(entry)}, expected value_model and perhaps "
                 f"{', '.join(known[1:])}"
             )
-        return cls(**{"version": 1, "eta": DEFAULT_ETA, "top_k": DEFAULT_TOP_K, **entry})
+        given = {name: value for name, value in entry.items() if value is not None}
+        return cls(**{"version": 1, "eta": DEFAULT_ETA, "top_k": DEFAULT_TOP_K, **given})
 
 
 def asks_for_guidance(extra_args: Mapping[str, Any] | None) -> bool:

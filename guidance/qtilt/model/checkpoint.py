@@ -369,9 +369,10 @@ def _load_head(path: Path, manifest: Manifest, hidden_size: int, dtype: torch.dt
             f"{path}: holds {shapes}, expected weight {expected['weight']} and perhaps bias {expected['bias']} for a "
             f"{manifest.type.upper()}-type {manifest.distribution.name} head over {manifest.vocab_size} tokens"
         )
-    # Without memory and initial weights of its own: these would be drawn from the generator that a server samples with.
+    # Initial weights of its own would be drawn from the generator that a server samples with. A copy: what is read is
+    # the file itself, and changes when that does.
     head = nn.Linear(hidden_size, rows, bias="bias" in tensors, device="meta")
-    head.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    head.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}, assign=True)
     return head
 
 

@@ -38,7 +38,7 @@ class PluginConfig:
     backbone_layers: int | None = None
     """How many of its first layers they have; all if None."""
     behind_server: bool = False
-    """Whether qtilt-server has checked each request: whose LoRA adapter it is of, which the worker isn't told."""
+    """Whether qtilt-server has checked each request, and takes what is on record of it."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.value_models, dict):

@@ -291,6 +291,8 @@ class GuidedBatch:
             where = slice(0, len(logits_RV))
             settings = StepSettings.of(self._settings_SC[slots_G], settings.asked)
         positions_G, logits_GV = rows.positions_R[where], logits_RV[where]
+        if self._ranks is not None:
+            logits_GV = logits_GV.clone()  # what breaks off half done is told to nobody, and must leave nothing
         # Of another's history nothing is read, however long it is.
         fed_at_G = positions_G if is_mine_G is None else positions_G.where(is_mine_G, 0)
         tokens_G = rows.token_ids_R[where].clamp(0, engine.model.vocab_size - 1)
@@ -312,10 +314,10 @@ class GuidedBatch:
             guided = self._captured.guide(group.version, logits_GV, settings, last, spans)
         if guided is None:
             guided = guide_step(group.version, logits_GV, settings, score, is_mine_G)
-        if isinstance(where, Tensor):  # what indexing by a slice gives is the rows themselves
-            logits_RV[where] = logits_GV
         if self._ranks is not None:
             self._ranks.note(where, guided, settings.temperature_G, is_mine_G)
+        if isinstance(where, Tensor) or self._ranks is not None:  # a slice of them is the rows themselves
+            logits_RV[where] = logits_GV
         self._failures_S.index_add_(0, slots_G, guided.failed.int())
         self.table.write(slots_G, positions_G, guided.divergence_G3, guided.candidates_G)
         self._steps_S[group.slots_G] += 1

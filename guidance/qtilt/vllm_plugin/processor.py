@@ -132,10 +132,12 @@ class GuidanceProcessor(V1Interface, V2Interface):
         try:
             params = GuidanceParams.from_extra_args(sampling_params.extra_args)
             assert params is not None, "it was asked for"
+            if self.config.behind_server and not params.trace_id:
+                raise ValueError("this guidance comes from a client, past the server's checks")
             stay.guided_tokens = params.guided_tokens
             generated = self.requests.prefill(slot)[self.requests.prompt_len(slot) :]
             has_failed = self.records.failed(params.trace_id, generated.tolist()) is not None
-            if params.trace_id:
+            if self.config.behind_server:  # who else would take the records
                 self.records.open(params.trace_id, stay)
             if not has_failed:
                 request = self._request(slot, params, stay, has_tokens=has_tokens)
@@ -184,10 +186,24 @@ def _refuse_what_is_not_exact(vllm_config: VllmConfig, config: PluginConfig, *, 
         raise ValueError("guidance compares tokenizers at start: drop --skip-tokenizer-init")
     if vllm_config.model_config.enable_sleep_mode:
         raise ValueError("value models don't survive vLLM's sleep mode: drop --enable-sleep-mode")
-    if vllm_config.lora_config is not None and not config.behind_server:
-        raise ValueError(
-            "a processor isn't told whose adapter a request is of: start qtilt-server, or drop --enable-lora"
-        )
+    if not config.behind_server:
+        _refuse_what_only_the_server_can_tell(vllm_config)
+
+
+def _refuse_what_only_the_server_can_tell(vllm_config: VllmConfig) -> None:
+    """Raise ValueError where requests may be guided by values that aren't theirs: a processor isn't told."""
+    reasons = {
+        "a processor isn't told whose adapter a request is of: drop --enable-lora": vllm_config.lora_config is not None,
+        "a value model reads tokens, and isn't told of prompt embeddings: drop --enable-prompt-embeds": (
+            vllm_config.model_config.enable_prompt_embeds
+        ),
+        "a value model reads tokens, and of images and sounds has only their places: serve a model of text": (
+            vllm_config.model_config.is_multimodal_model
+        ),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"{reason}, or start qtilt-server, which looks at each request")
 
 
 def _batch(vllm_config: VllmConfig, config: PluginConfig, requests: Requests) -> GuidedBatch | FollowingBatch:

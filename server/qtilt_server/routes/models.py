@@ -11,7 +11,7 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(raw_request: Request) -> JSONResponse:
-    """Every name that a request may give as its ``model``."""
+    """Every name that a request to a guided route may give as its ``model``; others take vLLM's own only."""
     state: GuidanceState = raw_request.app.state.guidance
     models = raw_request.app.state.openai_serving_models
     listed = await models.show_available_models()
