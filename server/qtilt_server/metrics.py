@@ -1,8 +1,10 @@
 """Prometheus metrics of guidance; vLLM's own /metrics route exposes them."""
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 from qtilt_server.schema import ChoiceGuidance
+
+KL_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class GuidanceMetrics:
@@ -17,6 +19,12 @@ class GuidanceMetrics:
         )
         self._kl = Counter(
             "qtilt_guided_kl_nats", "Sum of KL(guided || reference) over returned tokens.", ["value_model", "version"]
+        )
+        self._kl_of_choices = Histogram(
+            "qtilt_choice_kl_nats",
+            "KL(guided || reference) of a choice, over its returned tokens.",
+            ["value_model", "version"],
+            buckets=KL_BUCKETS,
         )
         self._candidates = Counter(
             "qtilt_scored_candidates",
@@ -38,6 +46,7 @@ class GuidanceMetrics:
     def choice(self, value_model: str, version: int, choice: ChoiceGuidance) -> None:
         self._tokens.labels(value_model, version).inc(choice.guided_tokens)
         self._kl.labels(value_model, version).inc(max(choice.kl, 0.0))
+        self._kl_of_choices.labels(value_model, version).observe(choice.kl)
         self._candidates.labels(value_model, version).inc(round(choice.candidates * choice.guided_tokens))
 
     def failure(self, value_model: str, version: int, kind: str) -> None:

@@ -91,6 +91,13 @@ class PublishRequest(StrictModel):
     path: Annotated[str, Field(min_length=1)] = Field(description="a directory, relative to --value-model-root")
 
 
+class Readiness(StrictModel):
+    """Answer of ``GET /v1/guidance/ready``, HTTP 200 if ready and 503 if not."""
+
+    ready: bool = Field(description="the engine runs, and a guided request that names no value model has one")
+    active: list[str] = Field(description="NAME@VERSION of what each name means")
+
+
 class ActivateRequest(StrictModel):
     """Body of ``POST /v1/guidance/value_models/NAME/activate``."""
 

@@ -127,6 +127,10 @@ def test_without_a_value_model_the_server_waits_for_one(models: Path, tmp_path: 
         refusal = server.post("/v1/completions", ask)
         assert refusal.status_code == 400
         assert "no value model is loaded" in refusal.json()["error"]["message"]
+        unready = server.get("/v1/guidance/ready")
+        assert (unready.status_code, unready.json()) == (503, {"ready": False, "active": []})
         assert server.post("/v1/completions", {**ask, "guidance": None}).status_code == 200
         assert server.post("/v1/guidance/value_models", {"name": "first", "path": "start"}).json()["version"] == 1
         assert server.post("/v1/completions", ask).json()["guidance"]["value_model"] == "first@1"
+        ready = server.get("/v1/guidance/ready")
+        assert (ready.status_code, ready.json()) == (200, {"ready": True, "active": ["first@1"]})

@@ -130,6 +130,9 @@ def test_a_version_is_rolled_back_and_another_unloaded(
     assert guided(client, idle, f"rolled@{content_digest(root / 'model-11')}").guidance["value_model"] == "rolled@2"
     with pytest.raises(openai.BadRequestError, match="no version 'sha256:0"):
         guided(client, idle, f"rolled@sha256:{'0' * 64}")
+    ready = idle.get("/v1/guidance/ready")
+    assert (ready.status_code, ready.json()["ready"]) == (200, True)
+    assert {"rolled@1", "rolled@2"} & {*ready.json()["active"]} == {"rolled@1"}
     answer = guided(client, idle, "rolled")
     assert answer.guidance["value_model"] == "rolled@1"
     check(oracle, answer)
@@ -419,6 +422,7 @@ def test_metrics_are_on_vllms_own_route(client: OpenAI, idle: RunningServer) -> 
         'qtilt_guided_requests_total{method="qsharp",value_model="value",version="1"}',
         'qtilt_guided_tokens_total{value_model="value",version="1"}',
         'qtilt_guided_kl_nats_total{value_model="value",version="1"}',
+        'qtilt_choice_kl_nats_count{value_model="value",version="1"}',
         'qtilt_scored_candidates_total{value_model="value",version="1"}',
         'qtilt_active_version{value_model="graded"} 1.0',
         "vllm:num_requests_running",

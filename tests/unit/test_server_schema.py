@@ -15,6 +15,7 @@ from qtilt_server.schema import (
     GuidanceStatus,
     PublishedVersion,
     PublishRequest,
+    Readiness,
     TotalGuidance,
 )
 
@@ -25,6 +26,7 @@ SURFACE: dict[str, type[BaseModel]] = {
     "response.choices[i].guidance": ChoiceGuidance,
     "response.usage.completion_tokens_details": TotalGuidance,
     "GET /v1/guidance response": GuidanceStatus,
+    "GET /v1/guidance/ready response": Readiness,
     "POST /v1/guidance/value_models request": PublishRequest,
     "POST /v1/guidance/value_models response": PublishedVersion,
     "POST /v1/guidance/value_models/NAME/activate request": ActivateRequest,

@@ -1,10 +1,11 @@
-"""``GET /v1/guidance`` and ``POST /v1/guidance/value_models``; under /v1, so that --api-key guards them."""
+"""The routes below ``/v1/guidance``: what is loaded, and what changes it; below /v1, so that --api-key guards them."""
 
 import asyncio
+from http import HTTPStatus
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 
-from qtilt_server.schema import ActivateRequest, GuidanceStatus, PublishedVersion, PublishRequest
+from qtilt_server.schema import ActivateRequest, GuidanceStatus, PublishedVersion, PublishRequest, Readiness
 from qtilt_server.state import GuidanceState
 
 router = APIRouter()
@@ -14,6 +15,17 @@ router = APIRouter()
 async def guidance_status(raw_request: Request) -> GuidanceStatus:
     """What is loaded, the versions and the defaults."""
     return _state(raw_request).admission.status()
+
+
+@router.get("/v1/guidance/ready", responses={HTTPStatus.SERVICE_UNAVAILABLE.value: {"model": Readiness}})
+async def readiness(raw_request: Request, response: Response) -> Readiness:
+    """Whether requests can be guided, for those who send them here."""
+    registry = _state(raw_request).admission.registry
+    active = [version.label for version in registry if registry.is_active(version) and not version.draining]
+    is_ready = bool(active) and not raw_request.app.state.engine_client.errored
+    if not is_ready:
+        response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+    return Readiness(ready=is_ready, active=active)
 
 
 def _by_admin(raw_request: Request) -> None:
