@@ -13,7 +13,8 @@ from vllm import SamplingParams
 
 def test_additions_moves_swaps_and_refilled_indices(served: Served) -> None:
     processor = _processor(served)
-    guided = SamplingParams(extra_args={"qtilt": GuidanceParams("v-bernoulli", 1, 0.1, 4).to_extra_args()})
+    guidance = GuidanceParams("v-bernoulli", 1, 0.1, 4, trace_id="updates")
+    guided = SamplingParams(extra_args={"qtilt": guidance.to_extra_args()})
     plain = SamplingParams()
 
     added = [(index, plain if index == 1 else guided, [10 + index], []) for index in range(4)]
@@ -38,6 +39,7 @@ def test_additions_moves_swaps_and_refilled_indices(served: Served) -> None:
 
     processor.update_state(BatchUpdate(batch_size=0, removed=[2, 1, 0], added=[], moved=[]))
     assert len(processor.batch) == 0
+    processor.records.take(guidance.trace_id, [])
 
 
 def _processor(served: Served) -> GuidanceProcessor:

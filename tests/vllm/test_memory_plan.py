@@ -19,7 +19,7 @@ BLOCKS, BLOCK = 11, 32  # of tight_engine's key-value cache
 
 def processor(served: Served, **config: object) -> GuidanceProcessor:
     """Another one, beside that of the engine."""
-    parts = ("speculative", "parallel", "model", "scheduler", "cache", "device")
+    parts = ("speculative", "parallel", "model", "scheduler", "cache", "device", "lora")
     changed = {f"{part}_config": getattr(served.engine.vllm_config, f"{part}_config") for part in parts}
     changed["additional_config"] = {"qtilt": PluginConfig(**config).to_dict()}
     return GuidanceProcessor(SimpleNamespace(**changed), CPU)
