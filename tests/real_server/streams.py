@@ -24,8 +24,8 @@ class Streamed:
 
     def add(self, chunk: Any) -> None:
         self.usage = chunk.usage or self.usage
-        says = bool(self.chunks == 0 or any(choice.finish_reason for choice in chunk.choices))
-        assert hasattr(chunk, "guidance") in (says, False), "only the first chunk and those with finish_reason say it"
+        if self.chunks > 0 and not any(choice.finish_reason for choice in chunk.choices):
+            assert not hasattr(chunk, "guidance"), "the first chunk says it, and those with finish_reason"
         self.chunks += 1
         for part in chunk.choices:
             choice = self.choices.setdefault(part.index, StreamedChoice())

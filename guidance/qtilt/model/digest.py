@@ -3,8 +3,6 @@
 import hashlib
 from pathlib import Path
 
-PREFIX = "sha256:"
-
 
 def content_digest(directory: Path) -> str:
     """``sha256:`` and 64 hexadecimal digits, over each file's place and content; files whose name begins with a dot, or
@@ -19,4 +17,4 @@ def content_digest(directory: Path) -> str:
             with file.open("rb") as content:
                 total.update(hashlib.file_digest(content, "sha256").digest())
             total.update(place.as_posix().encode() + b"\0")
-    return PREFIX + total.hexdigest()
+    return f"sha256:{total.hexdigest()}"

@@ -291,7 +291,7 @@ class GuidedBatch:
             where = slice(0, len(logits_RV))
             settings = StepSettings.of(self._settings_SC[slots_G], settings.asked)
         positions_G, logits_GV = rows.positions_R[where], logits_RV[where]
-        if self._ranks is not None:
+        if self._ranks is not None and isinstance(where, slice):
             logits_GV = logits_GV.clone()  # what breaks off half done is told to nobody, and must leave nothing
         # Of another's history nothing is read, however long it is.
         fed_at_G = positions_G if is_mine_G is None else positions_G.where(is_mine_G, 0)

@@ -112,7 +112,7 @@ class GuidanceProcessor(V1Interface, V2Interface):
         """Both; V2 passes the step's layout."""
         if len(self.batch) == 0:
             return logits
-        self.guided = ctx
+        self.guided_step = ctx
         return self.batch.guide(logits, self.v1_rows() if ctx is None else step_rows(ctx))
 
     def enter(self, slot: int, sampling_params: SamplingParams, *, has_tokens: bool) -> bool:

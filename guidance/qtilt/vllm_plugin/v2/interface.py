@@ -18,8 +18,8 @@ class V2Interface(TakesRequests, LogitsProcessor):
     """The methods that V2 calls, ``apply`` aside."""
 
     batch: GuidedBatch | FollowingBatch
-    guided: LogitsContext | None = None
-    """Of the step that was guided last."""
+    guided_step: LogitsContext | None = None
+    """The step that was guided last."""
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """A request has got a slot; whose it was has left."""
@@ -49,7 +49,7 @@ def show_forced_tokens(processor: V2Interface) -> None:
     def apply_showing_forced(state: Any, logits: Tensor, ctx: LogitsContext) -> None:
         apply(state, logits, ctx)
         if state.enabled and state.use_thinking_budget[ctx.idx_mapping_np].any():
-            for guides in [each for each in _processors if each.guided is ctx]:
+            for guides in [each for each in _processors if each.guided_step is ctx]:
                 guides.batch.leave_out_forced(logits)
 
     state_class.apply = apply_showing_forced
