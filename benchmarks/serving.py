@@ -26,6 +26,7 @@ reference's 2·W·S + 2·V·H·N, attention besides; and one read of its weights
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -34,7 +35,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,8 +165,18 @@ def engine_settings(
     }
 
 
-def start_systems(arguments: argparse.Namespace, files: "ModelFiles") -> dict[str, SystemProcess]:
-    """By system name; systems that share an engine have the same process."""
+def start(name: str, make: Callable[[], Any], running: contextlib.ExitStack) -> SystemProcess:
+    """Whatever fails later, ``running`` stops it: a process that nobody stops is waited for at the end, for ever."""
+    process = SystemProcess(name, make)
+    running.callback(process.stop)
+    process.wait_until_ready()
+    return process
+
+
+def start_systems(
+    arguments: argparse.Namespace, files: "ModelFiles", running: contextlib.ExitStack
+) -> dict[str, SystemProcess]:
+    """By system name; systems that share an engine have the same process. ``running`` stops them."""
     guided = [one for one in arguments.systems if one.engine == "guided"]
     # `unguided` has a value model resident as well: one that is asked for, else Q-type.
     all_types = {one.type for one in guided if one.type} or {"q"}
@@ -187,8 +198,7 @@ def start_systems(arguments: argparse.Namespace, files: "ModelFiles") -> dict[st
                 make_vllm, engine_settings(arguments, files, types, count), plugin=one.engine == "guided"
             )
         started = time.perf_counter()
-        processes[one.name] = SystemProcess(one.name, make)
-        processes[one.name].wait_until_ready()
+        processes[one.name] = start(one.name, make, running)
         print(f"{one.name} is ready after {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return processes
 
@@ -272,20 +282,16 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[Cell]:
     files = write_models(
         folder, pair, types, positions, arguments.dtype, arguments.device, dummy=arguments.dummy_weights
     )
-    processes: dict[str, SystemProcess] = {}
-    products = SystemProcess("products", functools.partial(make_products, pair, arguments.dtype, arguments.device))
-    try:
-        products.wait_until_ready()
-        processes = start_systems(arguments, files)
+    with contextlib.ExitStack() as running:
+        make = functools.partial(make_products, pair, arguments.dtype, arguments.device)
+        products = start("products", make, running)
+        processes = start_systems(arguments, files, running)
         engines = {name: process.call("describe") for name, process in processes.items()}
         cells = []
         for setting in grid(arguments):
             cells.append(measure(arguments, setting, processes, products))
             print(f"\n{table(cells[-1])}", flush=True)
             report(arguments, engines, cells, Path(qtilt.__file__).parent)
-    finally:
-        for process in {products, *processes.values()}:
-            process.stop()
     print(f"\n{LEGEND}")
     return cells
 
