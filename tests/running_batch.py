@@ -15,6 +15,7 @@ from qtilt.checkpoint import fingerprint_tokenizer
 from qtilt.params import GuidanceParams
 from qtilt.vllm_plugin.captured import Graphs
 from qtilt.vllm_plugin.compatibility import Reference
+from qtilt.vllm_plugin.details import Details
 from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt.vllm_plugin.guided import GuidedBatch, GuidedRequest
 from qtilt.vllm_plugin.ranks import Ranks
@@ -105,6 +106,7 @@ class RunningBatch:
         self.requests.enter(slot, prompt_ids, output)
         guidance = GuidanceParams(version.name, version.version, **({"eta": 0.1, "top_k": 5, "trace_id": "t"} | params))
         stay = Stay(self.requests, self.batch.table, slot, guidance.guided_tokens)
+        stay.details = Details(guidance.top_k) if guidance.details else None
         lengths = self.requests.prompt_len(slot), self.requests.prefill_len(slot)
         request = GuidedRequest(slot, guidance, version, stay, *lengths)
         self.records.open(guidance.trace_id, stay)

@@ -14,21 +14,28 @@ DEFAULT_METHOD: Literal["qsharp"] = "qsharp"
 
 @dataclass(frozen=True)
 class Admission:
-    """The server's defaults and limits, and the versions there are."""
+    """The server's defaults and limits, and the versions there are. speculates: whether vLLM drafts tokens."""
 
     flags: GuidanceFlags
     registry: ValueModelRegistry
+    speculates: bool = False
 
     def admit(self, request: GuidanceRequest) -> tuple[GuidanceParams, Lease]:
         """Fill in the defaults and fix the version; the caller releases the lease.
 
-        Raises GuidanceRequestError for a top_k above the server's limit or an unknown value model.
+        Raises GuidanceRequestError for a top_k above the server's limit, an unknown value model, or details that there
+        are none of.
         """
         top_k = self.flags.top_k if request.top_k is None else request.top_k
         if top_k > self.flags.max_top_k:
             raise GuidanceRequestError(
                 f"guidance.top_k is {top_k}, allowed: 1 to {self.flags.max_top_k} (the server's --guidance-max-top-k)",
                 "guidance.top_k",
+            )
+        if request.details and self.speculates:
+            raise GuidanceRequestError(
+                "guidance.details is true, and this server has none: it drafts tokens (--speculative-config)",
+                "guidance.details",
             )
         lease = self.registry.lease(request.value_model)
         params = GuidanceParams(
@@ -40,6 +47,7 @@ class Admission:
             tail=request.tail or self.flags.tail,
             guided_tokens=request.guided_tokens,
             candidate_mass=1.0 if request.candidate_mass is None else float(request.candidate_mass),
+            details=bool(request.details),
         )
         return params, lease
 

@@ -15,6 +15,7 @@ from qtilt.model.digest import content_digest
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt_server.admin import AdminAccess
 from qtilt_server.admission import Admission
+from qtilt_server.details import TokenTexts
 from qtilt_server.errors import GuidanceRequestError, StartupError, error_response
 from qtilt_server.failures import FailureWatch
 from qtilt_server.flags import GuidanceFlags
@@ -57,12 +58,13 @@ class GuidanceEndpoints:
         registry = await asyncio.to_thread(_registry, flags, manifests, reference, metrics)
         state.guidance = GuidanceState(
             admin=AdminAccess(flags.admin_key),
-            admission=Admission(flags, registry),
+            admission=Admission(flags, registry, engine_client.vllm_config.speculative_config is not None),
             publisher=Publisher(registry, worker, reference, metrics, flags.value_model_root, flags.swap_timeout),
             worker=worker,
             watch=FailureWatch(worker),
             sampling_check=RolloutSamplingCheck(),
             metrics=metrics,
+            texts=TokenTexts(engine_client.renderer.get_tokenizer()),
         )
         if args.shutdown_timeout:
             # Its engine takes no calls while it drains, so the record of a guided answer can't be had any more.

@@ -49,6 +49,9 @@ class GuidanceRequest(StrictModel):
         description="how much of the reference's mass is enough: once the likeliest tokens hold it, no others are "
         "scored; 1, the default, scores top_k",
     )
+    details: bool | None = Field(
+        default=None, description="say of each token what the reference, the values and the tilt were; default: false"
+    )
 
 
 class AppliedGuidance(StrictModel):
@@ -74,6 +77,44 @@ class ChoiceGuidance(StrictModel):
         description="the reference's mass in these candidates, in the mean; null without any token"
     )
     candidates: float = Field(description="how many candidates were scored for one of them in the mean; 0 without any")
+
+
+class CandidateDetails(StrictModel):
+    """The candidates of a step, likeliest by the reference first: lists of one length."""
+
+    token_ids: list[int]
+    tokens: list[str] = Field(description="their texts")
+    reference_logprobs: list[float]
+    guided_logprobs: list[float]
+    values: list[float | None] = Field(description="E[Z], of the return after each; null where it wasn't scored")
+
+
+class TokenDetails(StrictModel):
+    """Of one returned token, at the request's temperature and before truncation; before penalties on model runner V1,
+    after them on V2. All but the token is null where it wasn't drawn from the guided distribution.
+    """
+
+    token_id: int
+    token: str = Field(description="its text")
+    reference_logprob: float | None = Field(description="ln of its probability by the reference; -9999 for 0")
+    guided_logprob: float | None = Field(description="ln of its probability by the guided distribution; -9999 for 0")
+    value: float | None = Field(description="E[Z], of the return after it; null where it wasn't scored")
+    offset: float | None = Field(
+        description="Q/η in nats less that of the most valuable candidate; of a token without a score the tail's"
+    )
+    kl: float | None = Field(description="full-vocabulary KL(guided ‖ reference) of the step in nats")
+    entropy: float | None = Field(
+        description="of the guided distribution, in nats, given that the token is one of the candidates"
+    )
+    candidates: CandidateDetails | None
+
+
+class DetailedGuidance(ChoiceGuidance):
+    """``choices[i].guidance`` where ``details`` were asked for. In a stream any chunk may have the details, and nothing
+    else, of the tokens since the last one that had.
+    """
+
+    details: list[TokenDetails] = Field(description="one for each returned token")
 
 
 class TotalGuidance(StrictModel):

@@ -16,10 +16,11 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from qtilt.params import EXTRA_ARGS_KEY, GuidanceParams
 from qtilt.vllm_plugin.failure import GuidanceFailure
+from qtilt_server.details import TokenTexts
 from qtilt_server.failures import FailureWatch, GuidanceFailedError
 from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.registry import Lease, ResidentVersion
-from qtilt_server.schema import AppliedGuidance, ChoiceGuidance, TotalGuidance
+from qtilt_server.schema import AppliedGuidance, ChoiceGuidance, TokenDetails, TotalGuidance
 from qtilt_server.worker import GuidanceWorker, WorkerError
 
 logger = logging.getLogger("vllm.qtilt_server.session")  # vLLM configures the loggers below its own name only
@@ -38,6 +39,7 @@ class GuidedSession:
         worker: GuidanceWorker,
         watch: FailureWatch,
         metrics: GuidanceMetrics,
+        texts: TokenTexts,
         *,
         choices_per_prompt: int,
         returns_tokens: bool,
@@ -46,6 +48,7 @@ class GuidedSession:
         self.worker = worker
         self.watch = watch
         self.metrics = metrics
+        self.texts = texts
         self.returns_tokens = returns_tokens
         self._lease = lease
         self._choices_per_prompt = choices_per_prompt
@@ -101,6 +104,16 @@ class GuidedSession:
         prompt, child = divmod(index, self._choices_per_prompt)
         return self._traces[prompt].records[child]
 
+    @property
+    def has_news(self) -> bool:
+        """Whether some choice has details that haven't been said."""
+        return any(trace.news for trace in self._traces)
+
+    def take_news(self, index: int) -> list[TokenDetails]:
+        """The details of a choice that haven't been said yet."""
+        prompt, child = divmod(index, self._choices_per_prompt)
+        return self._traces[prompt].news.pop(child, [])
+
     def fail(self, failure: GuidanceFailure) -> GuidanceFailedError:
         """Count the failure, once for the whole request; returns the error to raise."""
         if not self._failed:
@@ -132,8 +145,11 @@ class Trace:
     def __init__(self, session: GuidedSession, params: GuidanceParams) -> None:
         self.params = params
         self.records: dict[int, ChoiceGuidance] = {}
+        self.news: dict[int, list[TokenDetails]] = {}
+        """By choice the details that haven't been said yet, if there are any."""
         self._session = session
         self._token_ids: dict[int, list[int]] = {}
+        self._explained: dict[int, int] = {}
         self._forgotten = False
         self._failure: GuidanceFailure | None = None
 
@@ -159,6 +175,8 @@ class Trace:
                 async for output in outputs:
                     await self._look_for_failure(output)
                     finished = [choice for choice in output.outputs if self._collect(choice, params.output_kind)]
+                    if self.params.details and self._session.returns_tokens:
+                        await self._fetch_details([choice.index for choice in output.outputs])
                     if finished:
                         await self._fetch([choice.index for choice in finished], more_to_come=not output.finished)
                     yield output
@@ -184,6 +202,16 @@ class Trace:
         else:
             self._token_ids[choice.index] = list(choice.token_ids)
         return choice.finished() and choice.finish_reason != "error"
+
+    async def _fetch_details(self, choices: list[int]) -> None:
+        """Of the tokens that have come since the last time."""
+        for choice in choices:
+            first, token_ids = self._explained.get(choice, 0), self._token_ids[choice]
+            if first < len(token_ids):
+                measured = await self._session.worker.details(self.params.trace_id, first, token_ids)
+                explained = self._session.texts.explain(token_ids[first:], measured)
+                self.news.setdefault(choice, []).extend(explained)
+                self._explained[choice] = len(token_ids)
 
     async def _fetch(self, choices: list[int], more_to_come: bool) -> None:
         returned = [self._token_ids[choice] if self._session.returns_tokens else [] for choice in choices]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from qtilt_server.admin import AdminAccess
 from qtilt_server.admission import Admission
+from qtilt_server.details import TokenTexts
 from qtilt_server.failures import FailureWatch
 from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.publication import Publisher
@@ -22,3 +23,4 @@ class GuidanceState:
     watch: FailureWatch
     sampling_check: RolloutSamplingCheck
     metrics: GuidanceMetrics
+    texts: TokenTexts

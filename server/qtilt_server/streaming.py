@@ -30,7 +30,8 @@ async def say_guidance(events: AsyncGenerator[str, None], session: "GuidedSessio
             if session.failed and event.startswith(DONE):
                 return
             # Nothing else has anything to say: most chunks pass unread.
-            yield _with_guidance(event, session, is_first=is_first) if is_first or session.has_finished else event
+            has_to_say = is_first or session.has_finished or session.has_news
+            yield _with_guidance(event, session, is_first=is_first) if has_to_say else event
             is_first = False
 
 
@@ -47,11 +48,16 @@ def _with_guidance(event: str, session: "GuidedSession", *, is_first: bool) -> s
 
 
 def add_guidance(response: dict[str, Any], session: "GuidedSession") -> dict[str, Any]:
-    """A response or a chunk of one, with the guidance of its finished choices; in its ``usage`` of all so far."""
+    """A response or a chunk of one, with the guidance of its finished choices, and the details of new tokens; in its
+    ``usage`` of all so far.
+    """
     for choice in response["choices"]:
         if choice["finish_reason"] is not None:
             response["guidance"] = session.applied.model_dump()
             choice["guidance"] = session.choice(choice["index"]).model_dump()
+        if session.params.details:
+            news = [details.model_dump() for details in session.take_news(choice["index"])]
+            choice["guidance"] = {**choice.get("guidance", {}), "details": news}
     usage = response.get("usage")
     if usage is not None and session.has_finished:
         details = usage.get("completion_tokens_details") or {}

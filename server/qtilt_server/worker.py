@@ -5,11 +5,14 @@ Of a tensor-parallel engine the first rank guides and answers; the others answer
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qtilt.vllm_plugin.answers import raise_errors
 from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt_server.schema import ChoiceGuidance
+
+if TYPE_CHECKING:
+    from qtilt.vllm_plugin.details import TokenDetails
 
 PREPARATION_POLL_S = 0.05
 ENGINE_POLL_S = 1.0
@@ -70,6 +73,11 @@ class GuidanceWorker:
         sequences = [list(token_ids) for token_ids in returned]
         answers = await self._call("qtilt_take_records", trace_id, sequences, more_to_come)
         return [answer if "reason" in answer else ChoiceGuidance.model_validate(answer) for answer in answers]
+
+    async def details(self, trace_id: str, first: int, token_ids: Sequence[int]) -> list["TokenDetails | None"]:
+        """Of a choice's tokens from ``first`` on; token_ids: all that it has so far. None where one wasn't guided."""
+        details: list[TokenDetails | None] = await self._call("qtilt_details", trace_id, first, list(token_ids))
+        return details
 
     async def failures(self) -> dict[str, GuidanceFailure]:
         """Why guidance failed, by the id of each trace that it failed for and that isn't forgotten yet."""

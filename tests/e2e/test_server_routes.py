@@ -43,5 +43,17 @@ def test_the_openapi_document_shows_the_guidance_of_a_request(app: FastAPI, path
     body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     request = schemas[body["$ref"].rsplit("/", 1)[1]]
     assert {"$ref": "#/components/schemas/GuidanceRequest"} in request["properties"]["guidance"]["anyOf"]
-    fields = {"value_model", "eta", "top_k", "method", "tail", "guided_tokens", "candidate_mass"}
+    fields = {"value_model", "eta", "top_k", "method", "tail", "guided_tokens", "candidate_mass", "details"}
     assert set(schemas["GuidanceRequest"]["properties"]) == fields
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_openapi_document_shows_what_an_answer_says_of_guidance(app: FastAPI, path: str) -> None:
+    document = app.openapi()
+    schemas = document["components"]["schemas"]
+    content = document["paths"][path]["post"]["responses"]["200"]["content"]
+    answer = schemas[content["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]]
+    choice = schemas[answer["properties"]["choices"]["items"]["$ref"].rsplit("/", 1)[1]]
+    assert {"$ref": "#/components/schemas/AppliedGuidance"} in answer["properties"]["guidance"]["anyOf"]
+    assert {"$ref": "#/components/schemas/DetailedGuidance"} in choice["properties"]["guidance"]["anyOf"]
+    assert "text/event-stream" in content

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from guided_vllm.driving import Ask, drive
-from guided_vllm.matrix import covers
+from guided_vllm.matrix import DRAFTING, ENGINES, covers
 from guided_vllm.oracle import expected_steps
 from guided_vllm.served import Served
 from guided_vllm.tiny_models import VALUE_MODELS, prompt
@@ -209,6 +209,43 @@ def test_with_the_tail_mean_others_keep_the_reference_and_candidates_share_their
     ]
     for answer in drive(served.engine, asks):
         served.check(answer)
+
+
+@covers("`details`", engines=[engine for engine in ENGINES if engine not in DRAFTING])
+def test_details_are_those_of_the_steps_whatever_happens_to_the_batch(served: Served) -> None:
+    """Requests that queue, prefill in chunks, are preempted, stop being guided, and don't ask for details."""
+    before, names = served.preemptions(), list(VALUE_MODELS)
+    asks = [
+        Ask(
+            prompt(20 + 9 * index, seed=640 + index),
+            served.guide(
+                names[index % 4],
+                details=index % 5 != 4,
+                guided_tokens=4 if index % 5 == 3 else None,
+                top_k=5 + index,
+                tail=("mean", "floor")[index % 2],
+            ),
+            temperature=(0.0, 0.6, 1.0)[index % 3],
+            max_tokens=10 + index,
+            n=3 if index in (1, 7) else 1,
+            arrives=index // 3,
+        )
+        for index in range(9)
+    ]
+    for answer in drive(served.engine, asks):
+        served.check(answer)
+    assert served.preemptions() > before
+
+
+@covers("`details`", engines=DRAFTING, refused="its request ends with an error")
+def test_details_of_drafted_tokens_end_their_request_and_no_other(served: Served) -> None:
+    asks = [Ask(prompt(8, seed=650 + index), served.guide("v-bernoulli", details=index == 0)) for index in range(2)]
+    detailed, other = drive(served.engine, asks)
+    returned = [choice.token_ids for choice in detailed.choices]
+    assert asks[0].guidance is not None
+    (outcome,) = served.rpc("qtilt_take_records", asks[0].guidance.trace_id, returned)
+    assert "guidance.details is true" in outcome["reason"]
+    served.check(other)
 
 
 def test_requests_as_long_as_the_model_allows(served: Served) -> None:

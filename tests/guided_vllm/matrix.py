@@ -33,6 +33,7 @@ FEATURES = [
     "`guided_tokens`",
     "`candidate_mass`",
     "`tail`: mean",
+    "`details`",
     "guided beside unguided",
     "two value models at once",
     "two versions at once, during a swap",
@@ -60,6 +61,7 @@ FEATURES = [
     "beam search",
     "prompt embeddings",
 ]
+DRAFTING = [engine for engine, name in ENGINES.items() if "speculation" in name]
 WITHOUT_SPECULATION = [engine for engine in ENGINES if engine != "ngram"]
 
 

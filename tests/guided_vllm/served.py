@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -98,6 +98,8 @@ class Served:
                 self._check_step(token, reported_V, expected_V, greedy=ask.temperature == 0)
             measured.append(Measured.of(steps))
         if guidance is not None:
+            if guidance.details:
+                self._check_details(answer, guidance)
             self._check_records(answer, guidance, measured)
 
     def expected(self, answer: Answer, choice: Choice, adjust: Adjust | None = None) -> list[Step]:
@@ -143,6 +145,24 @@ class Served:
         torch.testing.assert_close(reported_V[compared], expected_V[compared], rtol=2e-5, atol=1e-4)
         if greedy:
             assert float(expected_V[token]) > float(expected_V.max()) - 1e-4
+
+    def _check_details(self, answer: Answer, guidance: GuidanceParams) -> None:
+        """Each token's probabilities and its step's KL."""
+        for choice in answer.choices:
+            unguided = replace(answer.ask, guidance=None)
+            plain = self.expected(replace(answer, ask=unguided), choice)
+            details = self.rpc("qtilt_details", guidance.trace_id, 0, choice.token_ids)
+            for count, each in enumerate(
+                zip(choice.token_ids, details, plain, self.expected(answer, choice), strict=True)
+            ):
+                token, told, before, after = each
+                assert (told is not None) == guidance.guides(count)
+                if told is not None:
+                    assert told["token_id"] == token
+                    assert told["reference_logprob"] == pytest.approx(float(before.log_probs_V[token]), abs=1e-4)
+                    assert told["guided_logprob"] == pytest.approx(float(after.log_probs_V[token]), abs=1e-4)
+                    assert told["kl"] == pytest.approx(after.kl, abs=1e-4, rel=1e-5)
+                    assert len(told["candidates"]["token_ids"]) == min(guidance.top_k, self.scorable)
 
     def _check_records(self, answer: Answer, guidance: GuidanceParams, measured: list[Measured]) -> None:
         """measured: of each choice."""

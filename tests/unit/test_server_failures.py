@@ -8,9 +8,11 @@ import pytest
 from prometheus_client import REGISTRY
 from vllm.outputs import CompletionOutput, RequestOutput
 
+from guided_vllm.tiny_models import make_tokenizer
 from qtilt.params import GuidanceParams
 from qtilt.vllm_plugin.answers import ERROR
 from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers, of_exception
+from qtilt_server.details import TokenTexts
 from qtilt_server.failures import FailureWatch, GuidanceFailedError
 from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.registry import Lease, ResidentVersion
@@ -139,7 +141,9 @@ def session_on(engine: Engine, metrics: GuidanceMetrics, poll_s: float) -> Guide
     version, worker = ResidentVersion("value", 1, "value", "v", {}, 10), GuidanceWorker(engine)
     watch = FailureWatch(worker, poll_s)
     params = GuidanceParams("value", 1, 0.2, 8)
-    return GuidedSession(params, Lease(version), worker, watch, metrics, choices_per_prompt=1, returns_tokens=True)
+    texts = TokenTexts(make_tokenizer())
+    lease = Lease(version)
+    return GuidedSession(params, lease, worker, watch, metrics, texts, choices_per_prompt=1, returns_tokens=True)
 
 
 def output(*token_ids: int, finish_reason: str | None = None) -> RequestOutput:

@@ -33,6 +33,7 @@ class GuidanceParams:
     tail: what tokens that aren't candidates get: ``floor`` v_min/η, ``mean`` the reference-weighted mean of the
     candidates, so that they keep the reference's probability (:mod:`qtilt.method.tilt`).
     guided_tokens: guide this many generated tokens and leave the rest to the reference; None guides all.
+    details: whether what is measured of each token is kept for who asks.
     trace_id: names the KL records of this request in the worker; all children of n > 1 share it.
 
     Raises ValueError for a value out of its range, naming the field.
@@ -46,6 +47,7 @@ class GuidanceParams:
     tail: str = DEFAULT_TAIL
     guided_tokens: int | None = None
     candidate_mass: float = 1.0
+    details: bool = False
     trace_id: str = ""
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class GuidanceParams:
             "candidate_mass",
             "a number above 0, at most 1",
         )
+        _require(isinstance(self.details, bool), self, "details", "true or false")
         _require(isinstance(self.trace_id, str), self, "trace_id", "a string")
 
     def guides(self, generated: int) -> bool:

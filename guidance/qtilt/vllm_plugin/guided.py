@@ -20,7 +20,9 @@ from torch import Tensor
 from qtilt.forwards.arrays import BoolArray, IntArray, copy_to_device
 from qtilt.forwards.packing import LastTokens, Span
 from qtilt.method.params import GuidanceParams
+from qtilt.method.tilt import scale_of
 from qtilt.vllm_plugin.captured import CapturedSteps, Graphs
+from qtilt.vllm_plugin.details import Details
 from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
 from qtilt.vllm_plugin.ranks import Ranks
 from qtilt.vllm_plugin.records import Stay, StepTable
@@ -77,6 +79,7 @@ class Group:
         self.version = requests[0].version
         self.slots_G = np.array([request.slot for request in requests])
         self.prefill_G = np.array([request.prefill_len for request in requests])
+        self.detailed = [row for row, request in enumerate(requests) if request.stay.details is not None]
         self._settings_SC = settings_SC
         rows = np.stack([self.where_G, self.slots_G])
         ((device_where_G, self.device_slots_G),) = copy_to_device(settings_SC.device, rows)
@@ -107,6 +110,8 @@ class GuidedBatch:
         self.table = StepTable(requests)
         self._guided: dict[int, GuidedRequest] = {}
         self._failed: dict[int, Stay] = {}
+        self._detailed: dict[int, tuple[int, Details]] = {}
+        """Of guided requests that ask for details, with the lengths of their prompts."""
         self._left: dict[int, Stay] = {}
         """Of requests that have left slots which nobody has taken yet: what was measured is still there."""
         slots = requests.slots
@@ -132,6 +137,8 @@ class GuidedBatch:
         self._take(slot, settings)
         request.version.engine.acquire(slot, self._requests.prefill(slot))
         self._guided[slot] = request
+        if request.stay.details is not None:
+            self._detailed[slot] = request.prompt_len, request.stay.details
         self._prefill_S[slot] = request.prefill_len
         self._guided_steps_S[slot] = request.guided_steps
         request.version.rows += 1
@@ -179,6 +186,7 @@ class GuidedBatch:
         if self._ranks is not None:
             self._ranks.begin(self._ending_tokens(rows))
         self.table.note_lengths(rows.slots_N, rows.lengths_N)
+        self._draw_detailed(rows)
         if not self._requests.speculates:
             self._steps_S[rows.slots_N] = np.maximum(rows.lengths_N - self._prefill_S[rows.slots_N], 0)
         for group in self._groups(rows):
@@ -215,6 +223,7 @@ class GuidedBatch:
     def _leave(self, request: GuidedRequest) -> None:
         """The request isn't guided any more."""
         self._grouped = None
+        self._detailed.pop(request.slot, None)
         request.version.rows -= 1
         request.release()
 
@@ -309,6 +318,7 @@ class GuidedBatch:
             is_guided_G = positions_G < settings.guided_below_G
             is_mine_G = is_guided_G if is_mine_G is None else is_mine_G & is_guided_G
             slots_G = slots_G.where(is_mine_G, engine.cache.scratch_slot)
+        detailed = {row: logits_GV[row].clone() for row in group.detailed}
         guided = None
         if self._captured is not None and not self._requests.speculates:
             guided = self._captured.guide(group.version, logits_GV, settings, last, spans)
@@ -320,7 +330,22 @@ class GuidedBatch:
             logits_RV[where] = logits_GV
         self._failures_S.index_add_(0, slots_G, guided.failed.int())
         self.table.write(slots_G, positions_G, guided.divergence_G3, guided.candidates_G)
+        for row, logits_V in detailed.items():
+            request = group.requests[row]
+            assert request.stay.details is not None
+            step = int(rows.lengths_N[group.where_G[row]]) - request.prompt_len
+            scale_G = scale_of(settings.temperature_G)
+            request.stay.details.add(step, logits_V, guided, row, group.version, scale_G)
         self._steps_S[group.slots_G] += 1
+
+    def _draw_detailed(self, rows: StepRows) -> None:
+        """What the last step of a request that asks for details has drawn is fed in this one."""
+        if not self._detailed:
+            return
+        for where, slot in enumerate(rows.slots_N.tolist()):
+            if slot in self._detailed:
+                prompt_len, details = self._detailed[slot]
+                details.draw(int(rows.lengths_N[where]) - prompt_len - 1, rows.token_ids_R[where].clone())
 
     def _end_failed(self, logits_RV: Tensor, rows: StepRows) -> None:
         slots_F_host = np.intersect1d(rows.slots_N, list(self._failed)) if self._failed else np.empty(0)

@@ -25,6 +25,7 @@ from qtilt.model.checkpoint import fingerprint_tokenizer
 from qtilt.vllm_plugin.captured import choose_graphs
 from qtilt.vllm_plugin.compatibility import Reference
 from qtilt.vllm_plugin.config import PluginConfig
+from qtilt.vllm_plugin.details import Details
 from qtilt.vllm_plugin.failure import of_exception
 from qtilt.vllm_plugin.guided import GuidedBatch, GuidedRequest
 from qtilt.vllm_plugin.kernels import VllmKernels
@@ -140,6 +141,7 @@ class GuidanceProcessor(V1Interface, V2Interface):
             if self.config.behind_server:  # who else would take the records
                 self.records.open(params.trace_id, stay)
             if not has_failed:
+                stay.details = self._details(params)
                 request = self._request(slot, params, stay, has_tokens=has_tokens)
                 self.batch.put(request, RowSettings.of(params, sampling_params.temperature, ending_token))
                 return True
@@ -151,6 +153,13 @@ class GuidanceProcessor(V1Interface, V2Interface):
 
     def leave(self, slot: int) -> None:
         self.batch.remove(slot)
+
+    def _details(self, params: GuidanceParams) -> Details | None:
+        """Raises ValueError for what the server should not have let through."""
+        if params.details and self.requests.speculates:
+            raise ValueError("guidance.details is true, and with speculative decoding there are none")
+        # Without the server nobody asks for them.
+        return Details(params.top_k) if params.details and self.config.behind_server else None
 
     def _request(self, slot: int, params: GuidanceParams, stay: Stay, *, has_tokens: bool) -> GuidedRequest:
         """Raises ValueError for what the server should not have let through."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from qtilt.forwards.arrays import IntArray
+from qtilt.vllm_plugin.details import Details, TokenDetails
 from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers
 from qtilt.vllm_plugin.runner import Requests
 
@@ -124,7 +125,8 @@ class Steps(NamedTuple):
 class Stay:
     """One stay of a request in a slot. guided_tokens: how many tokens are guided at most, None for all.
 
-    failed: why guidance has failed and after how many generated tokens, as far as the host knows.
+    failed: why guidance has failed and after how many generated tokens, as far as the host knows. details: of a request
+    that asks for them.
     """
 
     def __init__(self, requests: Requests, table: StepTable, slot: int, guided_tokens: int | None = None) -> None:
@@ -134,6 +136,7 @@ class Stay:
         self._prompt_len = requests.prompt_len(slot)
         self._ended: tuple[Steps, Tensor | None, torch.cuda.Event | None] | None = None
         self.guided_tokens = guided_tokens
+        self.details: Details | None = None
         self.failed: tuple[GuidanceFailure, int] | None = None
 
     def fail(self, failure: GuidanceFailure, step: int) -> None:
@@ -249,6 +252,26 @@ class Records:
             self._taken.append(trace_id)
         read = [(stay, stay.read()) for stay in stays] if returned else []
         return [_outcome(read, torch.tensor(tokens, dtype=torch.int32), trace_id) for tokens in returned]
+
+    def details(self, trace_id: str, first: int, tokens: Sequence[int]) -> list[TokenDetails | None]:
+        """Of a choice's tokens from ``first`` on, one each; None for one that wasn't drawn from a guided distribution.
+
+        tokens: all that it has so far. Raises ValueError when they weren't generated under this trace.
+        """
+        generated, known = torch.tensor(tokens, dtype=torch.int32), dict[int, TokenDetails | None]()
+        for stay in self._traces.get(trace_id, []):
+            steps = stay.read()
+            alike = steps.drawn_like(generated)
+            if stay.details is not None:
+                known |= stay.details.read(first, tokens[:alike])
+            known |= dict.fromkeys((steps.candidates_N[:alike] == LEFT_OUT).nonzero().squeeze(1).tolist())
+            if stay.guided_tokens is not None:
+                known |= dict.fromkeys(range(stay.guided_tokens, len(tokens)))
+            if stay.failed is not None:
+                known |= dict.fromkeys(range(stay.failed[1], alike))
+        if missing := [step for step in range(first, len(tokens)) if step not in known]:
+            raise ValueError(f"no details of trace {trace_id!r} for the tokens {missing} of {len(tokens)}")
+        return [known[step] for step in range(first, len(tokens))]
 
 
 def _outcome(stays: Sequence[tuple[Stay, Steps]], tokens: Tensor, trace_id: str) -> GuidanceSummary | GuidanceFailure:

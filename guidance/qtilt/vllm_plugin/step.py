@@ -142,14 +142,20 @@ class Guided(NamedTuple):
     """What a step has measured.
 
     divergence_G3: the columns of :class:`qtilt.tilt.Divergence`, NaN where guidance failed. candidates_G: how many
-    tokens of a row were scored. token_ids_GK: the candidates. others_G1: how many nats all other tokens have dropped,
-    the one that ends a request aside, see :class:`qtilt.tilt.Drops`.
+    tokens of a row were scored, is_scored_GK: which. token_ids_GK: the candidates. drops_GK, others_G1: how many nats
+    these and all other tokens have dropped, the one that ends a request aside, see :class:`qtilt.tilt.Drops`.
+    log_reference_GK, log_rest_G1: see :class:`qtilt.tilt.ReferenceMass`. values_GKA: as they were scored.
     """
 
     divergence_G3: Tensor
     candidates_G: Tensor
     token_ids_GK: Tensor
+    drops_GK: Tensor
     others_G1: Tensor
+    log_reference_GK: Tensor
+    log_rest_G1: Tensor
+    is_scored_GK: Tensor
+    values_GKA: Tensor
 
     @property
     def failed(self) -> Tensor:
@@ -189,7 +195,9 @@ def guide_step(
     finite_G = finite_G & (divergence_G3[:, 0] < math.inf)
     end_unless(finite_G if applies_G is None else finite_G | ~applies_G, logits_GV, settings.ending_token_G)
     divergence_G3 = divergence_G3.masked_fill(~finite_G.unsqueeze(-1), math.nan)
-    return Guided(divergence_G3, is_scored_GK.sum(-1), candidates.token_ids_BK, dropped.others_B1)
+    return Guided(
+        divergence_G3, is_scored_GK.sum(-1), candidates.token_ids_BK, *dropped, *mass, is_scored_GK, values_GKA
+    )
 
 
 def _can_be_moved(candidates: Candidates, settings: StepSettings) -> Tensor:

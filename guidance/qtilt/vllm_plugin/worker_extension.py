@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from qtilt.vllm_plugin.answers import answers_errors
+from qtilt.vllm_plugin.details import TokenDetails
 from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt.vllm_plugin.guided import GuidedBatch
 from qtilt.vllm_plugin.processor import GuidanceProcessor
@@ -78,6 +79,12 @@ class GuidanceWorkerExtension:
         Then forget the trace unless more is to come; ``[]`` forgets it.
         """
         return self._qtilt_processor().records.take(trace_id, returned, more_to_come)
+
+    @answers_errors
+    @by_the_first_rank
+    def qtilt_details(self, trace_id: str, first: int, token_ids: Sequence[int]) -> list[TokenDetails | None]:
+        """Of a choice's tokens from ``first`` on; token_ids: all that it has so far. None where one wasn't guided."""
+        return self._qtilt_processor().records.details(trace_id, first, token_ids)
 
     @answers_errors
     @by_the_first_rank

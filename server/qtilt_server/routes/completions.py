@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.api_router import chat, create_chat_completion
 from vllm.entrypoints.openai.completion.api_router import completion, create_completion
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -19,6 +20,7 @@ from qtilt_server.guard import SESSIONS
 from qtilt_server.named_models import AnsweringAs
 from qtilt_server.named_models import split as split_name
 from qtilt_server.requests import GuidedChatCompletionRequest, GuidedCompletionRequest, GuidedRequest
+from qtilt_server.responses import GuidedChatResponse, GuidedCompletionResponse
 from qtilt_server.schema import GuidanceRequest
 from qtilt_server.session import GuidedEngine, GuidedSession
 from qtilt_server.state import GuidanceState
@@ -29,7 +31,6 @@ LOAD_METRICS_FORMAT_HEADER = "endpoint-load-metrics-format"
 router = APIRouter(
     dependencies=[Depends(validate_json_request)],
     responses={
-        HTTPStatus.OK.value: {"content": {"text/event-stream": {}}},
         HTTPStatus.BAD_REQUEST.value: {"model": ErrorResponse},
         HTTPStatus.NOT_FOUND.value: {"model": ErrorResponse},
         HTTPStatus.INTERNAL_SERVER_ERROR.value: {"model": ErrorResponse},
@@ -37,7 +38,12 @@ router = APIRouter(
 )
 
 
-@router.post("/v1/completions", response_model=None)
+def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: whole, or as a stream."""
+    return {HTTPStatus.OK.value: {"model": model, "content": {"text/event-stream": {}}}}
+
+
+@router.post("/v1/completions", response_model=None, responses=_answers(GuidedCompletionResponse))
 async def guided_completion(request: GuidedCompletionRequest, raw_request: Request) -> Any:
     """vLLM's own route unless the request asks for guidance."""
     named = _take_from_name(request, raw_request)
@@ -46,7 +52,7 @@ async def guided_completion(request: GuidedCompletionRequest, raw_request: Reque
     return await _answer(request, raw_request, completion(raw_request), "create_completion", named=named)
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=_answers(GuidedChatResponse))
 async def guided_chat_completion(request: GuidedChatCompletionRequest, raw_request: Request) -> Any:
     """vLLM's own route unless the request asks for guidance."""
     named = _take_from_name(request, raw_request)
@@ -116,6 +122,7 @@ def _open_session(request: GuidedRequest, raw_request: Request, *, named: bool) 
         state.worker,
         state.watch,
         state.metrics,
+        state.texts,
         choices_per_prompt=request.n or 1,
         returns_tokens=request.returns_tokens,
     )
