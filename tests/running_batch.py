@@ -110,7 +110,10 @@ class RunningBatch:
         lengths = self.requests.prompt_len(slot), self.requests.prefill_len(slot)
         request = GuidedRequest(slot, guidance, version, stay, *lengths)
         self.records.open(guidance.trace_id, stay)
-        self.batch.put(request, RowSettings.of(guidance, temperature, ending_token))
+        settings = RowSettings.of(guidance, temperature, ending_token)
+        if guidance.kl_budget is not None:
+            settings = settings._replace(kl_left=guidance.kl_budget)
+        self.batch.put(request, settings)
         return request
 
     def add_unguided(self, slot: int, prompt_ids: list[int]) -> None:

@@ -23,8 +23,8 @@ class Admission:
     def admit(self, request: GuidanceRequest) -> tuple[GuidanceParams, Lease]:
         """Fill in the defaults and fix the version; the caller releases the lease.
 
-        Raises GuidanceRequestError for a top_k above the server's limit, an unknown value model, or details that there
-        are none of.
+        Raises GuidanceRequestError for a top_k above the server's limit, an unknown value model, or what isn't there
+        while tokens are drafted.
         """
         top_k = self.flags.top_k if request.top_k is None else request.top_k
         if top_k > self.flags.max_top_k:
@@ -32,11 +32,7 @@ class Admission:
                 f"guidance.top_k is {top_k}, allowed: 1 to {self.flags.max_top_k} (the server's --guidance-max-top-k)",
                 "guidance.top_k",
             )
-        if request.details and self.speculates:
-            raise GuidanceRequestError(
-                "guidance.details is true, and this server has none: it drafts tokens (--speculative-config)",
-                "guidance.details",
-            )
+        self._refuse_with_drafts(request)
         lease = self.registry.lease(request.value_model)
         params = GuidanceParams(
             value_model=lease.version.name,
@@ -47,9 +43,21 @@ class Admission:
             tail=request.tail or self.flags.tail,
             guided_tokens=request.guided_tokens,
             candidate_mass=1.0 if request.candidate_mass is None else float(request.candidate_mass),
+            kl_budget=None if request.kl_budget is None else float(request.kl_budget),
             details=bool(request.details),
         )
         return params, lease
+
+    def _refuse_with_drafts(self, request: GuidanceRequest) -> None:
+        if not self.speculates:
+            return
+        for field, asked in (("details", request.details), ("kl_budget", request.kl_budget)):
+            if asked:
+                raise GuidanceRequestError(
+                    f"guidance.{field} is {asked}, allowed: null, because this server drafts tokens "
+                    "(--speculative-config)",
+                    f"guidance.{field}",
+                )
 
     def status(self) -> GuidanceStatus:
         """``GET /v1/guidance``."""

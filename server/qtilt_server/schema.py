@@ -49,6 +49,11 @@ class GuidanceRequest(StrictModel):
         description="how much of the reference's mass is enough: once the likeliest tokens hold it, no others are "
         "scored; 1, the default, scores top_k",
     )
+    kl_budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="nats that a choice's KL(guided ‖ reference) adds up to at most: where a step would exceed it, its "
+        "offsets are scaled down; null bounds nothing",
+    )
     details: bool | None = Field(
         default=None, description="say of each token what the reference, the values and the tilt were; default: false"
     )
@@ -63,6 +68,7 @@ class AppliedGuidance(StrictModel):
     method: Literal["qsharp", "cd"]
     tail: Literal["floor", "mean"]
     candidate_mass: float
+    kl_budget: float | None
 
 
 class ChoiceGuidance(StrictModel):

@@ -76,6 +76,7 @@ class GuidedSession:
             method=self.params.method,  # type: ignore[arg-type]
             tail=self.params.tail,  # type: ignore[arg-type]
             candidate_mass=self.params.candidate_mass,
+            kl_budget=self.params.kl_budget,
         )
 
     @property

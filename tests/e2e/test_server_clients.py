@@ -23,6 +23,7 @@ APPLIED = {
     "method": "qsharp",
     "tail": "mean",
     "candidate_mass": 1.0,
+    "kl_budget": None,
 }
 TOKENS = 4
 BODY = {"guidance": BLOCK, "ignore_eos": True}

@@ -19,6 +19,7 @@ DEFAULTS = {
     "method": "qsharp",
     "tail": DEFAULT_TAIL,
     "candidate_mass": 1.0,
+    "kl_budget": None,
 }
 UNGUIDED = {"guided_tokens": 0, "kl": 0.0, "kl_candidates": 0.0, "mass": None, "candidates": 0.0}
 BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -29,7 +30,15 @@ BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "all-given": (
         {"value_model": "graded", "eta": 1, "top_k": 3, "method": "cd", "tail": "mean", "candidate_mass": 1.0},
-        {"value_model": "graded@1", "eta": 1.0, "top_k": 3, "method": "cd", "tail": "mean", "candidate_mass": 1.0},
+        {
+            "value_model": "graded@1",
+            "eta": 1.0,
+            "top_k": 3,
+            "method": "cd",
+            "tail": "mean",
+            "candidate_mass": 1.0,
+            "kl_budget": None,
+        },
     ),
     "tail-floor": ({"tail": "floor"}, DEFAULTS | {"tail": "floor"}),
     "the-smallest-eta": ({"eta": 1e-9}, DEFAULTS | {"eta": 1e-9}),
@@ -99,6 +108,29 @@ def test_with_the_tail_mean_the_divergence_is_among_the_candidates_only(
     assert guidance is not None
     assert 0 < guidance["mass"] < 1
     assert 0 < guidance["kl"] < guidance["kl_candidates"], "each step's kl is its mass times its kl_candidates"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("budget", [1e-6, 0.5, 1000])
+def test_no_choice_exceeds_its_kl_budget(
+    client: OpenAI, idle: RunningServer, oracle: Oracle, budget: float, stream: bool
+) -> None:
+    response: Any = client.completions.create(
+        model=idle.model,
+        prompt="abc",
+        n=2,
+        max_tokens=20,
+        logprobs=0,
+        seed=10,
+        stream=stream,
+        extra_body={"guidance": {"kl_budget": budget, "eta": 0.05}, "ignore_eos": True, **TOKENS},
+    )
+    choices = streamed(response, ["abc"], n=2) if stream else completion_choices(response, ["abc"], n=2)
+    for choice in choices:
+        oracle.check(choice, DEFAULTS | {"eta": 0.05, "kl_budget": budget})
+        assert choice.guidance is not None
+        assert choice.guidance["kl"] <= budget
+        assert (choice.guidance["kl"] > 0.99 * budget) == (budget < 1000)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])

@@ -49,7 +49,7 @@ def check(told: Told, prompt: list[int], oracle: Oracle, value_model: str) -> No
         assert sum(each["kl"] for each in details) == pytest.approx(told.guidance[index]["kl"])
         plain = expected_steps(oracle.reference, prompt, token_ids, None, TEMPERATURE, VOCABULARY)
         applied = {"value_model": value_model, "eta": 0.5, "top_k": TOP_K, "method": "qsharp"}
-        guided = oracle._guided({**applied, "candidate_mass": 1.0, "tail": "mean"}, None)
+        guided = oracle._guided({**applied, "candidate_mass": 1.0, "tail": "mean", "kl_budget": None}, None)
         steps = expected_steps(oracle.reference, prompt, token_ids, guided, TEMPERATURE, VOCABULARY)
         for count, (each, before, after) in enumerate(zip(details, plain, steps, strict=True)):
             assert each["token"] == told.tokens[index][count]

@@ -43,7 +43,17 @@ def test_the_openapi_document_shows_the_guidance_of_a_request(app: FastAPI, path
     body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     request = schemas[body["$ref"].rsplit("/", 1)[1]]
     assert {"$ref": "#/components/schemas/GuidanceRequest"} in request["properties"]["guidance"]["anyOf"]
-    fields = {"value_model", "eta", "top_k", "method", "tail", "guided_tokens", "candidate_mass", "details"}
+    fields = {
+        "value_model",
+        "eta",
+        "top_k",
+        "method",
+        "tail",
+        "guided_tokens",
+        "candidate_mass",
+        "kl_budget",
+        "details",
+    }
     assert set(schemas["GuidanceRequest"]["properties"]) == fields
 
 

@@ -237,14 +237,43 @@ def test_details_are_those_of_the_steps_whatever_happens_to_the_batch(served: Se
     assert served.preemptions() > before
 
 
-@covers("`details`", engines=DRAFTING, refused="its request ends with an error")
-def test_details_of_drafted_tokens_end_their_request_and_no_other(served: Served) -> None:
-    asks = [Ask(prompt(8, seed=650 + index), served.guide("v-bernoulli", details=index == 0)) for index in range(2)]
-    detailed, other = drive(served.engine, asks)
-    returned = [choice.token_ids for choice in detailed.choices]
-    assert asks[0].guidance is not None
-    (outcome,) = served.rpc("qtilt_take_records", asks[0].guidance.trace_id, returned)
-    assert "guidance.details is true" in outcome["reason"]
+@covers("`kl_budget`", engines=[engine for engine in ENGINES if engine not in DRAFTING])
+def test_no_response_exceeds_its_budget_whatever_happens_to_the_batch(served: Served) -> None:
+    """Budgets that are spent in one step, after some, and never, of requests that queue and are preempted."""
+    before, names = served.preemptions(), list(VALUE_MODELS)
+    asks = [
+        Ask(
+            prompt(20 + 9 * index, seed=660 + index),
+            served.guide(
+                names[index % 4],
+                eta=0.1,
+                kl_budget=(0.05, 0.5, 2.0, 100.0, None)[index % 5],
+                tail=("mean", "floor")[index % 2],
+                method=("qsharp", "cd")[index % 3 == 0],
+            ),
+            temperature=(0.0, 0.6, 1.0)[index % 3],
+            max_tokens=10 + index,
+            n=3 if index in (1, 7) else 1,
+            arrives=index // 3,
+        )
+        for index in range(9)
+    ]
+    for answer in drive(served.engine, asks):
+        served.check(answer)
+    assert served.preemptions() > before
+
+
+@covers("`details`", "`kl_budget`", engines=DRAFTING, refused="its request ends with an error")
+@pytest.mark.parametrize(("field", "asked"), [("details", True), ("kl_budget", 1.0)])
+def test_what_isnt_there_for_drafted_tokens_ends_its_request_and_no_other(
+    served: Served, field: str, asked: object
+) -> None:
+    impossible = served.guide("v-bernoulli", **{field: asked})
+    asks = [Ask(prompt(8, seed=650), impossible), Ask(prompt(8, seed=651), served.guide("v-bernoulli"))]
+    refused, other = drive(served.engine, asks)
+    returned = [choice.token_ids for choice in refused.choices]
+    (outcome,) = served.rpc("qtilt_take_records", impossible.trace_id, returned)
+    assert f"guidance.{field} is" in outcome["reason"]
     served.check(other)
 
 

@@ -33,6 +33,7 @@ FEATURES = [
     "`guided_tokens`",
     "`candidate_mass`",
     "`tail`: mean",
+    "`kl_budget`",
     "`details`",
     "guided beside unguided",
     "two value models at once",

@@ -5,6 +5,7 @@ of qtilt is imported; a value-model directory is read as its documented format s
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from scipy.optimize import brentq
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -35,6 +37,7 @@ class Guided:
     guided_tokens: int | None
     candidate_mass: float = 1.0
     tail: str = DEFAULT_TAIL
+    kl_budget: float | None = None
 
 
 MASS_ROUNDING = 1e-5
@@ -147,23 +150,44 @@ class Measured(NamedTuple):
 
 
 def step_distributions(
-    reference_V: Tensor, history: list[int], guided: Guided | None, temperature: float, scorable: int
+    reference_V: Tensor,
+    history: list[int],
+    guided: Guided | None,
+    temperature: float,
+    scorable: int,
+    left: float = math.inf,
 ) -> list[Step]:
-    """One step; ``reference_V`` holds −inf where masked. Several where rounding decides which tokens are scored."""
+    """One step; ``reference_V`` holds −inf where masked. Several where rounding decides which tokens are scored.
+
+    left: nats that its KL may have.
+    """
     scale = temperature or 1.0
     reference = log_softmax(reference_V / scale)
     if guided is None:
         return [Step(reference, 0.0, reference_V, None)]
     steps = []
     for candidates in _candidates(reference_V, reference, guided, scorable):
-        offsets_K, floor = value_oracle(guided.directory).offsets(history, candidates, guided.eta, guided.method)
+        full_K, lowest = value_oracle(guided.directory).offsets(history, candidates, guided.eta, guided.method)
         # e^o, weighted by the reference.
         weights = reference[candidates].exp()
-        mean = float(torch.log((weights * offsets_K.exp()).sum() / weights.sum()))
         scored = 0 if guided.tail == "mean" and len(candidates) == 1 else len(candidates)
-        others = mean if guided.tail == "mean" else floor
-        steps.append(_step(reference_V, reference, candidates, offsets_K, others, scale)._replace(candidates=scored))
+
+        def step_of(strength: float, candidates=candidates, full_K=full_K, lowest=lowest, weights=weights) -> Step:
+            offsets_K = strength * full_K
+            mean = float(torch.log((weights * offsets_K.exp()).sum() / weights.sum()))
+            others = mean if guided.tail == "mean" else strength * lowest
+            return _step(reference_V, reference, candidates, offsets_K, others, scale)
+
+        steps.append(_strongest(step_of, left)._replace(candidates=scored))
     return steps
+
+
+def _strongest(step_of: Callable[[float], Step], left: float) -> Step:
+    """The step of the largest part of its offsets, up to 1, whose KL isn't above what is left."""
+    if step_of(1.0).kl <= left:
+        return step_of(1.0)
+    strength = brentq(lambda strength: step_of(strength).kl - left, 0.0, 1.0, xtol=1e-14) if left > 0 else 0.0
+    return step_of(strength)
 
 
 def _candidates(reference_V: Tensor, reference: Tensor, guided: Guided, scorable: int) -> list[list[int]]:
@@ -220,14 +244,16 @@ def expected_steps(
     reported: log-probabilities ``[V]`` of every step, NaN where unknown, which decide where rounding may.
     """
     logits_LV = reference_oracle(reference).logits([*prompt, *generated])
-    steps = []
+    steps: list[Step] = []
+    budget = math.inf if guided is None or guided.kl_budget is None else guided.kl_budget
     for count in range(len(generated)):
         reference_V = logits_LV[len(prompt) + count - 1].clone()
         if adjust is not None:
             reference_V = adjust(reference_V, generated[:count])
         limit = guided.guided_tokens if guided is not None else 0
         applies = guided if limit is None or count < limit else None
-        either = step_distributions(reference_V, [*prompt, *generated[:count]], applies, temperature, scorable)
+        left, history = budget - sum(step.kl for step in steps), [*prompt, *generated[:count]]
+        either = step_distributions(reference_V, history, applies, temperature, scorable, left)
         if reported is not None:
             probs_V = reported[count].exp()
             either.sort(key=lambda step, probs_V=probs_V: float((step.log_probs_V.exp() - probs_V).abs().nansum()))

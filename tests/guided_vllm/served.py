@@ -133,6 +133,7 @@ class Served:
             guidance.guided_tokens,
             guidance.candidate_mass,
             guidance.tail,
+            guidance.kl_budget,
         )
 
     def _check_step(self, token: int, reported_V: torch.Tensor, expected_V: torch.Tensor, greedy: bool) -> None:

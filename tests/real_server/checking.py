@@ -89,6 +89,7 @@ class Oracle:
             guided_tokens,
             applied["candidate_mass"],
             applied["tail"],
+            applied["kl_budget"],
         )
 
 

@@ -16,15 +16,17 @@ def registry() -> ValueModelRegistry:
     return registry
 
 
-def test_details_are_refused_where_tokens_are_drafted(registry: ValueModelRegistry) -> None:
-    flags = GuidanceFlags()
-    asked = GuidanceRequest(details=True)
-    params, lease = Admission(flags, registry, speculates=False).admit(asked)
-    assert params.details
+@pytest.mark.parametrize(("field", "asked"), [("details", True), ("kl_budget", 0.5)])
+def test_what_isnt_there_while_tokens_are_drafted_is_refused(
+    registry: ValueModelRegistry, field: str, asked: object
+) -> None:
+    flags, request = GuidanceFlags(), GuidanceRequest.model_validate({field: asked})
+    params, lease = Admission(flags, registry, speculates=False).admit(request)
+    assert getattr(params, field) == asked
     lease.release()
     drafting = Admission(flags, registry, speculates=True)
-    with pytest.raises(GuidanceRequestError, match=r"guidance\.details is true.*--speculative-config") as refusal:
-        drafting.admit(asked)
-    assert refusal.value.parameter == "guidance.details"
+    with pytest.raises(GuidanceRequestError, match=rf"guidance\.{field} is {asked}.*--speculative-config") as refusal:
+        drafting.admit(request)
+    assert refusal.value.parameter == f"guidance.{field}"
     assert registry.lease(None).version.leases == 1, "the refused one holds none"
     assert not drafting.admit(GuidanceRequest(details=False))[0].details

@@ -33,6 +33,8 @@ class GuidanceParams:
     tail: what tokens that aren't candidates get: ``floor`` v_min/η, ``mean`` the reference-weighted mean of the
     candidates, so that they keep the reference's probability (:mod:`qtilt.method.tilt`).
     guided_tokens: guide this many generated tokens and leave the rest to the reference; None guides all.
+    kl_budget: nats, above 0, that the KLs(guided ‖ reference) of a response's steps may add up to
+    (:mod:`qtilt.method.budget`); None: no bound.
     details: whether what is measured of each token is kept for who asks.
     trace_id: names the KL records of this request in the worker; all children of n > 1 share it.
 
@@ -47,6 +49,7 @@ class GuidanceParams:
     tail: str = DEFAULT_TAIL
     guided_tokens: int | None = None
     candidate_mass: float = 1.0
+    kl_budget: float | None = None
     details: bool = False
     trace_id: str = ""
 
@@ -70,6 +73,12 @@ class GuidanceParams:
             self,
             "candidate_mass",
             "a number above 0, at most 1",
+        )
+        _require(
+            self.kl_budget is None or (_is_number(self.kl_budget) and 0 < self.kl_budget < math.inf),
+            self,
+            "kl_budget",
+            "null or a finite number above 0",
         )
         _require(isinstance(self.details, bool), self, "details", "true or false")
         _require(isinstance(self.trace_id, str), self, "trace_id", "a string")

@@ -122,6 +122,8 @@ class GuidedBatch:
         self._staged_SC = np.zeros((slots + 1, len(RowSettings._fields)))
         self._settings_SC, self._is_staged = torch.empty(0), True
         self._failures_S = torch.zeros(slots + 1, dtype=torch.int32, device=requests.device)
+        self._spent_S = torch.zeros(slots + 1, dtype=torch.float64, device=requests.device)
+        """Nats of the KL in this stay, of requests that have a budget."""
         self._rows: StepRows | None = None
         """Of the step that was guided last."""
         self._grouped: tuple[IntArray, BoolArray, list[Group]] | None = None
@@ -208,6 +210,7 @@ class GuidedBatch:
         assert not any(slot in taken for taken in (self._guided, self._failed, self._left)), f"slot {slot} is taken"
         self._staged_SC[slot], self._is_staged = settings, True
         self._failures_S[slot].zero_()  # to assign a number to one element waits for a GPU
+        self._spent_S[slot].zero_()
         self._steps_S[slot] = self._guided_steps_S[slot] = 0
         self._grouped = None
         self.table.clear(slot, self._requests.prefill_len(slot))
@@ -299,6 +302,8 @@ class GuidedBatch:
             slots_G = rows.slots_R.where(is_mine_G, engine.cache.scratch_slot)
             where = slice(0, len(logits_RV))
             settings = StepSettings.of(self._settings_SC[slots_G], settings.asked)
+        if settings.asked.have_budgets:
+            settings = settings.after(self._spent_S[slots_G])
         positions_G, logits_GV = rows.positions_R[where], logits_RV[where]
         if self._ranks is not None and isinstance(where, slice):
             logits_GV = logits_GV.clone()  # what breaks off half done is told to nobody, and must leave nothing
@@ -329,6 +334,8 @@ class GuidedBatch:
         if isinstance(where, Tensor) or self._ranks is not None:  # a slice of them is the rows themselves
             logits_RV[where] = logits_GV
         self._failures_S.index_add_(0, slots_G, guided.failed.int())
+        if settings.asked.have_budgets:
+            self._spent_S.index_add_(0, slots_G, guided.divergence_G3[:, 0].nan_to_num(nan=0.0))
         self.table.write(slots_G, positions_G, guided.divergence_G3, guided.candidates_G)
         for row, logits_V in detailed.items():
             request = group.requests[row]

@@ -20,6 +20,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from qtilt.forwards.compiled import library
+from qtilt.method.budget import ROUNDING
 from qtilt.method.params import GuidanceParams, asks_for_guidance
 from qtilt.model.checkpoint import fingerprint_tokenizer
 from qtilt.vllm_plugin.captured import choose_graphs
@@ -143,7 +144,10 @@ class GuidanceProcessor(V1Interface, V2Interface):
             if not has_failed:
                 stay.details = self._details(params)
                 request = self._request(slot, params, stay, has_tokens=has_tokens)
-                self.batch.put(request, RowSettings.of(params, sampling_params.temperature, ending_token))
+                settings = RowSettings.of(params, sampling_params.temperature, ending_token)
+                if params.kl_budget is not None:
+                    settings = settings._replace(kl_left=self._kl_left(params.kl_budget, params.trace_id, slot))
+                self.batch.put(request, settings)
                 return True
         except Exception as error:
             logger.exception("guidance can't begin, and its request ends")
@@ -153,6 +157,19 @@ class GuidanceProcessor(V1Interface, V2Interface):
 
     def leave(self, slot: int) -> None:
         self.batch.remove(slot)
+
+    def _kl_left(self, budget: float, trace_id: str, slot: int) -> float:
+        """Of a request's budget, when it enters a slot, perhaps not for the first time.
+
+        Raises ValueError for what the server should not have let through.
+        """
+        if self.requests.speculates:
+            raise ValueError("guidance.kl_budget is given, and with speculative decoding nothing keeps to one")
+        if not self.config.behind_server:  # nobody would take the records by which it is known after a preemption
+            raise ValueError("guidance.kl_budget is given, and only behind qtilt-server it is kept to")
+        prompt_len = self.requests.prompt_len(slot)
+        generated, steps = self.requests.prefill(slot)[prompt_len:], self.requests.prefill_len(slot) - prompt_len
+        return budget * (1 - ROUNDING) - self.records.spent(trace_id, generated.tolist(), steps)
 
     def _details(self, params: GuidanceParams) -> Details | None:
         """Raises ValueError for what the server should not have let through."""

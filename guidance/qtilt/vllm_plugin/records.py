@@ -30,6 +30,7 @@ from qtilt.vllm_plugin.details import Details, TokenDetails
 from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers
 from qtilt.vllm_plugin.runner import Requests
 
+NO_TOKEN = -1
 UNMEASURED = -1
 LEFT_OUT = -2
 """Of a step whose token was forced on the request after guidance: it was drawn from no distribution."""
@@ -252,6 +253,17 @@ class Records:
             self._taken.append(trace_id)
         read = [(stay, stay.read()) for stay in stays] if returned else []
         return [_outcome(read, torch.tensor(tokens, dtype=torch.int32), trace_id) for tokens in returned]
+
+    def spent(self, trace_id: str, tokens: Sequence[int], steps: int) -> float:
+        """The KL in nats of the first ``steps`` steps of a request that comes back, which have drawn ``tokens`` and
+        perhaps one more.
+        """
+        drawn, kl_N = torch.tensor([*tokens, NO_TOKEN], dtype=torch.int32), torch.zeros(steps, dtype=torch.float64)
+        for stay in self._traces.get(trace_id, []):
+            before = stay.read()
+            measured = (before.candidates_N[: before.drawn_like(drawn)][:steps] != UNMEASURED).nonzero().squeeze(1)
+            kl_N[measured] = before.divergence_N3[measured, 0]
+        return float(kl_N.sum())
 
     def details(self, trace_id: str, first: int, tokens: Sequence[int]) -> list[TokenDetails | None]:
         """Of a choice's tokens from ``first`` on, one each; None for one that wasn't drawn from a guided distribution.

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from qtilt.method.budget import largest_scale
 from qtilt.method.params import GuidanceParams
 from qtilt.method.tilt import (
     OFFSETS,
@@ -38,7 +39,7 @@ class RowSettings(NamedTuple):
 
     temperature: of the sampling, 0 for greedy. candidate_mass: infinite where all top_k are candidates. ending_token:
     ends the request when it is sampled, whatever else was asked; NO_TOKEN when no token does. guided_below: the
-    positions of last tokens after which the next one is guided.
+    positions of last tokens after which the next one is guided. kl_left: what the KL of a step may be at most.
     """
 
     top_k: int
@@ -49,6 +50,7 @@ class RowSettings(NamedTuple):
     candidate_mass: float
     ending_token: int
     guided_below: float = math.inf
+    kl_left: float = math.inf
 
     @classmethod
     def of(cls, params: GuidanceParams, temperature: float, ending_token: int | None) -> "RowSettings":
@@ -67,12 +69,13 @@ class RowSettings(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What the host must know of all rows of a step. ``max_top_k`` is the largest; have_masses: some ask for less than
-    all of their top_k.
+    all of their top_k; have_budgets: some have a budget for their KL.
     """
 
     max_top_k: int
     differ_in_top_k: bool
     have_masses: bool
+    have_budgets: bool
     methods: frozenset[str]
     tails: frozenset[str]
 
@@ -85,6 +88,7 @@ class Asked:
             max_top_k=max(top_ks),
             differ_in_top_k=len(top_ks) > 1,
             have_masses=any(each.candidate_mass < 1 for each in asked),
+            have_budgets=any(each.kl_budget is not None for each in asked),
             methods=frozenset(each.method for each in asked),
             tails=frozenset(each.tail for each in asked),
         )
@@ -108,11 +112,13 @@ class StepSettings:
     candidate_mass_G: Tensor | None
     ending_token_G: Tensor
     guided_below_G: Tensor
+    kl_left_G: Tensor
 
     @classmethod
     def of(cls, numbers_GS: Tensor, asked: Asked) -> "StepSettings":
         """numbers_GS: float64 ``[G, len(RowSettings)]``."""
-        top_k_G, inv_eta_G, method_G, tail_G, temperature_G, enough_G, ending_G, guided_below_G = numbers_GS.unbind(1)
+        columns = numbers_GS.unbind(1)
+        top_k_G, inv_eta_G, method_G, tail_G, temperature_G, enough_G, ending_G, guided_below_G, kl_left_G = columns
         return cls(
             asked=asked,
             numbers_GS=numbers_GS,
@@ -125,7 +131,14 @@ class StepSettings:
             candidate_mass_G=enough_G if asked.have_masses else None,
             ending_token_G=ending_G.long(),
             guided_below_G=guided_below_G,
+            kl_left_G=kl_left_G,
         )
+
+    def after(self, spent_G: Tensor) -> "StepSettings":
+        """The same, with so many nats less left."""
+        numbers_GS = self.numbers_GS.clone()
+        numbers_GS[:, RowSettings._fields.index("kl_left")] -= spent_G
+        return StepSettings.of(numbers_GS, self.asked)
 
 
 class Score(Protocol):
@@ -189,8 +202,15 @@ def guide_step(
     is_checked_GK[:, 0] = True
     finite_G = finite_rows(values_GKA, offsets_GK, is_checked_GK)
     # A row without a score keeps the reference's logits.
-    dropped = _drops(version, mass, is_scored_GK & finite_G.unsqueeze(-1), offsets_GK, settings)
-    divergence_G3 = version.tilt.divergence(mass, dropped)
+    is_moved_GK = is_scored_GK & finite_G.unsqueeze(-1)
+    if settings.asked.have_budgets:
+        scale_G = _scale(version, mass, is_moved_GK, offsets_GK, settings)
+        dropped = _drops(version, mass, is_moved_GK, offsets_GK, settings, scale_G)
+        divergence_G3 = version.tilt.divergence(mass, dropped)
+        divergence_G3[:, :2].masked_fill_(scale_G.unsqueeze(-1) == 0, 0.0)  # not what rounding has left of it
+    else:
+        dropped = _drops(version, mass, is_moved_GK, offsets_GK, settings)
+        divergence_G3 = version.tilt.divergence(mass, dropped)
     version.tilt.tilt_(logits_GV, candidates, dropped, settings.temperature_G)
     finite_G = finite_G & (divergence_G3[:, 0] < math.inf)
     end_unless(finite_G if applies_G is None else finite_G | ~applies_G, logits_GV, settings.ending_token_G)
@@ -237,11 +257,30 @@ def _offsets(
     return offsets_RK
 
 
-def _drops(
+def _scale(
     version: ResidentVersion, mass: ReferenceMass, is_scored_GK: Tensor, offsets_GK: Tensor, settings: StepSettings
+) -> Tensor:
+    """The λ ``[G]`` of each row that what is left of its budget allows."""
+
+    def kl(scale_G: Tensor) -> Tensor:
+        dropped = _drops(version, mass, is_scored_GK, offsets_GK, settings, scale_G)
+        return version.tilt.divergence(mass, dropped)[:, 0]
+
+    return largest_scale(kl, settings.kl_left_G)
+
+
+def _drops(
+    version: ResidentVersion,
+    mass: ReferenceMass,
+    is_scored_GK: Tensor,
+    offsets_GK: Tensor,
+    settings: StepSettings,
+    scale_G: Tensor | None = None,
 ) -> Drops:
-    """By each row's tail, one of the step's."""
+    """By each row's tail, one of the step's. scale_G: of all offsets, if they aren't to be as they are."""
     floor_G = lowest_offset(version.distribution, settings.inv_eta_G)
+    if scale_G is not None:
+        offsets_GK, floor_G = offsets_GK * scale_G.unsqueeze(-1), floor_G * scale_G
     first, *others = sorted(settings.asked.tails)
     dropped = version.tilt.drops(mass, is_scored_GK, offsets_GK, floor_G, first)
     for tail in others:
