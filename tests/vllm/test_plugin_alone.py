@@ -22,6 +22,9 @@ outputs = {
         temperature=0, max_tokens=64, extra_args={"qtilt": json.dumps({"value_model": "value", "eta": 0.1})})),
     "plain": llm.generate("abc def", SamplingParams(temperature=0, max_tokens=64)),
     "unknown": llm.generate("abc def", SamplingParams(max_tokens=64, extra_args={"qtilt": {"value_model": "nobody"}})),
+    **{field: llm.generate("abc def", SamplingParams(
+        max_tokens=64, extra_args={"qtilt": {"value_model": "value", field: asked}}))
+       for field, asked in (("details", True), ("kl_budget", 0.5))},
 }
 refused = []
 for wrong in ({"eta": 0.1}, {"value_model": "value", "eta": 0}, "{", 3):
@@ -56,8 +59,14 @@ def test_the_three_lines_guide_offline(tmp_path: Path) -> None:
         steps = expected_steps(reference, prompt, tokens, guided, 0.0, TOKENS)
         for token, step in zip(tokens, steps, strict=True):
             assert float(step.log_probs_V[token]) > float(step.log_probs_V.max()) - 1e-4
-    assert len(answers["unknown"][1]) == 1, "a request that can't be guided ends at once"
-    assert b"value model nobody@1 isn't resident; resident: value@1" in done.stdout + done.stderr
+    log = done.stdout + done.stderr
+    for name, why in (
+        ("unknown", b"value model nobody@1 isn't resident; resident: value@1"),
+        ("details", b"guidance.details is True, and only behind qtilt-server"),
+        ("kl_budget", b"guidance.kl_budget is 0.5, and only behind qtilt-server"),
+    ):
+        assert len(answers[name][1]) == 1, "a request that can't be guided ends at once"
+        assert why in log
     assert len(written["refused"]) == 4
     assert "expected value_model" in written["refused"][0]
     assert "guidance.eta is 0" in written["refused"][1]

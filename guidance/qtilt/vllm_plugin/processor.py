@@ -163,20 +163,24 @@ class GuidanceProcessor(V1Interface, V2Interface):
 
         Raises ValueError for what the server should not have let through.
         """
-        if self.requests.speculates:
-            raise ValueError("guidance.kl_budget is given, and with speculative decoding nothing keeps to one")
-        if not self.config.behind_server:  # nobody would take the records by which it is known after a preemption
-            raise ValueError("guidance.kl_budget is given, and only behind qtilt-server it is kept to")
+        # What a request has spent before it was preempted is known by records, and only a server takes these.
+        self._refuse_where_it_isnt_there("kl_budget", budget)
         prompt_len = self.requests.prompt_len(slot)
         generated, steps = self.requests.prefill(slot)[prompt_len:], self.requests.prefill_len(slot) - prompt_len
         return budget * (1 - ROUNDING) - self.records.spent(trace_id, generated.tolist(), steps)
 
     def _details(self, params: GuidanceParams) -> Details | None:
         """Raises ValueError for what the server should not have let through."""
-        if params.details and self.requests.speculates:
-            raise ValueError("guidance.details is true, and with speculative decoding there are none")
-        # Without the server nobody asks for them.
-        return Details(params.top_k) if params.details and self.config.behind_server else None
+        if not params.details:
+            return None
+        self._refuse_where_it_isnt_there("details", params.details)
+        return Details(params.top_k)
+
+    def _refuse_where_it_isnt_there(self, field: str, asked: object) -> None:
+        if self.requests.speculates:
+            raise ValueError(f"guidance.{field} is {asked}, and with speculative decoding there is no such thing")
+        if not self.config.behind_server:
+            raise ValueError(f"guidance.{field} is {asked}, and only behind qtilt-server there is such a thing")
 
     def _request(self, slot: int, params: GuidanceParams, stay: Stay, *, has_tokens: bool) -> GuidedRequest:
         """Raises ValueError for what the server should not have let through."""
