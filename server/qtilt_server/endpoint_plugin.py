@@ -24,8 +24,9 @@ from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.publication import Publisher, resident_version
 from qtilt_server.reference import check_value_models, reference_of
 from qtilt_server.registry import ValueModelRegistry
-from qtilt_server.routes import completions, guidance, models
+from qtilt_server.routes import completions, guidance, models, scoring
 from qtilt_server.sampling_check import RolloutSamplingCheck
+from qtilt_server.scoring import Scorer
 from qtilt_server.state import GuidanceState
 from qtilt_server.worker import GuidanceWorker, WorkerError
 
@@ -44,6 +45,7 @@ class GuidanceEndpoints:
         app.include_router(completions.router)
         app.include_router(guidance.router)
         app.include_router(models.router)
+        app.include_router(scoring.router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Raises StartupError when guidance isn't live in the worker or a value model doesn't fit."""
@@ -65,6 +67,7 @@ class GuidanceEndpoints:
             sampling_check=RolloutSamplingCheck(),
             metrics=metrics,
             texts=TokenTexts(engine_client.renderer.get_tokenizer()),
+            scorer=Scorer(worker),
         )
         if args.shutdown_timeout:
             # Its engine takes no calls while it drains, so the record of a guided answer can't be had any more.

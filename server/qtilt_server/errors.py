@@ -4,8 +4,9 @@ StartupError              the launcher prints it as one line and exits with code
 GuidanceRequestError      HTTP 400: the request, or the directory it names, can't be used
 ├─ ForbiddenError         HTTP 403: it changes what is served, and whoever sent it may not
 ├─ NotFoundError          HTTP 404: its model, or its path, names a value model that isn't there
-└─ ConflictError          HTTP 409: what is served now doesn't allow it
-   └─ SwapTimeoutError    the version that has to go still guides running requests
+├─ ConflictError          HTTP 409: what is served now doesn't allow it
+│  └─ SwapTimeoutError    the version that has to go still guides running requests
+└─ UnavailableError       HTTP 503: the worker can't do it now
 
 What fails while it runs is GuidanceFailedError, HTTP 500, in failures.py: an error of vLLM's, answered by vLLM.
 """
@@ -49,6 +50,12 @@ class ConflictError(GuidanceRequestError):
 
 class SwapTimeoutError(ConflictError):
     """The version that has to go didn't drain in time; trying again later is right."""
+
+
+class UnavailableError(GuidanceRequestError):
+    """Nothing is wrong with the request; the message is the worker's."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 def error_response(refusal: GuidanceRequestError) -> JSONResponse:

@@ -78,12 +78,16 @@ class ValueModelRegistry:
         """The first value model named."""
         return next(iter(self._versions), None)
 
-    def lease(self, wanted: str | None) -> Lease:
+    def lease(self, wanted: str | None, field: str = "guidance.value_model") -> Lease:
         """Fix the version of a new request: ``wanted`` is NAME, NAME@VERSION, NAME@DIGEST, or None for the default.
 
-        Raises GuidanceRequestError when there is no such version, or it no longer takes requests.
+        Raises GuidanceRequestError, which names the ``field`` of the request, when there is no such version, or it no
+        longer takes requests.
         """
-        return Lease(self._find(wanted))
+        try:
+            return Lease(self._find(wanted))
+        except LookupError as reason:
+            raise GuidanceRequestError(f"{field}: {reason}; {_loaded(self)}", field) from reason
 
     def resident(self, name: str, number: int) -> ResidentVersion:
         """Raises NotFoundError."""
@@ -163,13 +167,13 @@ class ValueModelRegistry:
         name, at, number = (wanted if wanted is not None else self.default_name or "").partition("@")
         versions = self._versions.get(name)
         if versions is None:
-            raise _refused("no value model is loaded" if wanted is None else f"unknown value model {name!r}", self)
+            raise LookupError("no value model is loaded" if wanted is None else f"unknown value model {name!r}")
         for version in versions:
             if (number != "" and number in (str(version.version), version.digest)) if at else self.is_active(version):
                 if version.draining:
-                    raise _refused(f"{version.label} is being unloaded and takes no new requests", self)
+                    raise LookupError(f"{version.label} is being unloaded and takes no new requests")
                 return version
-        raise _refused(f"value model {name!r} has no version {number!r} loaded", self)
+        raise LookupError(f"value model {name!r} has no version {number!r} loaded")
 
 
 def _describe(version: ResidentVersion, active: bool) -> VersionStatus:
@@ -185,10 +189,6 @@ def _describe(version: ResidentVersion, active: bool) -> VersionStatus:
         rollouts=version.rollouts,
         adapter=version.adapter,
     )
-
-
-def _refused(reason: str, registry: ValueModelRegistry) -> GuidanceRequestError:
-    return GuidanceRequestError(f"guidance.value_model: {reason}; {_loaded(registry)}", "guidance.value_model")
 
 
 def _loaded(registry: ValueModelRegistry) -> str:

@@ -4,12 +4,13 @@ Requests are strict: no unknown key, no conversion of types (a bool is not a num
 A test freezes these models' JSON schema: they are the public surface.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qtilt.params import MIN_ETA
 
+MAX_SCORED = 128
 MAX_GUIDED_TOKENS = 2**31 - 1
 VALUE_MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -129,6 +130,57 @@ class TotalGuidance(StrictModel):
     guided_tokens: int = Field(description="the sum of the choices'")
     guidance_kl: float = Field(description="the sum of the choices' kl, in nats")
     guidance_kl_candidates: float = Field(description="the sum of the choices' kl_candidates, in nats")
+
+
+class ScoreRequest(StrictModel):
+    """Body of ``POST /v1/guidance/score``: completions of one prompt, which is ``prompt`` or ``messages``."""
+
+    value_model: str | None = Field(default=None, description="as in a guidance block")
+    prompt: str | list[int] | None = Field(default=None, description="text, or token ids")
+    messages: list[dict[str, Any]] | None = Field(default=None, description="a chat whose next answer is completed")
+    completions: Annotated[list[str | list[int]], Field(min_length=1, max_length=MAX_SCORED)] = Field(
+        description="texts, or token ids; each after the prompt"
+    )
+    distributions: bool = Field(default=False, description="whether each token's distribution is answered, too")
+
+    @model_validator(mode="after")
+    def _check_there_is_one_prompt(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt and messages: exactly one of them must be given")
+        return self
+
+
+class ScoredCompletion(StrictModel):
+    """What the value model says of the return after each token of a completion; null of one that it never scores."""
+
+    index: int
+    token_ids: list[int]
+    values: list[float | None] = Field(description="E[Z] after each token")
+    distributions: list[list[float] | None] | None = Field(description="P(Z = z) after each, if they are asked for")
+    value: float | None = Field(description="E[Z] after the last")
+    distribution: list[float] | None = Field(description="P(Z = z) after the last")
+
+
+class ScoreUsage(StrictModel):
+    """Tokens that were read."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, prompt: int, completions: int) -> Self:
+        """completions: of all together."""
+        return cls(prompt_tokens=prompt, completion_tokens=completions, total_tokens=prompt + completions)
+
+
+class ScoreResponse(StrictModel):
+    """Answer of ``POST /v1/guidance/score``."""
+
+    value_model: str = Field(description="NAME@VERSION")
+    support: list[float] = Field(description="the returns z that there may be, ascending")
+    choices: list[ScoredCompletion]
+    usage: ScoreUsage
 
 
 class PublishRequest(StrictModel):

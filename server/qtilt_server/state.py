@@ -9,6 +9,7 @@ from qtilt_server.failures import FailureWatch
 from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.publication import Publisher
 from qtilt_server.sampling_check import RolloutSamplingCheck
+from qtilt_server.scoring import Scorer
 from qtilt_server.worker import GuidanceWorker
 
 
@@ -24,3 +25,4 @@ class GuidanceState:
     sampling_check: RolloutSamplingCheck
     metrics: GuidanceMetrics
     texts: TokenTexts
+    scorer: Scorer

@@ -13,6 +13,7 @@ from qtilt_server.schema import ChoiceGuidance
 
 if TYPE_CHECKING:
     from qtilt.vllm_plugin.details import TokenDetails
+    from qtilt.vllm_plugin.scoring import TextValues
 
 PREPARATION_POLL_S = 0.05
 ENGINE_POLL_S = 1.0
@@ -78,6 +79,19 @@ class GuidanceWorker:
         """Of a choice's tokens from ``first`` on; token_ids: all that it has so far. None where one wasn't guided."""
         details: list[TokenDetails | None] = await self._call("qtilt_details", trace_id, first, list(token_ids))
         return details
+
+    async def begin_text(self, text: str, name: str, version: int, token_ids: Sequence[int], first: int) -> None:
+        """Tokens are to be scored, from number ``first`` on; ``text`` names them until they :meth:`end_text`."""
+        await self._call("qtilt_begin_text", text, name, version, list(token_ids), first)
+
+    async def advance_text(self, text: str) -> "TextValues | None":
+        """Run a part of it, between two steps: its values if that was the last."""
+        values: TextValues | None = await self._call("qtilt_advance_text", text)
+        return values
+
+    async def end_text(self, text: str) -> None:
+        """Forget it, done or not."""
+        await self._call("qtilt_end_text", text)
 
     async def failures(self) -> dict[str, GuidanceFailure]:
         """Why guidance failed, by the id of each trace that it failed for and that isn't forgotten yet."""

@@ -27,6 +27,7 @@ def test_every_route_needs_the_api_key(app: FastAPI) -> None:
         "/v1/models",
         "/v1/guidance",
         "/v1/guidance/ready",
+        "/v1/guidance/score",
         "/v1/guidance/value_models",
         "/v1/guidance/value_models/{name}/activate",
         "/v1/guidance/value_models/{name}/{version}",

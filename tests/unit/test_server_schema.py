@@ -17,6 +17,8 @@ from qtilt_server.schema import (
     PublishedVersion,
     PublishRequest,
     Readiness,
+    ScoreRequest,
+    ScoreResponse,
     TotalGuidance,
 )
 
@@ -29,6 +31,8 @@ SURFACE: dict[str, type[BaseModel]] = {
     "response.usage.completion_tokens_details": TotalGuidance,
     "GET /v1/guidance response": GuidanceStatus,
     "GET /v1/guidance/ready response": Readiness,
+    "POST /v1/guidance/score request": ScoreRequest,
+    "POST /v1/guidance/score response": ScoreResponse,
     "POST /v1/guidance/value_models request": PublishRequest,
     "POST /v1/guidance/value_models response": PublishedVersion,
     "POST /v1/guidance/value_models/NAME/activate request": ActivateRequest,

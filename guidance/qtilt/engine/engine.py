@@ -9,6 +9,7 @@ one resumed after preemption and one more token are the same case, and the engin
 candidates in one packed forward.
 """
 
+import copy
 from collections.abc import Iterator, MutableMapping, Sequence, Set
 from functools import partial
 
@@ -74,6 +75,16 @@ class ValueEngine:
         """Drop weights that the forward has in another form: the model can't be run but by this engine after that."""
         if isinstance(self.forward, CompiledForward):
             self.forward.free_backbones_own()
+
+    def apart(self, length: int) -> "ValueEngine":
+        """The same model with a cache of its own, whose only slot, 0, holds a history of so many tokens that nobody has
+        written yet. Raises ValueError without the memory for it.
+        """
+        engine = copy.copy(self)
+        engine.cache, engine._mine, engine._prefixes = KVCache(self.cache.geometry, 1, length), set(), SharedPrefixes()
+        engine.acquire(0)
+        engine.cache.hold(np.array([0]), np.array([length]))
+        return engine
 
     def acquire(self, slot: int, known: Sequence[int] | Int32Array = ()) -> None:
         """A new history takes the slot. known: the tokens that it begins with, as many as the host knows.

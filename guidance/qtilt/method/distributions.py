@@ -26,6 +26,9 @@ class ReturnDistribution(Protocol):
     def v_min(self) -> float: ...
     @property
     def v_max(self) -> float: ...
+    @property
+    def support(self) -> list[float]:
+        """The returns that there may be, ascending."""
 
     def nll(self, logits: Tensor, returns: Tensor) -> Tensor:
         """Negative log-likelihood, in nats, of ``returns [...]`` under ``logits [..., A]`` → ``[...]``.
@@ -35,6 +38,9 @@ class ReturnDistribution(Protocol):
 
     def mean(self, logits: Tensor) -> Tensor:
         """E[Z] in units of the reward: ``[..., A]`` → ``[...]``."""
+
+    def pmf(self, logits: Tensor) -> Tensor:
+        """P(Z = z) of each return in :attr:`support`: ``[..., A]`` → ``[..., Z]``."""
 
     def log_mgf(self, logits: Tensor, inv_eta: Tensor | float) -> Tensor:
         """ln E[exp(Z/η)] = Q*/η in nats (Theorem 2.2): ``[..., A]`` and 1/η broadcastable to ``[...]`` → ``[...]``."""
@@ -57,6 +63,7 @@ class Bernoulli:
     num_logits: ClassVar[int] = 1
     v_min: ClassVar[float] = 0.0
     v_max: ClassVar[float] = 1.0
+    support: ClassVar[list[float]] = [0.0, 1.0]
 
     def nll(self, logits: Tensor, returns: Tensor) -> Tensor:
         logit = _at_least_float32(logits).squeeze(-1)
@@ -65,6 +72,10 @@ class Bernoulli:
 
     def mean(self, logits: Tensor) -> Tensor:
         return _at_least_float32(logits).squeeze(-1).sigmoid()
+
+    def pmf(self, logits: Tensor) -> Tensor:
+        won = _at_least_float32(logits).sigmoid()
+        return torch.cat([1 - won, won], dim=-1)
 
     def log_mgf(self, logits: Tensor, inv_eta: Tensor | float) -> Tensor:
         # ln(1 − p + p·e^{1/η}) with p = sigmoid(ℓ).
@@ -110,6 +121,11 @@ class Categorical:
     def v_max(self) -> float:
         return self.high
 
+    @property
+    def support(self) -> list[float]:
+        values: list[float] = self.atom_values(like=torch.empty(0, dtype=torch.float64)).tolist()
+        return values
+
     def atom_values(self, like: Tensor) -> Tensor:
         """v_1 … v_A ``[A]`` with the dtype and device of ``like``."""
         return torch.linspace(self.low, self.high, self.atoms, dtype=like.dtype, device=like.device)
@@ -127,6 +143,9 @@ class Categorical:
     def mean(self, logits: Tensor) -> Tensor:
         pmf = _at_least_float32(logits).softmax(-1)
         return pmf @ self.atom_values(like=pmf)
+
+    def pmf(self, logits: Tensor) -> Tensor:
+        return _at_least_float32(logits).softmax(-1)
 
     def log_mgf(self, logits: Tensor, inv_eta: Tensor | float) -> Tensor:
         return self._log_mgf(logits, inv_eta, less=0.0)

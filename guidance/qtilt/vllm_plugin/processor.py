@@ -35,6 +35,7 @@ from qtilt.vllm_plugin.ranks import FollowingBatch, Ranks
 from qtilt.vllm_plugin.records import Records, Stay
 from qtilt.vllm_plugin.reserve import Reserve
 from qtilt.vllm_plugin.runner import Requests
+from qtilt.vllm_plugin.scoring import Texts
 from qtilt.vllm_plugin.sizing import bytes_of, is_planned, plan_of, published, serving_of, value_dtype
 from qtilt.vllm_plugin.step import RowSettings
 from qtilt.vllm_plugin.v1.interface import V1Interface, v1_requests
@@ -73,7 +74,8 @@ class GuidanceProcessor(V1Interface, V2Interface):
         self.batch, self.records = _batch(vllm_config, self.config, self.requests), Records()
         plan = _plan(vllm_config, self.config, self.requests.device)
         settings = _engine_settings(vllm_config, self.config, self.requests, plan)
-        self.residents = Residents(_reference(vllm_config), settings)
+        self.reference = _reference(vllm_config)
+        self.residents, self.texts = Residents(self.reference, settings), Texts()
         if not self.follows:
             self._load_at_start(settings, plan)
 
@@ -108,6 +110,7 @@ class GuidanceProcessor(V1Interface, V2Interface):
             "max_top_k": self.config.max_top_k,
             "guided_rows": len(self.batch),
             "traces": self.records.held,
+            "texts": len(self.texts),
         }
 
     def apply(self, logits: Tensor, ctx: LogitsContext | None = None) -> Tensor:

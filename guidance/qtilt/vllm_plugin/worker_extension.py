@@ -14,6 +14,7 @@ from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt.vllm_plugin.guided import GuidedBatch
 from qtilt.vllm_plugin.processor import GuidanceProcessor
 from qtilt.vllm_plugin.records import GuidanceSummary
+from qtilt.vllm_plugin.scoring import Text, TextValues
 from qtilt.vllm_plugin.versions import PreparationStatus
 
 P = ParamSpec("P")
@@ -85,6 +86,26 @@ class GuidanceWorkerExtension:
     def qtilt_details(self, trace_id: str, first: int, token_ids: Sequence[int]) -> list[TokenDetails | None]:
         """Of a choice's tokens from ``first`` on; token_ids: all that it has so far. None where one wasn't guided."""
         return self._qtilt_processor().records.details(trace_id, first, token_ids)
+
+    @answers_errors
+    @by_the_first_rank
+    def qtilt_begin_text(self, text: str, name: str, version: int, token_ids: Sequence[int], first: int) -> None:
+        """The tokens from number ``first`` on are to be scored, see scoring.py; ``text`` names them from now on."""
+        processor = self._qtilt_processor()
+        resident = processor.residents.get(name, version)
+        processor.texts.begin(text, Text(resident, token_ids, first, processor.reference.vocab_size))
+
+    @answers_errors
+    @by_the_first_rank
+    def qtilt_advance_text(self, text: str) -> TextValues | None:
+        """Run a part of it: its values if that was the last, else None."""
+        return self._qtilt_processor().texts.advance(text)
+
+    @answers_errors
+    @by_the_first_rank
+    def qtilt_end_text(self, text: str) -> None:
+        """Forget it, done or not."""
+        self._qtilt_processor().texts.end(text)
 
     @answers_errors
     @by_the_first_rank
