@@ -12,8 +12,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         parse_own_flags(arguments)  # refuses in a second what can be refused without vLLM
-        from qtilt_server.launch import launch, prepare_environment
+        from qtilt_server.launch import check_vllm, launch, prepare_environment
 
+        check_vllm()
         prepare_environment(os.environ)
         launch(arguments)
     except StartupError as refusal:

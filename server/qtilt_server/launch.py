@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from qtilt.vllm_plugin.config import ADDITIONAL_CONFIG_KEY, PROCESSOR, WORKER_EXTENSION, PluginConfig
+from qtilt.vllm_plugin.vllm_internals import SERVER, WORKER, MissingInternalsError, require_internals
 from qtilt_server.errors import StartupError
 from qtilt_server.flags import GuidanceFlags, add_guidance_arguments
 
@@ -35,7 +36,8 @@ LAST_ANSWERS_S = 5
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
-    """Before torch and vLLM are imported: have vLLM load our endpoints beside its other plugins, and bound caches.
+    """Before torch and vLLM are imported: have vLLM load our endpoints beside its other plugins, start its processes as
+    its own command does, and bound caches.
 
     What the user has set stays.
     """
@@ -47,19 +49,26 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
             "unset VLLM_SKIP_MODEL_NAME_VALIDATION"
         )
     environ["VLLM_PLUGINS"] = ",".join(_allowed_plugins(environ.get("VLLM_PLUGINS")))
+    environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     for name, capacity in COMPILED_PRODUCTS.items():
         environ.setdefault(name, capacity)
+
+
+def check_vllm() -> None:
+    """Raise StartupError for a vLLM that lacks what guidance uses of it, before anything of it is imported."""
+    try:
+        require_internals([*WORKER, *SERVER])
+    except MissingInternalsError as error:
+        raise StartupError(str(error)) from error
 
 
 def launch(argv: list[str]) -> None:
     """Parse the whole command line, refuse what can't work, and serve until interrupted, or print the plan."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
     from qtilt_server.admin import hide_admin_key
 
-    cli_env_setup()  # type: ignore[no-untyped-call]
     command = ServeSubcommand()
     args = _parse(command, argv)
     configure_logging_from_args(args)

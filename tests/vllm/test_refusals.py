@@ -1,5 +1,6 @@
 """What must never reach a step, and how the worker says no."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,8 +14,8 @@ from guided_vllm.driving import Ask, drive
 from guided_vllm.matrix import covers
 from guided_vllm.served import Served
 from guided_vllm.tiny_models import prompt
-from qtilt.vllm_plugin.config import PROCESSOR
-from qtilt.vllm_plugin.processor import GuidanceProcessor
+from qtilt.vllm_plugin.config import PROCESSOR, PluginConfig
+from qtilt.vllm_plugin.processor import GuidanceProcessor, _refuse_what_is_not_exact
 from qtilt.vllm_plugin.worker_extension import GuidanceWorkerExtension
 from vllm import SamplingParams
 
@@ -57,6 +58,20 @@ def test_the_engine_is_not_built_with_speculative_decoding(served: Served) -> No
     config = SimpleNamespace(speculative_config=object())
     with pytest.raises(ValueError, match="speculative decoding"):
         build_logitsprocs(config, torch.device("cpu"), False, False, [PROCESSOR])
+
+
+@pytest.mark.parametrize(
+    ("method", "refused"), [("standard", False), ("block", False), ("synthetic", True), ("fly", True)]
+)
+def test_drafts_are_accepted_by_the_guided_logits_alone(method: str, refused: bool) -> None:
+    """``fly`` comes with vLLM 0.33."""
+    on_v2 = SimpleNamespace(
+        speculative_config=SimpleNamespace(enable_adaptive_verification=False, rejection_sample_method=method),
+        parallel_config=SimpleNamespace(enable_batch_sharded_sampling=False, pipeline_parallel_size=1),
+        model_config=SimpleNamespace(skip_tokenizer_init=False, enable_sleep_mode=False),
+    )
+    with pytest.raises(ValueError, match=f"rejection_sample_method '{method}'") if refused else nullcontext():
+        _refuse_what_is_not_exact(on_v2, PluginConfig(behind_server=True), is_v2=True)
 
 
 ALONE: dict[str, object] = {"additional_config": {"qtilt": {}}}

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.distributed import get_tp_group
 from vllm.sampling_params import SamplingParams
-from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 from qtilt.forwards.compiled import library
@@ -29,7 +27,6 @@ from qtilt.vllm_plugin.config import PluginConfig
 from qtilt.vllm_plugin.details import Details
 from qtilt.vllm_plugin.failure import of_exception
 from qtilt.vllm_plugin.guided import GuidedBatch, GuidedRequest
-from qtilt.vllm_plugin.kernels import VllmKernels
 from qtilt.vllm_plugin.plan import VERSIONS, MemoryPlan
 from qtilt.vllm_plugin.ranks import FollowingBatch, Ranks
 from qtilt.vllm_plugin.records import Records, Stay
@@ -42,8 +39,13 @@ from qtilt.vllm_plugin.v1.interface import V1Interface, v1_requests
 from qtilt.vllm_plugin.v2.interface import V2Interface, show_forced_tokens
 from qtilt.vllm_plugin.v2.requests import V2Requests, step_rows
 from qtilt.vllm_plugin.versions import EngineSettings, Residents
+from qtilt.vllm_plugin.vllm_internals import WORKER, require_internals
 
 logger = logging.getLogger("vllm.qtilt.processor")  # vLLM configures the loggers below its own name only
+
+
+EXACT_VERIFICATION = ("standard", "block")
+"""The ways to verify drafts after which tokens are distributed as the guided logits say."""
 
 
 class GuidanceProcessor(V1Interface, V2Interface):
@@ -52,7 +54,8 @@ class GuidanceProcessor(V1Interface, V2Interface):
     Loads the first value models at construction, so that vLLM counts their memory before it sizes its own cache. Under
     tensor parallelism that is the first rank's business, see ranks.py.
 
-    Raises ValueError when the settings or a value model can't be used.
+    Raises ValueError when the settings or a value model can't be used, MissingInternalsError for a vLLM that lacks what
+    is needed of it: so what isn't documented of vLLM is imported where it is used, after that.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class GuidanceProcessor(V1Interface, V2Interface):
         device_or_requests: torch.device | LogitsProcRequestState,
         is_pin_memory: bool = False,  # V1 passes it
     ) -> None:
+        require_internals(WORKER)
         self.config = PluginConfig.from_additional_config(vllm_config.additional_config)
         _refuse_what_is_not_exact(vllm_config, self.config, is_v2=not isinstance(device_or_requests, torch.device))
         self.requests: Requests
@@ -213,6 +217,13 @@ def _refuse_what_is_not_exact(vllm_config: VllmConfig, config: PluginConfig, *, 
         raise ValueError("guidance needs every request on every rank: drop --enable-batch-sharded-sampling")
     if vllm_config.speculative_config is not None and vllm_config.speculative_config.enable_adaptive_verification:
         raise ValueError("guidance excludes adaptive verification of drafts: drop it from --speculative-config")
+    if vllm_config.speculative_config is not None:
+        method = vllm_config.speculative_config.rejection_sample_method
+        if method not in EXACT_VERIFICATION:
+            raise ValueError(
+                f"rejection_sample_method {method!r} accepts drafts that guidance wouldn't: drop it from "
+                "--speculative-config"
+            )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError("guidance supports no pipeline parallelism yet: set --pipeline-parallel-size 1")
     if vllm_config.model_config.skip_tokenizer_init:
@@ -240,6 +251,8 @@ def _refuse_what_only_the_server_can_tell(vllm_config: VllmConfig) -> None:
 
 
 def _batch(vllm_config: VllmConfig, config: PluginConfig, requests: Requests) -> GuidedBatch | FollowingBatch:
+    from vllm.distributed import get_tp_group
+
     group = get_tp_group()
     ranks = Ranks(group, config.max_top_k, requests.device) if group.world_size > 1 else None
     if ranks is not None and not ranks.guides:
@@ -250,6 +263,8 @@ def _batch(vllm_config: VllmConfig, config: PluginConfig, requests: Requests) ->
 
 
 def _reference(vllm_config: VllmConfig) -> Reference:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
     model_config = vllm_config.model_config
     return Reference(
         tokenizer=fingerprint_tokenizer(cached_tokenizer_from_config(model_config)),
@@ -271,6 +286,8 @@ def _plan(vllm_config: VllmConfig, config: PluginConfig, device: torch.device) -
 def _engine_settings(
     vllm_config: VllmConfig, config: PluginConfig, requests: Requests, plan: MemoryPlan | None
 ) -> EngineSettings:
+    from qtilt.vllm_plugin.kernels import VllmKernels
+
     kv_fraction = config.kv_fraction
     if kv_fraction is None:
         kv_fraction = 1.0 if plan is None else plan.kv_fraction(serving_of(vllm_config, config))

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
-from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from qtilt.forwards.arrays import IntArray
 from qtilt.method.params import asks_for_guidance
@@ -83,6 +81,8 @@ def show_steps() -> None:
 
     Nothing is looked up while no request is guided. Idempotent; changes the class for the whole process.
     """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
     runner_class: Any = GPUModelRunner
     sample = runner_class._sample
     if hasattr(sample, "shows_steps"):
@@ -111,6 +111,8 @@ def show_forced_tokens() -> None:
 
     That comes after all processors. Idempotent; changes the class for the whole process.
     """
+    from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
+
     holder_class: Any = ThinkingBudgetStateHolder
     apply = holder_class.apply_to_logits
     if hasattr(apply, "shows_forced"):

@@ -3,8 +3,6 @@
 from functools import wraps
 from typing import Any
 
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
 
 def keep_seeds_through_chunked_prefill() -> None:
     """Let requests with a seed have their prompt prefilled in chunks on a CPU, where it kills vLLM's engine.
@@ -17,6 +15,8 @@ def keep_seeds_through_chunked_prefill() -> None:
 
     Idempotent; changes the class for the whole process.
     """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
     runner_class: Any = CPUModelRunner
     sample_tokens = runner_class.sample_tokens
     if hasattr(sample_tokens, "spares_seeds"):

@@ -7,7 +7,6 @@ from weakref import WeakSet
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
-from vllm.v1.worker.gpu.sample.thinking_budget import ThinkingBudgetState
 
 from qtilt.vllm_plugin.guided import GuidedBatch
 from qtilt.vllm_plugin.ranks import FollowingBatch
@@ -39,6 +38,8 @@ def show_forced_tokens(processor: V2Interface) -> None:
 
     That comes after all processors. Changes the class for the whole process.
     """
+    from vllm.v1.worker.gpu.sample.thinking_budget import ThinkingBudgetState
+
     _processors.add(processor)
     state_class: Any = ThinkingBudgetState
     apply = state_class.apply
