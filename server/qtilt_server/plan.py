@@ -10,7 +10,10 @@ from qtilt.vllm_plugin.plan import GIB, MemoryPlan, Serving
 from qtilt_server.errors import StartupError
 
 DEFAULTS = ((160, 1024, 16384), (70, 1024, 8192), (0, 256, 2048))
-"""vLLM 0.32's --max-num-seqs and --max-num-batched-tokens for GPUs from so many GiB on (EngineArgs; A100s aside)."""
+"""vLLM's --max-num-seqs and --max-num-batched-tokens for GPUs from so many GiB on.
+
+Copied from EngineArgs of 0.32, where A100s are an exception; in 0.33 so is the GB10.
+"""
 BLOCK_TOKENS = 16
 """vLLM's --block-size on GPUs."""
 

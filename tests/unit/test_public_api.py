@@ -77,7 +77,15 @@ PUBLIC_NAMES = {
     "qtilt.value_model": {"ValueModel", "ValueType", "embedding_rows", "head_rows"},
 }
 
-LIGHT_MODULES = ["qtilt", "qtilt.params", "qtilt.vllm_plugin.config", "qtilt_server.cli", "qtilt_trainer.cli"]
+LIGHT_MODULES = [
+    "qtilt",
+    "qtilt.params",
+    "qtilt.vllm_plugin.config",
+    "qtilt.vllm_plugin.vllm_internals",
+    "qtilt_server.cli",
+    "qtilt_server.launch",
+    "qtilt_trainer.cli",
+]
 
 
 def load_generator() -> ModuleType:

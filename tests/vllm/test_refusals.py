@@ -14,6 +14,7 @@ from guided_vllm.driving import Ask, drive
 from guided_vllm.matrix import covers
 from guided_vllm.served import Served
 from guided_vllm.tiny_models import prompt
+from qtilt.vllm_plugin import vllm_internals
 from qtilt.vllm_plugin.config import PROCESSOR, PluginConfig
 from qtilt.vllm_plugin.processor import GuidanceProcessor, _refuse_what_is_not_exact
 from qtilt.vllm_plugin.worker_extension import GuidanceWorkerExtension
@@ -58,6 +59,13 @@ def test_the_engine_is_not_built_with_speculative_decoding(served: Served) -> No
     config = SimpleNamespace(speculative_config=object())
     with pytest.raises(ValueError, match="speculative decoding"):
         build_logitsprocs(config, torch.device("cpu"), False, False, [PROCESSOR])
+
+
+def test_the_processor_is_not_built_on_a_vllm_that_lacks_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything else is looked at: what it would be told may have another form."""
+    monkeypatch.setattr(vllm_internals, "missing", lambda *_: ["vllm.a has no b (for this)"])
+    with pytest.raises(vllm_internals.MissingInternalsError, match=r"vLLM 0\.\d+.*vllm\.a has no b"):
+        GuidanceProcessor(SimpleNamespace(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
