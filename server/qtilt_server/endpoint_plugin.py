@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from prometheus_client import REGISTRY
 from starlette.datastructures import State
 
 from qtilt.checkpoint import Manifest
@@ -29,6 +30,7 @@ from qtilt_server.sampling_check import RolloutSamplingCheck
 from qtilt_server.scoring import Scorer
 from qtilt_server.state import GuidanceState
 from qtilt_server.worker import GuidanceWorker, WorkerError
+from qtilt_server.worker_figures import AskWorkerBeforeScrape, WorkerFigures
 
 logger = logging.getLogger("vllm.qtilt_server")
 
@@ -41,6 +43,7 @@ class GuidanceEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_middleware(GuidanceGuard)
+        app.add_middleware(AskWorkerBeforeScrape)
         app.add_exception_handler(GuidanceRequestError, _answer_refusal)
         app.include_router(completions.router)
         app.include_router(guidance.router)
@@ -58,6 +61,8 @@ class GuidanceEndpoints:
         await _check_live(worker, flags)
         metrics = GuidanceMetrics()
         registry = await asyncio.to_thread(_registry, flags, manifests, reference, metrics)
+        figures = WorkerFigures(worker, registry)
+        REGISTRY.register(figures)
         state.guidance = GuidanceState(
             admin=AdminAccess(flags.admin_key),
             admission=Admission(flags, registry, engine_client.vllm_config.speculative_config is not None),
@@ -68,6 +73,7 @@ class GuidanceEndpoints:
             metrics=metrics,
             texts=TokenTexts(engine_client.renderer.get_tokenizer()),
             scorer=Scorer(worker),
+            figures=figures,
         )
         if args.shutdown_timeout:
             # Its engine takes no calls while it drains, so the record of a guided answer can't be had any more.

@@ -55,12 +55,15 @@ class Publisher:
             except SwapTimeoutError:
                 self._metrics.load("timeout")
                 raise
+            except WorkerError:
+                self._metrics.load("failed")
+                raise
             except GuidanceRequestError as refusal:
                 self._metrics.load("refused")
                 logger.warning("refused to load %s as %s: %s", request.path, request.name, refusal)
                 raise
         self._metrics.load("loaded")
-        self._metrics.active(version.name, version.version)
+        self._metrics.active(version.name, version.version, cause="publication")
         logger.info("%s is now %s", version.name, version.label)
         return PublishedVersion(
             name=version.name,
@@ -75,8 +78,10 @@ class Publisher:
         """Have the name mean a version that is resident: a roll-back. Raises NotFoundError."""
         async with self._one_at_a_time:
             version = self._registry.resident(name, number)
+            is_other = not self._registry.is_active(version)
             self._registry.activate(version)
-        self._metrics.active(name, number)
+        if is_other:
+            self._metrics.active(name, number, cause="rollback")
         logger.info("%s is now %s", name, version.label)
 
     async def unload(self, name: str, number: int) -> None:
@@ -95,6 +100,7 @@ class Publisher:
                 self._registry.keep(version)
                 raise
             self._registry.remove(version)
+            self._metrics.unloaded(name, number)
             if name not in {other.name for other in self._registry}:
                 self._metrics.gone(name)
         logger.info("%s is unloaded", version.label)
@@ -115,6 +121,7 @@ class Publisher:
             raise
         if older is not None:
             self._registry.remove(older)
+            self._metrics.unloaded(older.name, older.version)
         self._registry.activate(version)
         return version
 

@@ -11,6 +11,7 @@ from qtilt_server.publication import Publisher
 from qtilt_server.sampling_check import RolloutSamplingCheck
 from qtilt_server.scoring import Scorer
 from qtilt_server.worker import GuidanceWorker
+from qtilt_server.worker_figures import WorkerFigures
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,4 @@ class GuidanceState:
     metrics: GuidanceMetrics
     texts: TokenTexts
     scorer: Scorer
+    figures: WorkerFigures

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qtilt.vllm_plugin.answers import raise_errors
 from qtilt.vllm_plugin.failure import GuidanceFailure
+from qtilt.vllm_plugin.measures import Measures
 from qtilt_server.schema import ChoiceGuidance
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class GuidanceWorker:
         """What the first worker has loaded. Raises WorkerError when the guidance processor isn't live in any."""
         description: dict[str, Any] = await self._call("qtilt_describe")
         return description
+
+    async def measure(self) -> Measures:
+        """What guidance has done so far. Raises WorkerError."""
+        measures: Measures = await self._call("qtilt_measure")
+        return measures
 
     async def prepare(self, name: str, version: int, path: str) -> None:
         """Load a directory beside the running versions; returns when it is ready.

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from prometheus_client.metrics import MetricWrapperBase
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from guided_vllm.tiny_models import make_tokenizer
@@ -134,7 +135,8 @@ def metrics() -> Iterator[GuidanceMetrics]:
     made = GuidanceMetrics()
     yield made
     for metric in vars(made).values():
-        REGISTRY.unregister(metric)
+        if isinstance(metric, MetricWrapperBase):
+            REGISTRY.unregister(metric)
 
 
 def session_on(engine: Engine, metrics: GuidanceMetrics, poll_s: float) -> GuidedSession:

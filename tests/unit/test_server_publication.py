@@ -109,15 +109,30 @@ class ScriptedEngine:
             self.resident.remove((name, version))
 
 
-class NoMetrics:
-    def load(self, outcome: str) -> None: ...
-    def active(self, value_model: str, version: int) -> None: ...
+class Told:
+    """In place of the metrics: what they were told."""
+
+    def __init__(self) -> None:
+        self.loads: list[str] = []
+        self.activations: list[tuple[str, int, str | None]] = []
+        self.unloads: list[tuple[str, int]] = []
+
+    def load(self, outcome: str) -> None:
+        self.loads.append(outcome)
+
+    def active(self, value_model: str, version: int, cause: str | None = None) -> None:
+        self.activations.append((value_model, version, cause))
+
+    def unloaded(self, value_model: str, version: int) -> None:
+        self.unloads.append((value_model, version))
+
     def gone(self, value_model: str) -> None: ...
 
 
-def publisher(root: Path, engine: ScriptedEngine, registry: ValueModelRegistry) -> Publisher:
+def publisher(root: Path, engine: ScriptedEngine, registry: ValueModelRegistry, told: Told | None = None) -> Publisher:
     reference = Reference(fingerprint_tokenizer(make_tokenizer()), VOCAB, max_model_len=64)
-    return Publisher(registry, GuidanceWorker(engine), reference, NoMetrics(), root, swap_timeout=0.2)  # type: ignore[arg-type]
+    metrics: Any = Told() if told is None else told
+    return Publisher(registry, GuidanceWorker(engine), reference, metrics, root, swap_timeout=0.2)
 
 
 PUBLISH = PublishRequest(name="value", path="model")
@@ -149,8 +164,8 @@ def test_versions_follow_each_other_and_two_stay_resident(model_root: Path) -> N
 @pytest.mark.parametrize("step", ["prepare_value_model", "prepare_status", "commit"])
 def test_a_failure_at_any_step_leaves_what_is_served(model_root: Path, step: str) -> None:
     async def publish() -> None:
-        engine, registry = ScriptedEngine(), ValueModelRegistry()
-        publish = publisher(model_root, engine, registry).publish
+        engine, registry, told = ScriptedEngine(), ValueModelRegistry(), Told()
+        publish = publisher(model_root, engine, registry, told).publish
         await publish(PUBLISH)
         engine.fail_at = step
         with pytest.raises(Exception, match="failed"):
@@ -158,6 +173,7 @@ def test_a_failure_at_any_step_leaves_what_is_served(model_root: Path, step: str
         assert (labels(registry), engine.resident, engine.prepared) == (["value@1"], {("value", 1)}, set())
         engine.fail_at = None
         assert (await publish(PUBLISH)).version == 2
+        assert told.loads == ["loaded", "failed" if step == "commit" else "refused", "loaded"]
 
     asyncio.run(publish())
 
@@ -183,8 +199,8 @@ def test_a_failure_at_any_step_leaves_the_older_version_too(model_root: Path, st
 
 def test_after_a_roll_back_the_version_that_was_rolled_back_makes_room(model_root: Path) -> None:
     async def publish() -> None:
-        engine, registry = ScriptedEngine(), ValueModelRegistry()
-        publisher_ = publisher(model_root, engine, registry)
+        engine, registry, told = ScriptedEngine(), ValueModelRegistry(), Told()
+        publisher_ = publisher(model_root, engine, registry, told)
         await publisher_.publish(PUBLISH)
         await publisher_.publish(PUBLISH)
         await publisher_.activate("value", 1)
@@ -196,6 +212,13 @@ def test_after_a_roll_back_the_version_that_was_rolled_back_makes_room(model_roo
         assert engine.resident == {("value", 1), ("value", 3)}
         assert registry.lease("value").version.label == "value@3"
         lease.release()
+        assert told.activations == [
+            ("value", 1, "publication"),
+            ("value", 2, "publication"),
+            ("value", 1, "rollback"),
+            ("value", 3, "publication"),
+        ]
+        assert told.unloads == [("value", 2)]
 
     asyncio.run(publish())
 

@@ -125,6 +125,8 @@ class KVCache:
         self._free = set(range(slots))
         self.covered_S = np.zeros(slots, dtype=np.int64)
         """How many tokens of its history each slot holds."""
+        self.held_before_S = np.zeros(slots, dtype=np.int64)
+        """How many tokens of its history each slot held when it was last dropped, or its request was preempted."""
         self._written_S = np.zeros(slots, dtype=np.int64)
         self._used_S = np.zeros(slots, dtype=np.int64)
         self._clock = 0
@@ -162,6 +164,7 @@ class KVCache:
         """
         self._zero(slot, 0)
         self.pages.give_back(slot, 0)
+        self.held_before_S[slot] = max(self.held_before_S[slot], self.covered_S[slot])
         self.covered_S[slot] = self._written_S[slot] = 0
 
     @torch.inference_mode()

@@ -12,12 +12,14 @@ candidates in one packed forward.
 import copy
 from collections.abc import Iterator, MutableMapping, Sequence, Set
 from functools import partial
+from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qtilt.engine.cache import KVCache
+from qtilt.engine.counts import EngineCounts
 from qtilt.engine.prefixes import SharedPrefixes
 from qtilt.forwards.arrays import BoolArray, Int32Array, IntArray
 from qtilt.forwards.choice import choose_forward
@@ -68,6 +70,7 @@ class ValueEngine:
         self._q_head = model.head_logits
         if isinstance(self.forward, CompiledForward):
             self._q_head = partial(candidate_logits, model.head, model.distribution.num_logits)
+        self.counts = EngineCounts()
         self._mine: set[int] = set()
         self._prefixes = SharedPrefixes()
 
@@ -82,16 +85,24 @@ class ValueEngine:
         """
         engine = copy.copy(self)
         engine.cache, engine._mine, engine._prefixes = KVCache(self.cache.geometry, 1, length), set(), SharedPrefixes()
+        engine.counts = EngineCounts()
         engine.acquire(0)
         engine.cache.hold(np.array([0]), np.array([length]))
         return engine
 
-    def acquire(self, slot: int, known: Sequence[int] | Int32Array = ()) -> None:
-        """A new history takes the slot. known: the tokens that it begins with, as many as the host knows.
+    @property
+    def held_pages(self) -> int:
+        """How many pages of the cache histories of this engine have."""
+        return sum(len(self.cache.pages.of(slot)) for slot in self._mine)
+
+    def acquire(self, slot: int, known: Sequence[int] | Int32Array = (), *, held_before: int = 0) -> None:
+        """A new history takes the slot. known: the tokens that it begins with, as many as the host knows. held_before:
+        how many of them it has had cached before, which only ``counts`` tells apart.
 
         Raises ValueError when the slot is in use.
         """
         self.cache.acquire(slot)
+        self.cache.held_before_S[slot] = held_before
         self._mine.add(slot)
         self._prefixes.hold(slot, np.asarray(known, dtype=np.int32))
 
@@ -140,6 +151,7 @@ class ValueEngine:
             start = int(covered_B[row]) or self._share(slot, end, spans, set(slots_B[:row][draws_B[:row]].tolist()))
             self.cache.hold(slots_B[row : row + 1], lengths_B[row : row + 1])
             if start < end:
+                self.counts.note_catch_up(start, end, int(self.cache.held_before_S[slot]))
                 tokens_C = tokens_SP[slot, start:end].long().clamp(0, self.model.vocab_size - 1)
                 spans.append(Span(slot, start, tokens_C))
         self.cache.hold(slots_B, lengths_B)
@@ -165,6 +177,14 @@ class ValueEngine:
         Caches the spans and the last tokens, wherever their slots are; all before them must be cached already. Takes
         the word of the caller for slots, positions and token ids, and never waits for the device.
         """
+        began = perf_counter()
+        values_BKA = self._score(last, candidates_BK, spans, counts_B)
+        self.counts.seconds += perf_counter() - began
+        return values_BKA
+
+    def _score(
+        self, last: LastTokens, candidates_BK: Tensor, spans: Sequence[Span], counts_B: IntArray | None
+    ) -> Tensor:
         if self.model.type == "q":
             return self._q_head(self.forward(pack(self.cache.memory, spans, last)), candidates_BK)
         step = pack(self.cache.memory, spans, last, candidates_BK, counts_B)
@@ -174,8 +194,10 @@ class ValueEngine:
     @torch.inference_mode()
     def extend(self, spans: Sequence[Span]) -> None:
         """Cache spans, wherever their slots are, in forwards of at most ``max_new_tokens``. As :meth:`score`."""
+        began = perf_counter()
         for part in _cut(spans, self.max_new_tokens):
             self.forward(pack(self.cache.memory, part))
+        self.counts.seconds += perf_counter() - began
 
     def _share(self, slot: int, length: int, spans: list[Span], rows: Set[int]) -> int:
         """Copy what the history has in common with another one: how many tokens that are.
@@ -192,6 +214,7 @@ class ValueEngine:
                 self.extend(spans)
                 spans.clear()
             self.cache.copy(source, slot, common)
+            self.counts.copied += common
         return common
 
 

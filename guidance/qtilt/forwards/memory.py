@@ -32,6 +32,11 @@ class CacheGeometry:
     device: torch.device
 
     @property
+    def label(self) -> str:
+        """For people, and for names of series."""
+        return f"{self.layers}x{self.kv_heads}x{self.head_size}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
     def token_bytes(self) -> int:
         """Of one token's keys and values in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_size * self.dtype.itemsize

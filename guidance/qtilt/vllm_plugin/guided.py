@@ -12,6 +12,7 @@ computed, each version's are picked on the device, and what the others write goe
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -137,7 +138,9 @@ class GuidedBatch:
         if guided is not None:
             settings = settings._replace(guided_below=request.prompt_len - 1 + guided)
         self._take(slot, settings)
-        request.version.engine.acquire(slot, self._requests.prefill(slot))
+        # One that comes with output has been here before, and has lost what it had cached.
+        held_before = request.prefill_len if request.prefill_len > request.prompt_len else 0
+        request.version.engine.acquire(slot, self._requests.prefill(slot), held_before=held_before)
         self._guided[slot] = request
         if request.stay.details is not None:
             self._detailed[slot] = request.prompt_len, request.stay.details
@@ -269,6 +272,7 @@ class GuidedBatch:
         This is the edge that no error of value code crosses. What a forward that broke off has left in the cache goes
         with the slots.
         """
+        began, counts = perf_counter(), group.version.counts
         cache, lengths_G = group.version.engine.cache, rows.lengths_N[group.where_G]
         # What is cached goes first, before room is made for the others: so it isn't dropped unused.
         order = np.argsort(cache.covered_S[group.slots_G] == 0, kind="stable")
@@ -282,6 +286,8 @@ class GuidedBatch:
                 logger.exception("guidance failed in value model %s: %d request(s) end", label, count)
                 for request in failing:
                     self._fail(request, of_exception(error))
+        counts.steps += 1
+        counts.seconds += perf_counter() - began
 
     def _guide_held_together(self, group: Group, lengths_G: IntArray, logits_RV: Tensor, rows: StepRows) -> None:
         """Requests whose histories the value cache can hold together."""
@@ -344,6 +350,7 @@ class GuidedBatch:
             scale_G = scale_of(settings.temperature_G)
             request.stay.details.add(step, logits_V, guided, row, group.version, scale_G)
         self._steps_S[group.slots_G] += 1
+        group.version.counts.requests += len(group.requests)
 
     def _draw_detailed(self, rows: StepRows) -> None:
         """What the last step of a request that asks for details has drawn is fed in this one."""

@@ -23,6 +23,7 @@ from qtilt.method.tilt import OFFSETS, TAILS, TiltFunctions, lowest_offset
 from qtilt.model.checkpoint import Manifest, load_value_model, read_manifest
 from qtilt.model.low_rank import BaseModels
 from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, scorable_tokens
+from qtilt.vllm_plugin.measures import StepCounts
 from qtilt.vllm_plugin.reserve import Reserve
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class ResidentVersion:
     tilt: TiltFunctions
     rows: int = field(default=0)
     captured: "dict[StepKind, CapturedStep | None]" = field(default_factory=dict)
+    counts: StepCounts = field(default_factory=StepCounts)
 
     @property
     def label(self) -> str:
@@ -122,6 +124,12 @@ class Residents:
 
     def __iter__(self) -> Iterator[ResidentVersion]:
         return iter(self._resident.values())
+
+    @property
+    def caches(self) -> list[KVCache]:
+        """Of all versions, and those that are held for versions to come."""
+        found = [reference() for reference in self._caches.valuerefs()]  # a loading thread may be adding one
+        return [cache for cache in found if cache is not None]
 
     def get(self, name: str, version: int) -> ResidentVersion:
         """Raises ValueError for a version that isn't resident."""

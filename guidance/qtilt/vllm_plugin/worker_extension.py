@@ -12,6 +12,7 @@ from qtilt.vllm_plugin.answers import answers_errors
 from qtilt.vllm_plugin.details import TokenDetails
 from qtilt.vllm_plugin.failure import GuidanceFailure
 from qtilt.vllm_plugin.guided import GuidedBatch
+from qtilt.vllm_plugin.measures import Measures, measure
 from qtilt.vllm_plugin.processor import GuidanceProcessor
 from qtilt.vllm_plugin.records import GuidanceSummary
 from qtilt.vllm_plugin.scoring import Text, TextValues
@@ -106,6 +107,12 @@ class GuidanceWorkerExtension:
     def qtilt_end_text(self, text: str) -> None:
         """Forget it, done or not."""
         self._qtilt_processor().texts.end(text)
+
+    @answers_errors
+    @by_the_first_rank
+    def qtilt_measure(self) -> Measures:
+        """What guidance has done so far. Waits for nothing."""
+        return measure(self._qtilt_processor().residents)
 
     @answers_errors
     @by_the_first_rank
