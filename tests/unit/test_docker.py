@@ -1,12 +1,13 @@
 """What the containers rely on, checked without a Docker engine.
 
-The compose file against the Compose specification's schema (check-jsonschema ships it); the paths and commands of the
+The compose files against the Compose specification's schema (check-jsonschema ships it); the paths and commands of the
 Dockerfiles; and the commands themselves, run from our wheel installed the way the images install it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,17 +18,26 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
-DOCKERFILES = ["Dockerfile.server", "Dockerfile.trainer"]
+COMPOSE_FILES = ["compose.yaml", "compose.cpu.yaml", "compose.monitoring.yaml"]
+DOCKERFILES = ["Dockerfile.server", "Dockerfile.trainer", "Dockerfile.cpu"]
+WITH_KEYS = DOCKER / "with-keys.sh"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def copied(instruction: str) -> list[str]:
+    """What a COPY from the build context copies."""
+    return [part for part in instruction.split()[:-1] if not part.startswith("--")]
 
 
 def instructions(dockerfile: str, keyword: str) -> list[str]:
@@ -40,30 +50,75 @@ def conforms_to_compose_schema(path: Path) -> bool:
     return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
 
 
-def test_compose_file_conforms_to_the_compose_schema() -> None:
-    assert conforms_to_compose_schema(DOCKER / "compose.yaml")
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_compose_file_conforms_to_the_compose_schema(name: str) -> None:
+    assert conforms_to_compose_schema(DOCKER / name)
 
 
 def test_the_schema_check_notices_a_misspelt_key(tmp_path: Path) -> None:
     misspelt = tmp_path / "compose.yaml"
-    misspelt.write_text((DOCKER / "compose.yaml").read_text().replace("healthcheck:", "health_check:"))
+    misspelt.write_text((DOCKER / "compose.yaml").read_text().replace("depends_on:", "depend_on:"))
     assert not conforms_to_compose_schema(misspelt)
 
 
 def test_every_variable_of_the_compose_file_is_in_the_example_environment() -> None:
-    used = set(re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text()))
+    used = {name for file in COMPOSE_FILES for name in re.findall(r"\$\{(\w+)", (DOCKER / file).read_text())}
     explained = set(re.findall(r"^(\w+)=", (DOCKER / ".env.example").read_text(), flags=re.MULTILINE))
     assert used | {"HF_TOKEN"} == explained
 
 
-def test_compose_builds_from_files_that_exist_and_uses_the_volumes_it_declares() -> None:
-    declared = set(COMPOSE["volumes"])
-    for service in COMPOSE["services"].values():
-        context = (DOCKER / service["build"]["context"]).resolve()
-        assert (context / service["build"]["dockerfile"]).is_file()
-        sources = {re.sub(r"\$\{[^}]*\}", "/variable", volume).split(":")[0] for volume in service["volumes"]}
-        named = {source for source in sources if not source.startswith(("/", "."))}
-        assert named == declared
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_compose_builds_from_files_that_exist_and_uses_what_it_declares(name: str) -> None:
+    file = DOCKER / name
+    compose = yaml.safe_load(file.read_text())
+    volumes, secrets = set(), set()
+    for service in compose["services"].values():
+        if "build" in service:
+            context = (file.parent / service["build"]["context"]).resolve()
+            assert (context / service["build"]["dockerfile"]).is_file()
+        sources = {re.sub(r"\$\{[^}]*\}", "/variable", volume).split(":")[0] for volume in service.get("volumes", [])}
+        volumes |= {source for source in sources if not source.startswith(("/", "."))}
+        assert all((file.parent / source).is_file() for source in sources if source.startswith("."))
+        secrets |= set(service.get("secrets", []))
+    assert volumes == set(compose.get("volumes", {}))
+    assert secrets == set(compose.get("secrets", {}))
+    assert all((file.parent / included).is_file() for included in compose.get("include", []))
+
+
+def test_no_port_is_open_to_the_network_unless_somebody_says_so() -> None:
+    for name in COMPOSE_FILES:
+        for service in yaml.safe_load((DOCKER / name).read_text())["services"].values():
+            assert all(re.match(r"\$\{\w+:-127\.0\.0\.1:", port) for port in service.get("ports", []))
+
+
+def test_every_image_is_pinned() -> None:
+    """By digest; vLLM's, whose digest nobody here has seen, by its version."""
+    images = [image.split(" AS ")[0] for dockerfile in DOCKERFILES for image in instructions(dockerfile, "FROM")]
+    monitoring = yaml.safe_load((DOCKER / "compose.monitoring.yaml").read_text())["services"].values()
+    images += [service["image"] for service in monitoring]
+    for image in images:
+        assert re.search(r":v?\d+\.\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})$", image) or image.startswith("vllm/"), image
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_an_image_does_not_run_as_root_and_says_whether_it_is_healthy(dockerfile: str) -> None:
+    assert instructions(dockerfile, "USER")[-1] == "10001:10001"
+    assert "useradd --uid 10001 --user-group --create-home qtilt" in " ".join(instructions(dockerfile, "RUN"))
+    (healthcheck,) = instructions(dockerfile, "HEALTHCHECK")
+    assert (healthcheck == "NONE") == (dockerfile == "Dockerfile.trainer")
+
+
+@pytest.mark.parametrize("dockerfile", ["Dockerfile.server", "Dockerfile.trainer"])
+def test_what_builds_the_wheel_is_locked(dockerfile: str) -> None:
+    """All that the build backend needs is in the lock that the image reads it from, or the image's other one."""
+    (names,) = re.findall(r"grep -E '\^\(([^)]*)\)=='", (DOCKER / dockerfile).read_text())
+    locked = set(re.findall(r"^([a-z-]+)==", (ROOT / "requirements" / "cuda.txt").read_text(), flags=re.MULTILINE))
+    assert set(names.split("|")) <= locked
+    installed = set(names.split("|"))
+    if dockerfile == "Dockerfile.trainer":
+        installed |= set(re.findall(r"^([a-z-]+)==", (ROOT / "requirements" / "trainer.txt").read_text(), re.MULTILINE))
+    needed = {Requirement(line).name for line in requires("hatchling") or [] if "python_version" not in line}
+    assert {"hatchling", *needed} <= installed
 
 
 def test_server_reads_the_value_models_where_the_trainer_writes_them() -> None:
@@ -73,13 +128,55 @@ def test_server_reads_the_value_models_where_the_trainer_writes_them() -> None:
     assert "--value-model-root=/value-models" in server["command"]
 
 
-def test_server_command_of_the_compose_file_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_server_command_of_the_compose_file_is_accepted(tmp_path: Path) -> None:
     from qtilt_server.flags import parse_own_flags
 
     command = [
         argument.replace("/value-models", str(tmp_path)) for argument in COMPOSE["services"]["server"]["command"]
     ]
-    assert parse_own_flags(command).value_model_root == tmp_path
+    flags = parse_own_flags(command)
+    assert flags.value_model_root == tmp_path
+    assert flags.backbone is not None
+
+
+def test_the_servers_keys_are_files_and_in_no_environment_of_the_compose_file() -> None:
+    server, trainer = COMPOSE["services"]["server"], COMPOSE["services"]["trainer"]
+    assert server["environment"] == {
+        "QTILT_ADMIN_KEY_FILE": "/run/secrets/admin_key",
+        "VLLM_API_KEY_FILE": "/run/secrets/api_key",
+    }
+    assert trainer["environment"] == {"QTILT_API_KEY_FILE": "/run/secrets/admin_key"}
+    assert {"docker/.env", "docker/secrets"} <= set((ROOT / ".dockerignore").read_text().split())
+
+
+def with_keys(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run([WITH_KEYS, *command], capture_output=True, text=True, timeout=30, env=environment)
+
+
+def test_keys_are_read_from_files(tmp_path: Path) -> None:
+    for name in ("admin", "api"):
+        (tmp_path / name).write_text(f"key of {name}\n")
+    files = {"QTILT_ADMIN_KEY_FILE": str(tmp_path / "admin"), "VLLM_API_KEY_FILE": str(tmp_path / "api")}
+    result = with_keys("env", **files, HF_TOKEN="as it is")
+    lines = result.stdout.splitlines()
+    assert {"QTILT_ADMIN_KEY=key of admin", "VLLM_API_KEY=key of api", "HF_TOKEN=as it is"} <= set(lines)
+    assert not any("_FILE=" in line for line in lines)
+
+
+def test_arguments_and_the_exit_code_are_the_commands_own() -> None:
+    result = with_keys("sh", "-c", 'echo "$#: $1"; exit 3', "sh", "two words")
+    assert (result.stdout, result.returncode) == ("1: two words\n", 3)
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_nothing_starts_without_the_key_that_was_meant(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "admin").write_text(content)
+    result = with_keys("echo", "started", QTILT_ADMIN_KEY_FILE=str(tmp_path / "admin"))
+    assert result.returncode != 0
+    assert "started" not in result.stdout
+    assert str(tmp_path / "admin") in result.stderr
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)
@@ -88,7 +185,7 @@ def test_dockerfile_copies_only_what_the_build_context_holds(dockerfile: str) ->
     for copy in instructions(dockerfile, "COPY"):
         if copy.startswith("--from="):
             continue
-        for source in copy.split()[:-1]:
+        for source in copied(copy):
             assert (ROOT / source).exists(), f"{dockerfile} copies {source}"
             assert source not in ignored
 
@@ -96,7 +193,12 @@ def test_dockerfile_copies_only_what_the_build_context_holds(dockerfile: str) ->
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)
 def test_dockerfile_starts_a_command_of_the_project(dockerfile: str) -> None:
     (entry_point,) = instructions(dockerfile, "ENTRYPOINT")
-    assert json.loads(entry_point)[0] in PROJECT["scripts"]
+    first, *command = json.loads(entry_point)
+    assert f"docker/with-keys.sh /usr/local/bin/{first}" in " ".join(instructions(dockerfile, "COPY"))
+    if dockerfile == "Dockerfile.cpu":
+        assert command == [".venv/bin/python", "examples/demo/serve.py", "--host=0.0.0.0"]
+    else:
+        assert command[0] in PROJECT["scripts"]
 
 
 def test_server_image_has_the_vllm_that_is_locked() -> None:
@@ -109,8 +211,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that nothing but the files the Dockerfiles copy can end up in it."""
     source = tmp_path_factory.mktemp("source")
     for copy in instructions("Dockerfile.server", "COPY"):
-        for name in copy.split()[:-1]:
-            if copy.startswith("--from="):
+        for name in [] if copy.startswith("--from=") else copied(copy):
+            if name.startswith(("docker/", "requirements/")):
                 continue
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -171,7 +273,7 @@ class HealthHandler(BaseHTTPRequestHandler):
     status = 200
 
     def do_GET(self) -> None:
-        self.send_response(self.status if self.path == "/health" else 404)
+        self.send_response(self.status if self.path in ("/health", "/v1/guidance/ready") else 404)
         self.end_headers()
 
     def log_message(self, *args: object) -> None:
@@ -189,12 +291,13 @@ def health_port() -> Iterator[int]:
     thread.join()
 
 
+@pytest.mark.parametrize("dockerfile", ["Dockerfile.server", "Dockerfile.cpu"])
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
 def test_healthcheck_follows_the_health_route(
-    health_port: int, monkeypatch: pytest.MonkeyPatch, status: int, healthy: bool
+    health_port: int, monkeypatch: pytest.MonkeyPatch, status: int, healthy: bool, dockerfile: str
 ) -> None:
     monkeypatch.setattr(HealthHandler, "status", status)
-    kind, _python, *arguments = COMPOSE["services"]["server"]["healthcheck"]["test"]
-    assert kind == "CMD"
+    (instruction,) = instructions(dockerfile, "HEALTHCHECK")
+    _python, *arguments = json.loads(instruction.partition(" CMD ")[2])
     command = [sys.executable, *(argument.replace(":8000/", f":{health_port}/") for argument in arguments)]
     assert (subprocess.run(command, capture_output=True, timeout=30).returncode == 0) == healthy
