@@ -4,6 +4,7 @@ from collections import deque
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from qtilt.params import METHODS
 from qtilt_server.schema import ChoiceGuidance
 
 KL_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -52,6 +53,7 @@ class GuidanceMetrics:
         )
         for outcome in ("loaded", "refused", "timeout", "failed"):
             self._loads.labels(outcome)  # 0, and not missing, before the first
+        self._of_versions = (self._tokens, self._kl, self._kl_of_choices, self._candidates)
         self._unloaded: deque[tuple[str, int]] = deque()
 
     def request(self, value_model: str, version: int, method: str) -> None:
@@ -70,6 +72,7 @@ class GuidanceMetrics:
     def active(self, value_model: str, version: int, cause: str | None = None) -> None:
         """cause: ``publication`` or ``rollback``; None for what the server starts with."""
         self._active.labels(value_model).set(version)
+        self._begin(value_model, version)
         if cause is not None:
             self._activations.labels(value_model, cause).inc()
 
@@ -83,11 +86,21 @@ class GuidanceMetrics:
         while len(self._unloaded) > KEPT_UNLOADED:
             name, number = self._unloaded.popleft()
             labels = {"value_model": name, "version": str(number)}
-            for of_versions in (self._requests, self._tokens, self._kl, self._kl_of_choices, self._candidates):
+            for of_versions in (*self._of_versions, self._requests, self._failures):
                 of_versions.remove_by_labels(labels)
-            self._failures.remove_by_labels(labels)
 
     def gone(self, value_model: str) -> None:
         """The name means no version any more."""
         self._active.remove(value_model)
         self._activations.remove_by_labels({"value_model": value_model})
+
+    def _begin(self, value_model: str, version: int) -> None:
+        """Have counters be 0, and not missing, before their first: who looks at rates would miss that."""
+        for of_versions in self._of_versions:
+            of_versions.labels(value_model, version)
+        for method in METHODS:
+            self._requests.labels(value_model, version, method)
+        for kind in ("exception", "nan"):
+            self._failures.labels(value_model, version, kind)
+        for cause in ("publication", "rollback"):
+            self._activations.labels(value_model, cause)

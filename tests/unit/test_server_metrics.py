@@ -58,6 +58,14 @@ def test_a_name_that_is_gone_means_no_version(metrics: GuidanceMetrics) -> None:
     assert names == {f"value_model=value-{number}" for number in range(40 - KEPT_UNLOADED, 40)}
 
 
+def test_a_loaded_version_has_its_series_before_the_first_request(metrics: GuidanceMetrics) -> None:
+    metrics.active("value", 1)
+    loaded = series(metrics)
+    serve(metrics, "value", 1)
+    assert {name for name, *_ in loaded} > {"qtilt_guided_tokens_total", "qtilt_guidance_failures_total"}
+    assert series(metrics) == loaded
+
+
 def test_outcomes_are_there_before_the_first_publication(metrics: GuidanceMetrics) -> None:
     outcomes = {labels[1] for labels in series(metrics) if labels[0] == "qtilt_value_model_loads_total"}
     assert outcomes == {f"outcome={outcome}" for outcome in ("loaded", "refused", "timeout", "failed")}
