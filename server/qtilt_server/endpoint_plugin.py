@@ -25,6 +25,7 @@ from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.publication import Publisher, resident_version
 from qtilt_server.reference import check_value_models, reference_of
 from qtilt_server.registry import ValueModelRegistry
+from qtilt_server.request_log import RequestLog
 from qtilt_server.routes import completions, guidance, models, scoring
 from qtilt_server.sampling_check import RolloutSamplingCheck
 from qtilt_server.scoring import Scorer
@@ -74,6 +75,7 @@ class GuidanceEndpoints:
             texts=TokenTexts(engine_client.renderer.get_tokenizer()),
             scorer=Scorer(worker),
             figures=figures,
+            log=None if flags.log is None else RequestLog.open(flags.log),
         )
         if args.shutdown_timeout:
             # Its engine takes no calls while it drains, so the record of a guided answer can't be had any more.

@@ -14,6 +14,8 @@ from qtilt_server.errors import StartupError
 from qtilt_server.schema import VALUE_MODEL_NAME
 
 ADMIN_KEY_VARIABLE = "QTILT_ADMIN_KEY"
+STDOUT = "-"
+"""In place of a file's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class GuidanceFlags:
     """GiB of the device whose memory is planned, in place of serving."""
     admin_key: str | None = field(default=None, repr=False)
     """Who has it may publish; without one whoever is on this machine."""
+    log: str | None = None
+    """A file for a line of JSON a guided request, or ``-``."""
 
     def __post_init__(self) -> None:
         _require(MIN_ETA <= self.eta < math.inf, f"--guidance-eta must be finite and {MIN_ETA} or more, got {self.eta}")
@@ -81,6 +85,10 @@ class GuidanceFlags:
             self.plan is None or bool(self.value_models) or self.backbone is not None,
             "--guidance-plan needs to know the value models: give --value-model or --guidance-backbone",
         )
+        _require(
+            self.log is None or self.log == STDOUT or (bool(self.log) and Path(self.log).parent.is_dir()),
+            f"--guidance-log {self.log}: expected - or a file in a directory that exists",
+        )
         for name, directory in self.value_models.items():
             _require(directory.is_dir(), f"--value-model {name}={directory}: no such directory")
         root = self.value_model_root
@@ -103,6 +111,7 @@ class GuidanceFlags:
             backbone_layers=args.guidance_backbone_layers,
             plan=args.guidance_plan,
             admin_key=args.admin_key or os.environ.get(ADMIN_KEY_VARIABLE) or None,
+            log=args.guidance_log,
         )
 
 
@@ -192,6 +201,12 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         help="What the routes below /v1/guidance/value_models want as bearer token; the environment variable "
         f"{ADMIN_KEY_VARIABLE} keeps it out of the list of processes. Without it they answer to this machine "
         "only.",
+    )
+    group.add_argument(
+        "--guidance-log",
+        metavar="FILE",
+        help="Append a line of JSON for each guided request when it has ended (- for stdout): ids, version, "
+        "parameters, tokens, KL and what came of it; no prompts, no answers.",
     )
     group.add_argument(
         "--guidance-plan",

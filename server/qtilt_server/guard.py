@@ -17,7 +17,7 @@ from qtilt_server.misplaced import ONLY_OURS, is_like, misplaced_in_carriers
 
 GUIDED_ROUTES = ("/v1/completions", "/v1/chat/completions")
 SESSIONS = "qtilt_sessions"
-"""Scope entry: the guided sessions of this request, closed when it ends."""
+"""Scope entry: the guided sessions of this request, and what logs them, closed in their order when it ends."""
 SHORT_KEY = re.compile(rb'"([A-Za-z_. -]{6,12})"\s*:')
 """In a body of JSON, what may be a key that is like ``guidance``."""
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 from vllm.exceptions import VLLMValidationError
@@ -61,6 +61,18 @@ class GuidedSession:
     def failed(self) -> bool:
         """Whether the response is an error because guidance failed."""
         return self._failed
+
+    @property
+    def outcome(self) -> Literal["finished", "failed", "refused", "aborted"]:
+        """Of a session that is closed. refused: by vLLM, before the engine had it. aborted: the client has left, or the
+        engine has stopped.
+        """
+        if self._failed:
+            return "failed"
+        if not self._traces:
+            return "refused"
+        has_all = all(len(trace.records) == self._choices_per_prompt for trace in self._traces)
+        return "finished" if has_all else "aborted"
 
     @property
     def version(self) -> ResidentVersion:

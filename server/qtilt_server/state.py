@@ -8,6 +8,7 @@ from qtilt_server.details import TokenTexts
 from qtilt_server.failures import FailureWatch
 from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.publication import Publisher
+from qtilt_server.request_log import RequestLog
 from qtilt_server.sampling_check import RolloutSamplingCheck
 from qtilt_server.scoring import Scorer
 from qtilt_server.worker import GuidanceWorker
@@ -28,3 +29,4 @@ class GuidanceState:
     texts: TokenTexts
     scorer: Scorer
     figures: WorkerFigures
+    log: RequestLog | None

@@ -1,5 +1,6 @@
 """Every query of Grafana's dashboard reads series and labels that a server has after a few guided requests."""
 
+import re
 import shutil
 import subprocess
 import time
@@ -53,6 +54,19 @@ def test_the_dashboard_shows_all_there_is_of_guidance(used: RunningServer) -> No
     families = {name for name, _, _ in Scrape.of(used).series if name.startswith("qtilt_")}
     hidden = {name for name in families - shown if not name.endswith(("_created", "_sum", "_count"))}
     assert hidden == {"qtilt_value_cache_page_tokens"}
+
+
+def test_the_documentation_lists_all_there_is_of_guidance(used: RunningServer) -> None:
+    page = (PATH.parents[3] / "docs" / "operations.md").read_text()
+    cells = [cell for line in page.splitlines() if line.startswith("| `qtilt_") for cell in [line.split("|")[1:3]]]
+    documented = {
+        name: set(re.findall(r"\w+", labels)) for names, labels in cells for name in re.findall(r"`(\w+)`", names)
+    }
+    has = labels_of(Scrape.of(used))
+    served = {re.sub("_(bucket|count|sum)$", "", name): labels - {"le"} for name, labels in has.items()}
+    assert documented == {
+        name: labels for name, labels in served.items() if name.startswith("qtilt_") and not name.endswith("_created")
+    }
 
 
 def test_value_models_can_be_chosen(used: RunningServer) -> None:

@@ -127,6 +127,8 @@ def _open_session(request: GuidedRequest, raw_request: Request, *, named: bool) 
         returns_tokens=request.returns_tokens,
     )
     raw_request.scope[SESSIONS].append(session)
+    if state.log is not None:
+        raw_request.scope[SESSIONS].append(state.log.follow(session, raw_request))
     state.metrics.request(params.value_model, params.version, params.method)
     return session
 
