@@ -293,7 +293,7 @@ SERVER = (
         "vllm.entrypoints.launchers.api_server.app_state",
         "the handlers of vLLM's routes, and what they share",
         has={
-            "init_app_state": "engine_client args openai_serving_models",
+            "init_app_state": "engine_client args openai_serving_models serving_tokenization",
         },
     ),
     Internal(
@@ -341,16 +341,20 @@ SERVER = (
     ),
     Internal(
         "vllm.entrypoints.openai.completion.protocol",
-        "requests, with a guidance block",
+        "requests, with a guidance block, and answers that tell of it",
         has={
             "CompletionRequest": "model n stream echo max_tokens prompt_embeds use_beam_search",
+            "CompletionResponse": "choices",
+            "CompletionResponseChoice": "",
         },
     ),
     Internal(
         "vllm.entrypoints.openai.chat_completion.protocol",
-        "requests, with a guidance block",
+        "requests, with a guidance block, and answers that tell of it",
         has={
             "ChatCompletionRequest": "model n stream use_beam_search",
+            "ChatCompletionResponse": "choices",
+            "ChatCompletionResponseChoice": "",
         },
     ),
     Internal(
@@ -389,6 +393,30 @@ SERVER = (
             "ModelPermission": "",
             "ErrorResponse": "error",
         },
+    ),
+    Internal(
+        "vllm.entrypoints.serve.tokenize.protocol",
+        "texts that are scored are tokenized as those that are completed",
+        has={
+            "TokenizeCompletionRequest": "prompt add_special_tokens",
+            "TokenizeChatRequest": "messages",
+            "TokenizeResponse": "tokens",
+        },
+    ),
+    Internal(
+        "vllm.entrypoints.serve.tokenize.serving",
+        "texts that are scored are tokenized as those that are completed",
+        calls=("ServingTokenization.create_tokenize(self, request, raw_request)",),
+    ),
+    Internal(
+        "vllm.tokenizers.protocol",
+        "what single tokens are in text",
+        calls=("TokenizerLike.decode(self, ids)",),
+    ),
+    Internal(
+        "vllm.renderers.base",
+        "the tokenizer that prompts are read with",
+        calls=("BaseRenderer.get_tokenizer(self)",),
     ),
     Internal(
         "vllm.exceptions",
@@ -433,7 +461,7 @@ SERVER = (
         "vllm.v1.engine.async_llm",
         "requests are followed, and the worker is asked",
         has={
-            "AsyncLLM": "errored vllm_config",
+            "AsyncLLM": "errored vllm_config renderer",
         },
         calls=(
             "AsyncLLM.generate(self, prompt, sampling_params, request_id)",
