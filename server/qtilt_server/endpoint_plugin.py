@@ -25,6 +25,7 @@ from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.publication import Publisher, resident_version
 from qtilt_server.reference import check_value_models, reference_of
 from qtilt_server.registry import ValueModelRegistry
+from qtilt_server.remembered import RegistryFile, Restored, come_back
 from qtilt_server.request_log import RequestLog
 from qtilt_server.routes import completions, guidance, models, scoring
 from qtilt_server.sampling_check import RolloutSamplingCheck
@@ -55,19 +56,21 @@ class GuidanceEndpoints:
         """Raises StartupError when guidance isn't live in the worker or a value model doesn't fit."""
         if not hasattr(args, "guidance_eta"):
             raise StartupError("the qtilt endpoints need their own launcher: start the server with qtilt-server")
-        flags = GuidanceFlags.from_namespace(args)
+        started = GuidanceFlags.from_namespace(args)
+        flags = await asyncio.to_thread(come_back, started)
         reference = reference_of(engine_client.vllm_config.model_config)
         manifests = check_value_models(flags.value_models, reference)
         worker = GuidanceWorker(engine_client)
         await _check_live(worker, flags)
         metrics = GuidanceMetrics()
         registry = await asyncio.to_thread(_registry, flags, manifests, reference, metrics)
+        file = None if flags.registry is None else RegistryFile(flags.registry, started.value_models)
         figures = WorkerFigures(worker, registry)
         REGISTRY.register(figures)
         state.guidance = GuidanceState(
             admin=AdminAccess(flags.admin_key),
             admission=Admission(flags, registry, engine_client.vllm_config.speculative_config is not None),
-            publisher=Publisher(registry, worker, reference, metrics, flags.value_model_root, flags.swap_timeout),
+            publisher=Publisher(registry, worker, reference, metrics, flags.value_model_root, flags.swap_timeout, file),
             worker=worker,
             watch=FailureWatch(worker),
             sampling_check=RolloutSamplingCheck(),
@@ -100,9 +103,11 @@ def _registry(
 ) -> ValueModelRegistry:
     registry = ValueModelRegistry()
     for name, directory in flags.value_models.items():
-        path = _shown(directory, flags.value_model_root)
-        registry.activate(resident_version(name, 1, path, content_digest(directory), manifests[name], reference))
-        metrics.active(name, 1)
+        path, digest = _shown(directory, flags.value_model_root), content_digest(directory)
+        restored = flags.restored.get(name) or Restored(version=1, newest=1, digest=digest)
+        version = resident_version(name, restored.version, path, digest, manifests[name], reference)
+        registry.restore(version, restored.newest)
+        metrics.active(name, version.version)
     return registry
 
 

@@ -4,14 +4,18 @@ import argparse
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Literal, NoReturn, Self
 
 from qtilt.params import DEFAULT_ETA, DEFAULT_TAIL, DEFAULT_TOP_K, MIN_ETA, TAILS
 from qtilt.vllm_plugin.config import VALUE_DTYPES
 from qtilt_server.errors import StartupError
 from qtilt_server.schema import VALUE_MODEL_NAME
+
+if TYPE_CHECKING:
+    from qtilt_server.remembered import Restored
 
 ADMIN_KEY_VARIABLE = "QTILT_ADMIN_KEY"
 STDOUT = "-"
@@ -40,6 +44,10 @@ class GuidanceFlags:
     backbone_layers: int | None = None
     plan: float | None = None
     """GiB of the device whose memory is planned, in place of serving."""
+    registry: Path | None = None
+    """Where it is remembered what was published: see remembered.py."""
+    restored: "Mapping[str, Restored]" = field(default_factory=dict)
+    """By name, of which version the directory is that it came back with; of others it is version 1."""
     admin_key: str | None = field(default=None, repr=False)
     """Who has it may publish; without one whoever is on this machine."""
     log: str | None = None
@@ -110,6 +118,7 @@ class GuidanceFlags:
             backbone=args.guidance_backbone,
             backbone_layers=args.guidance_backbone_layers,
             plan=args.guidance_plan,
+            registry=None if args.value_model_registry is None else Path(args.value_model_registry).resolve(),
             admin_key=args.admin_key or os.environ.get(ADMIN_KEY_VARIABLE) or None,
             log=args.guidance_log,
         )
@@ -157,6 +166,11 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--value-model-root", metavar="DIR", help="POST /v1/guidance/value_models loads directories below DIR only."
+    )
+    group.add_argument(
+        "--value-model-registry",
+        metavar="FILE",
+        help="Remember in FILE what is published: a server that starts again with it comes back with what was active.",
     )
     group.add_argument(
         "--swap-timeout",

@@ -15,6 +15,7 @@ from qtilt.vllm_plugin.config import ADDITIONAL_CONFIG_KEY, PROCESSOR, WORKER_EX
 from qtilt.vllm_plugin.vllm_internals import SERVER, WORKER, MissingInternalsError, require_internals
 from qtilt_server.errors import StartupError
 from qtilt_server.flags import GuidanceFlags, add_guidance_arguments
+from qtilt_server.remembered import check_unchanged, come_back
 
 USAGE = "qtilt-server MODEL [--value-model NAME=DIR] [options of guidance and of vllm serve]"
 HELP_HINT = "All flags: qtilt-server --help=all; those of one group or flag: qtilt-server --help=Guidance"
@@ -72,7 +73,7 @@ def launch(argv: list[str]) -> None:
     command = ServeSubcommand()
     args = _parse(command, argv)
     configure_logging_from_args(args)
-    flags = GuidanceFlags.from_namespace(args)
+    flags = come_back(GuidanceFlags.from_namespace(args))
     refuse_unsupported(args)
     try:
         command.validate(args)
@@ -83,6 +84,7 @@ def launch(argv: list[str]) -> None:
 
         print_plan(args, plugin_config(flags), flags.plan)
         return
+    check_unchanged(flags)
     hide_admin_key(args, flags.admin_key)
     add_guidance(args, flags)
     _check_against_model(args, flags)
@@ -129,6 +131,7 @@ def plugin_config(flags: GuidanceFlags) -> PluginConfig:
     """What the worker is told."""
     return PluginConfig(
         value_models={name: str(directory) for name, directory in flags.value_models.items()},
+        versions={name: restored.version for name, restored in flags.restored.items()},
         max_top_k=flags.max_top_k,
         value_dtype=flags.value_dtype,
         kv_fraction=flags.kv_fraction,

@@ -11,6 +11,7 @@ from qtilt.vllm_plugin.compatibility import Reference, check_fits_reference, sco
 from qtilt_server.errors import ConflictError, GuidanceRequestError, SwapTimeoutError
 from qtilt_server.metrics import GuidanceMetrics
 from qtilt_server.registry import ResidentVersion, ValueModelRegistry
+from qtilt_server.remembered import RegistryFile
 from qtilt_server.schema import PublishedVersion, PublishRequest
 from qtilt_server.worker import GuidanceWorker, WorkerError
 
@@ -34,6 +35,7 @@ class Publisher:
         metrics: GuidanceMetrics,
         root: Path | None,
         swap_timeout: float,
+        file: RegistryFile | None = None,
     ) -> None:
         self._registry = registry
         self._worker = worker
@@ -41,6 +43,7 @@ class Publisher:
         self._metrics = metrics
         self._root = root
         self._swap_timeout = swap_timeout
+        self._file = file
         self._one_at_a_time = asyncio.Lock()
 
     async def publish(self, request: PublishRequest) -> PublishedVersion:
@@ -62,6 +65,7 @@ class Publisher:
                 self._metrics.load("refused")
                 logger.warning("refused to load %s as %s: %s", request.path, request.name, refusal)
                 raise
+            await self._remember()
         self._metrics.load("loaded")
         self._metrics.active(version.name, version.version, cause="publication")
         logger.info("%s is now %s", version.name, version.label)
@@ -80,6 +84,7 @@ class Publisher:
             version = self._registry.resident(name, number)
             is_other = not self._registry.is_active(version)
             self._registry.activate(version)
+            await self._remember()
         if is_other:
             self._metrics.active(name, number, cause="rollback")
         logger.info("%s is now %s", name, version.label)
@@ -100,10 +105,20 @@ class Publisher:
                 self._registry.keep(version)
                 raise
             self._registry.remove(version)
+            await self._remember()
             self._metrics.unloaded(name, number)
             if name not in {other.name for other in self._registry}:
                 self._metrics.gone(name)
         logger.info("%s is unloaded", version.label)
+
+    async def _remember(self) -> None:
+        """For a server that starts again. It is served all the same if that fails."""
+        if self._file is None:
+            return
+        try:
+            await asyncio.to_thread(self._file.write, self._registry)
+        except OSError as error:
+            logger.error("what is active now can't be remembered, and won't survive a restart: %s", error)
 
     async def _load_and_swap(self, request: PublishRequest) -> ResidentVersion:
         directory, version = await asyncio.to_thread(self._check, request)

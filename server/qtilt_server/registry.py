@@ -100,6 +100,12 @@ class ValueModelRegistry:
         """Numbers grow: none is used twice while the server runs."""
         return self._newest.get(name, 0) + 1
 
+    def restore(self, version: ResidentVersion, newest: int) -> None:
+        """A server begins with a version that another one had before. newest: the last number of its name."""
+        self._newest[version.name] = version.version - 1
+        self.activate(version)
+        self._newest[version.name] = newest
+
     def activate(self, version: ResidentVersion) -> None:
         """From now on the name means this version, a new one or one that is resident."""
         versions = self._versions.setdefault(version.name, [])

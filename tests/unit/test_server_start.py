@@ -219,6 +219,7 @@ def test_the_users_own_settings_are_kept(directory: Path) -> None:
         "mine": 1,
         "qtilt": {
             "value_models": {"value": str(directory)},
+            "versions": {},
             "max_top_k": 32,
             "value_dtype": "auto",
             "kv_fraction": None,

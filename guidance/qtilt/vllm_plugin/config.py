@@ -23,7 +23,9 @@ class PluginConfig:
     """
 
     value_models: dict[str, str] = field(default_factory=dict)
-    """Name -> absolute directory of the value model that is version 1 of that name."""
+    """Name -> absolute directory of the value model that the name means at start."""
+    versions: dict[str, int] = field(default_factory=dict)
+    """Name -> which version of it that is; 1 of all others."""
     max_top_k: int = 64
     """Most candidates a request may ask for."""
     value_dtype: str = "auto"
@@ -48,6 +50,8 @@ class PluginConfig:
                 raise ValueError(f"a value model's name must be a non-empty string without '@', got {name!r}")
             if not isinstance(path, str) or not PurePath(path).is_absolute():
                 raise ValueError(f"the directory of value model {name!r} must be an absolute path, got {path!r}")
+        if not isinstance(self.versions, dict) or not all(map(_is_positive, self.versions.values())):
+            raise ValueError(f"versions must map names to integers of at least 1, got {self.versions!r}")
         if isinstance(self.max_top_k, bool) or not isinstance(self.max_top_k, int) or self.max_top_k < 1:
             raise ValueError(f"max_top_k must be an integer of at least 1, got {self.max_top_k!r}")
         if self.value_dtype not in VALUE_DTYPES:

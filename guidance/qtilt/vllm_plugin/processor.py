@@ -90,7 +90,7 @@ class GuidanceProcessor(V1Interface, V2Interface):
 
     def _load_at_start(self, settings: EngineSettings, plan: MemoryPlan | None) -> None:
         for name, path in self.config.value_models.items():
-            version = self.residents.load_at_start(name, path)
+            version = self.residents.load_at_start(name, path, self.config.versions.get(name, 1))
             for warning in version.warnings:
                 logger.warning(warning)
             logger.info("value cache of %s: %.2f GiB", version.label, version.engine.cache.gib)

@@ -139,10 +139,10 @@ class Residents:
             resident = ", ".join(f"{known}@{number}" for known, number in self._resident) or "none"
             raise ValueError(f"value model {name}@{version} isn't resident; resident: {resident}") from None
 
-    def load_at_start(self, name: str, path: str) -> ResidentVersion:
-        """Load version 1 of a name, in the calling thread. Raises ValueError when it can't be used."""
-        self._resident[name, 1] = self._load(name, 1, Path(path))
-        return self._resident[name, 1]
+    def load_at_start(self, name: str, path: str, version: int = 1) -> ResidentVersion:
+        """Load the first version of a name, in the calling thread. Raises ValueError when it can't be used."""
+        self._resident[name, version] = self._load(name, version, Path(path))
+        return self._resident[name, version]
 
     def hold_caches(self, geometries: Iterable[CacheGeometry]) -> None:
         """Allocate, for value models to come, the caches that they will need. Raises ValueError without the memory."""
