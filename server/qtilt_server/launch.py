@@ -97,9 +97,8 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
     """Raise StartupError for flags of vLLM that guidance can't work with."""
     reasons = {
         "guidance keeps its state in one API process: remove --api-server-count": (args.api_server_count or 1) != 1,
-        "guidance is not available with data parallelism: remove the --data-parallel-* flags": args.data_parallel_size
-        != 1
-        or args.data_parallel_rank is not None,
+        "guidance is not available with data parallelism: run several servers behind a router, and remove the "
+        "--data-parallel-* flags": args.data_parallel_size != 1 or args.data_parallel_rank is not None,
         "guidance is not available with pipeline parallelism: remove --pipeline-parallel-size": (
             args.pipeline_parallel_size != 1
         ),
