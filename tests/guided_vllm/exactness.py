@@ -239,28 +239,30 @@ def test_details_are_those_of_the_steps_whatever_happens_to_the_batch(served: Se
 
 @covers("`kl_budget`", engines=[engine for engine in ENGINES if engine not in DRAFTING])
 def test_no_response_exceeds_its_budget_whatever_happens_to_the_batch(served: Served) -> None:
-    """Budgets that are spent in one step, after some, and never, of requests that queue and are preempted."""
+    """Budgets that are spent in one step, after some, and never, of requests that queue, and that are preempted and
+    come back to slots that others have left.
+    """
     before, names = served.preemptions(), list(VALUE_MODELS)
     asks = [
         Ask(
-            prompt(20 + 9 * index, seed=660 + index),
+            prompt(50 + index, seed=660 + index),
             served.guide(
                 names[index % 4],
                 eta=0.1,
-                kl_budget=(0.05, 0.5, 2.0, 100.0, None)[index % 5],
+                kl_budget=(2.0, 0.5, 4.0, 0.05, 100.0)[index % 5],
                 tail=("mean", "floor")[index % 2],
                 method=("qsharp", "cd")[index % 3 == 0],
             ),
-            temperature=(0.0, 0.6, 1.0)[index % 3],
-            max_tokens=10 + index,
-            n=3 if index in (1, 7) else 1,
+            temperature=(0.6, 1.0, 0.0)[index % 3],
+            max_tokens=16 + index,
+            n=2 if index == 4 else 1,
             arrives=index // 3,
         )
-        for index in range(9)
+        for index in range(12)
     ]
     for answer in drive(served.engine, asks):
         served.check(answer)
-    assert served.preemptions() > before
+    assert served.preemptions() > before + 5
 
 
 @covers("`details`", "`kl_budget`", engines=DRAFTING, refused="its request ends with an error")

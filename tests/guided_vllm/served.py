@@ -173,6 +173,7 @@ class Served:
         for tokens, expected, summary in zip(returned, measured, summaries, strict=True):
             assert summary["guided_tokens"] == (len(tokens) if limit is None else min(limit, len(tokens)))
             assert summary["kl"] == pytest.approx(expected.kl, abs=1e-4, rel=1e-5)
+            assert guidance.kl_budget is None or summary["kl"] <= guidance.kl_budget
             assert summary["kl_candidates"] == pytest.approx(expected.kl_candidates, abs=1e-4, rel=1e-5)
             assert (summary["mass"] or 0.0) == pytest.approx(expected.mass, abs=1e-5)
             assert (summary["mass"] is None) == (summary["guided_tokens"] == 0)

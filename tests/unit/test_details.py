@@ -1,6 +1,8 @@
 """What a request that asks for details is told of each token, against plain forwards and sums over the vocabulary."""
 
+import gc
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,35 @@ def test_a_token_without_any_mass_is_told_as_that(tmp_path: Path) -> None:
     assert details["reference_logprob"] == details["guided_logprob"] == -math.inf
     assert details["candidates"]["token_ids"] == [7, 3]
     assert math.isfinite(details["entropy"])
+
+
+@pytest.mark.parametrize("allowed", [[TOKENS + 1], []])
+def test_where_nothing_may_be_scored_every_number_is_one(tmp_path: Path, allowed: list[int]) -> None:
+    """A grammar that allows what the value model lacks, or masks that leave nothing."""
+    runner = Runner(tmp_path)
+    runner.version.scorable = TOKENS
+    runner.put(0, prompt(5, seed=1))
+    logits_BV = torch.full((1, REFERENCE_VOCAB), -math.inf)
+    logits_BV[0, allowed] = 1.5
+    runner.guide([0], logits_BV)
+    runner.requests.commit(0, [TOKENS + 1])
+    (details,) = runner.details([TOKENS + 1])
+    assert details is not None
+    assert details["reference_logprob"] == details["guided_logprob"] == (0.0 if allowed else -math.inf)
+    assert (details["kl"], details["entropy"], details["candidates"]["token_ids"]) == (0.0, 0.0, [])
+
+
+def test_details_are_gone_with_their_trace_though_the_request_goes_on(tmp_path: Path) -> None:
+    runner = Runner(tmp_path)
+    request = runner.add(0, runner.version, prompt(5, seed=1), details=True)
+    for token in (3, 4):
+        runner.step({0: [token]})
+    step = weakref.ref(request.stay.details._steps[0].numbers)
+    runner.records.take("t", [[3, 4]])
+    gc.collect()
+    assert step() is None
+    runner.step({0: [5]})
+    assert request.stay.details.read(0, [3, 4, 5]) == {}
 
 
 def test_candidates_without_a_score_have_no_value(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from guided_vllm.tiny_models import REFERENCE_VOCAB, make_value_model, prompt
 from played_graphs import PlayedGraphs
 from qtilt.distributions import Bernoulli, Categorical
 from qtilt.method.budget import HALVINGS, largest_scale
+from qtilt.vllm_plugin.step import FORCED
 from running_batch import RunningBatch, logits_at, make_residents
 
 SLOTS = 6
@@ -126,6 +127,39 @@ def test_steps_are_counted_of_a_request_that_comes_back(tmp_path: Path) -> None:
     assert runner.records.spent("0", [3, 4], 3) == pytest.approx(whole)
     assert runner.records.spent("0", [3, 4], 2) == pytest.approx(two)
     assert runner.records.spent("0", [], 0) == runner.records.spent("other", [3], 1) == 0.0
+
+
+def test_siblings_keep_to_their_own_budgets_though_they_measure_alike(tmp_path: Path) -> None:
+    """What is on record of a choice is its own: not a sibling's, whose logits were rounded otherwise."""
+    runner = Runner(tmp_path)
+    for slot in (0, 1, 2):
+        runner.put(slot, 0.3, trace_id="t")
+    tokens = []
+    for step in range(8):
+        noise_BV = torch.randn(3, REFERENCE_VOCAB, generator=torch.Generator().manual_seed(step)) * 0.02
+        runner.guide([0, 1, 2], logits_at(4 + step).repeat(3, 1) + noise_BV)
+        tokens.append(step)
+        for slot in (0, 1, 2):
+            runner.requests.commit(slot, [step if step < 7 else slot])
+    for slot in (0, 1, 2):
+        told = runner.summary([*tokens[:7], slot], "t")["kl"]
+        assert 0.2999 < told <= 0.3
+
+
+def test_forced_tokens_spend_nothing(tmp_path: Path) -> None:
+    runner = Runner(tmp_path)
+    runner.put(0, 0.3)
+    runner.put(1, None)
+    for step in range(8):
+        guided_BV = runner.guide([0, 1], logits_at(4 + step).repeat(2, 1))
+        if step < 4:
+            guided_BV[:, 9] = FORCED
+            runner.batch.leave_out_forced(guided_BV)
+        for slot in (0, 1):
+            runner.requests.commit(slot, [9])
+    assert runner.summary([9] * 4, "0")["kl"] == 0
+    assert 0.2999 < runner.summary([9] * 8, "0")["kl"] <= 0.3
+    assert runner.records.spent("0", [9] * 8, 8) == pytest.approx(runner.summary([9] * 8, "0")["kl"])
 
 
 def test_a_slot_begins_with_nothing_spent(tmp_path: Path) -> None:

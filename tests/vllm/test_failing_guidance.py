@@ -73,6 +73,10 @@ def test_poisoned_requests_end_and_all_others_stay_exact(served: Served, poisone
         served.check(answer, adjust=without_poison)
     for answer in answers[5:]:
         served.check(answer)
+    # Nor does it reach who takes their slots.
+    budgeted = [Ask(prompt(9, 320 + index), served.guide("q-bernoulli", kl_budget=0.5)) for index in range(8)]
+    for answer in drive(served.engine, budgeted):
+        served.check(answer)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,11 @@ class Details:
     def __init__(self, top_k: int) -> None:
         self._top_k = top_k
         self._steps: dict[int, _Step] = {}
+        self._is_forgotten = False
+
+    def forget(self) -> None:
+        """Nobody will ask any more: nothing is kept, and nothing that comes is."""
+        self._steps, self._is_forgotten = {}, True
 
     def add(
         self, step: int, logits_V: Tensor, guided: Guided, row: int, version: ResidentVersion, scale_G: Tensor
@@ -82,6 +87,8 @@ class Details:
 
         scale_G: what logits are divided by.
         """
+        if self._is_forgotten:
+            return
         width = slice(0, self._top_k)
         token_ids_K = guided.token_ids_GK[row, width]
         columns = [
@@ -95,7 +102,7 @@ class Details:
             guided.log_rest_G1[row],
             guided.others_G1[row],
             guided.divergence_G3[row, :1],
-            logits_V[token_ids_K[:1]].double(),
+            _log_total(logits_V / scale_G[row].to(logits_V.dtype)),
             scale_G[row].double().view(1),
         ]
         self._steps[step] = _Step(torch.cat([*columns, *others]), logits_V)
@@ -135,9 +142,14 @@ def _drawn(steps: Mapping[int, _Step], tokens: Sequence[int]) -> dict[int, tuple
     return {step: (int(token), logit) for step, (token, logit) in zip(steps, torch.stack(drawn).tolist(), strict=True)}
 
 
+def _log_total(scaled_V: Tensor) -> Tensor:
+    """ln of the sum of e^logit, as :func:`qtilt.tilt.reference_mass` takes it: float64 ``[1]``."""
+    return scaled_V.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).logsumexp(0).double().view(1)
+
+
 def _explain(token: int, logit: float, numbers: Tensor) -> TokenDetails:
     """numbers: of one step, on the host."""
-    columns_CK, (log_rest, others, kl, first_logit, scale) = numbers[:-5].view(COLUMNS, -1), numbers[-5:].tolist()
+    columns_CK, (log_rest, others, kl, log_total, scale) = numbers[:-5].view(COLUMNS, -1), numbers[-5:].tolist()
     token_ids_K, log_reference_K, drops_K, values_K, is_scored_K = columns_CK
     log_weight_K = log_reference_K - drops_K
     log_z = float(torch.cat([log_weight_K, torch.tensor([log_rest - others], dtype=torch.float64)]).logsumexp(0))
@@ -147,7 +159,7 @@ def _explain(token: int, logit: float, numbers: Tensor) -> TokenDetails:
         value if is_scored else None for value, is_scored in zip(values_K.tolist(), is_scored_K.bool(), strict=True)
     ]
     place = {int(each): index for index, each in enumerate(token_ids_K.tolist())}.get(token)
-    reference = (logit - first_logit) / scale + float(log_reference_K[0])
+    reference = logit / scale - log_total if math.isfinite(logit) else -math.inf
     drop = others if place is None else float(drops_K[place])
     counts = [index for index, mass in enumerate(log_reference_K.tolist()) if mass > -math.inf]
     return {
@@ -157,7 +169,7 @@ def _explain(token: int, logit: float, numbers: Tensor) -> TokenDetails:
         "value": None if place is None else values[place],
         "offset": -drop,
         "kl": kl,
-        "entropy": float(-(conditional_K.exp() * conditional_K)[counts].sum()),
+        "entropy": float((conditional_K.exp() * -conditional_K)[counts].sum()),
         "candidates": {
             "token_ids": [int(token_ids_K[index]) for index in counts],
             "reference_logprobs": [float(log_reference_K[index]) for index in counts],

@@ -207,7 +207,8 @@ class GuidedBatch:
         assert self._rows is not None, "no step has been guided"
         largest_R = logits_RV.amax(-1)
         is_forced_R = (largest_R >= FORCED) & (largest_R < CERTAIN)
-        self.table.leave_out(self._rows.slots_R, self._rows.positions_R, is_forced_R)
+        left_out_R = self.table.leave_out(self._rows.slots_R, self._rows.positions_R, is_forced_R)
+        self._spent_S.index_add_(0, self._rows.slots_R, -left_out_R)
 
     def _take(self, slot: int, settings: RowSettings) -> None:
         assert not any(slot in taken for taken in (self._guided, self._failed, self._left)), f"slot {slot} is taken"

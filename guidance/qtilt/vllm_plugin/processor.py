@@ -146,6 +146,8 @@ class GuidanceProcessor(V1Interface, V2Interface):
             stay.guided_tokens = params.guided_tokens
             generated = self.requests.prefill(slot)[self.requests.prompt_len(slot) :]
             has_failed = self.records.failed(params.trace_id, generated.tolist()) is not None
+            # Of the stays before this one: what its slot has on record is still another request's.
+            spent = self._spent(params, generated.tolist(), slot)
             if self.config.behind_server:  # who else would take the records
                 self.records.open(params.trace_id, stay)
             if not has_failed:
@@ -153,7 +155,8 @@ class GuidanceProcessor(V1Interface, V2Interface):
                 request = self._request(slot, params, stay, has_tokens=has_tokens)
                 settings = RowSettings.of(params, sampling_params.temperature, ending_token)
                 if params.kl_budget is not None:
-                    settings = settings._replace(kl_left=self._kl_left(params.kl_budget, params.trace_id, slot))
+                    self._refuse_where_it_isnt_there("kl_budget", params.kl_budget)
+                    settings = settings._replace(kl_left=params.kl_budget * (1 - ROUNDING) - spent)
                 self.batch.put(request, settings)
                 return True
         except Exception as error:
@@ -165,16 +168,12 @@ class GuidanceProcessor(V1Interface, V2Interface):
     def leave(self, slot: int) -> None:
         self.batch.remove(slot)
 
-    def _kl_left(self, budget: float, trace_id: str, slot: int) -> float:
-        """Of a request's budget, when it enters a slot, perhaps not for the first time.
-
-        Raises ValueError for what the server should not have let through.
-        """
-        # What a request has spent before it was preempted is known by records, and only a server takes these.
-        self._refuse_where_it_isnt_there("kl_budget", budget)
-        prompt_len = self.requests.prompt_len(slot)
-        generated, steps = self.requests.prefill(slot)[prompt_len:], self.requests.prefill_len(slot) - prompt_len
-        return budget * (1 - ROUNDING) - self.records.spent(trace_id, generated.tolist(), steps)
+    def _spent(self, params: GuidanceParams, generated: list[int], slot: int) -> float:
+        """Of its budget, by a request that perhaps comes back to a batch."""
+        steps = self.requests.prefill_len(slot) - self.requests.prompt_len(slot)
+        if params.kl_budget is None or steps == 0:
+            return 0.0
+        return self.records.spent(params.trace_id, generated, steps)
 
     def _details(self, params: GuidanceParams) -> Details | None:
         """Raises ValueError for what the server should not have let through."""
@@ -184,6 +183,7 @@ class GuidanceProcessor(V1Interface, V2Interface):
         return Details(params.top_k)
 
     def _refuse_where_it_isnt_there(self, field: str, asked: object) -> None:
+        """What needs records of all that was drawn: with drafts it isn't known, and only a server takes these."""
         if self.requests.speculates:
             raise ValueError(f"guidance.{field} is {asked}, and with speculative decoding there is no such thing")
         if not self.config.behind_server:

@@ -99,11 +99,14 @@ class StepTable:
         self.divergence_SP3[slots_R, positions_R] = divergence_R3
         self.candidates_SP[slots_R, positions_R] = candidates_R.int()
 
-    def leave_out(self, slots_R: Tensor, positions_R: Tensor, is_forced_R: Tensor) -> None:
-        """What the last step measured in these rows doesn't count, unless it is a failure."""
-        candidates_R = self.candidates_SP[slots_R, positions_R]
-        is_left_out_R = is_forced_R & ~self.divergence_SP3[slots_R, positions_R, 0].isnan()
+    def leave_out(self, slots_R: Tensor, positions_R: Tensor, is_forced_R: Tensor) -> Tensor:
+        """What the last step measured in these rows doesn't count, unless it is a failure. Returns the KLs in nats that
+        were measured and don't, ``[R]``.
+        """
+        candidates_R, kl_R = self.candidates_SP[slots_R, positions_R], self.divergence_SP3[slots_R, positions_R, 0]
+        is_left_out_R = is_forced_R & ~kl_R.isnan()
         self.candidates_SP[slots_R, positions_R] = candidates_R.masked_fill(is_left_out_R, LEFT_OUT)
+        return kl_R.masked_fill(~is_left_out_R | (candidates_R < 0), 0.0)
 
 
 class Steps(NamedTuple):
@@ -251,6 +254,9 @@ class Records:
         if not more_to_come:
             self._traces.pop(trace_id, None)
             self._taken.append(trace_id)
+            for stay in stays:
+                if stay.details is not None:
+                    stay.details.forget()
         read = [(stay, stay.read()) for stay in stays] if returned else []
         return [_outcome(read, torch.tensor(tokens, dtype=torch.int32), trace_id) for tokens in returned]
 
@@ -259,10 +265,11 @@ class Records:
         perhaps one more.
         """
         drawn, kl_N = torch.tensor([*tokens, NO_TOKEN], dtype=torch.int32), torch.zeros(steps, dtype=torch.float64)
-        for stay in self._traces.get(trace_id, []):
-            before = stay.read()
-            measured = (before.candidates_N[: before.drawn_like(drawn)][:steps] != UNMEASURED).nonzero().squeeze(1)
-            kl_N[measured] = before.divergence_N3[measured, 0]
+        read = [(stay, stay.read()) for stay in self._traces.get(trace_id, [])]
+        for _, before in _most_alike_last(read, drawn):
+            candidates_N = before.candidates_N[: before.drawn_like(drawn)][:steps]
+            measured = (candidates_N != UNMEASURED).nonzero().squeeze(1)
+            kl_N[measured] = before.divergence_N3[measured, 0].masked_fill(candidates_N[measured] == LEFT_OUT, 0.0)
         return float(kl_N.sum())
 
     def details(self, trace_id: str, first: int, tokens: Sequence[int]) -> list[TokenDetails | None]:
@@ -271,19 +278,24 @@ class Records:
         tokens: all that it has so far. Raises ValueError when they weren't generated under this trace.
         """
         generated, known = torch.tensor(tokens, dtype=torch.int32), dict[int, TokenDetails | None]()
-        for stay in self._traces.get(trace_id, []):
-            steps = stay.read()
+        read = [(stay, stay.read()) for stay in self._traces.get(trace_id, [])]
+        for stay, steps in _most_alike_last(read, generated):
             alike = steps.drawn_like(generated)
             if stay.details is not None:
                 known |= stay.details.read(first, tokens[:alike])
             known |= dict.fromkeys((steps.candidates_N[:alike] == LEFT_OUT).nonzero().squeeze(1).tolist())
             if stay.guided_tokens is not None:
                 known |= dict.fromkeys(range(stay.guided_tokens, len(tokens)))
-            if stay.failed is not None:
-                known |= dict.fromkeys(range(stay.failed[1], alike))
+            if stay.failed is not None and stay.failed[1] < alike:
+                known |= dict.fromkeys(range(stay.failed[1], len(tokens)))
         if missing := [step for step in range(first, len(tokens)) if step not in known]:
             raise ValueError(f"no details of trace {trace_id!r} for the tokens {missing} of {len(tokens)}")
         return [known[step] for step in range(first, len(tokens))]
+
+
+def _most_alike_last(stays: Sequence[tuple[Stay, Steps]], tokens: Tensor) -> list[tuple[Stay, Steps]]:
+    """A choice's own stay behind those of its siblings, which measured the same first steps but for rounding."""
+    return sorted(stays, key=lambda each: each[1].drawn_like(tokens))
 
 
 def _outcome(stays: Sequence[tuple[Stay, Steps]], tokens: Tensor, trace_id: str) -> GuidanceSummary | GuidanceFailure:
@@ -294,7 +306,7 @@ def _outcome(stays: Sequence[tuple[Stay, Steps]], tokens: Tensor, trace_id: str)
         guided = guided if stay.guided_tokens is None else min(guided, stay.guided_tokens)
     divergence_N3 = torch.zeros(guided, 3, dtype=torch.float64)
     candidates_N = torch.full((guided,), UNMEASURED)
-    for _, steps in stays:
+    for _, steps in _most_alike_last(stays, tokens):
         measured = (steps.candidates_N[: steps.drawn_like(tokens)][:guided] != UNMEASURED).nonzero().squeeze(1)
         divergence_N3[measured] = steps.divergence_N3[measured]
         candidates_N[measured] = steps.candidates_N[measured].long()
