@@ -25,24 +25,34 @@ class Scorer:
         self._turn = asyncio.Lock()
 
     async def score(
-        self, version: ResidentVersion, prompt: Sequence[int], completions: Sequence[Sequence[int]]
+        self,
+        version: ResidentVersion,
+        prompt: Sequence[int],
+        completions: Sequence[Sequence[int]],
+        *,
+        wants_all: bool = False,
     ) -> "list[TextValues]":
-        """Of each completion's tokens after the prompt.
+        """Of each completion's tokens after the prompt. wants_all: distributions, not only the last.
 
         version: leased until this has ended. Raises UnavailableError when the worker can't do it.
         """
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._score(version, prompt, completion)) for completion in completions]
+                tasks = [group.create_task(self._score(version, prompt, each, wants_all)) for each in completions]
         except* WorkerError as errors:
             raise UnavailableError(f"the completions can't be scored now: {errors.exceptions[0]}") from errors
         return [task.result() for task in tasks]
 
-    async def _score(self, version: ResidentVersion, prompt: Sequence[int], completion: Sequence[int]) -> "TextValues":
+    async def _score(
+        self, version: ResidentVersion, prompt: Sequence[int], completion: Sequence[int], wants_all: bool
+    ) -> "TextValues":
         text = uuid4().hex
         async with self._places:
             try:
-                await self._worker.begin_text(text, version.name, version.version, [*prompt, *completion], len(prompt))
+                token_ids, first = [*prompt, *completion], len(prompt)
+                await self._worker.begin_text(
+                    text, version.name, version.version, token_ids, first, wants_all=wants_all
+                )
                 while True:
                     async with self._turn:
                         values = await self._worker.advance_text(text)

@@ -86,9 +86,13 @@ class GuidanceWorker:
         details: list[TokenDetails | None] = await self._call("qtilt_details", trace_id, first, list(token_ids))
         return details
 
-    async def begin_text(self, text: str, name: str, version: int, token_ids: Sequence[int], first: int) -> None:
-        """Tokens are to be scored, from number ``first`` on; ``text`` names them until they :meth:`end_text`."""
-        await self._call("qtilt_begin_text", text, name, version, list(token_ids), first)
+    async def begin_text(
+        self, text: str, name: str, version: int, token_ids: Sequence[int], first: int, *, wants_all: bool
+    ) -> None:
+        """Tokens are to be scored, from number ``first`` on; ``text`` names them until they :meth:`end_text`.
+        wants_all: distributions, not only the last.
+        """
+        await self._call("qtilt_begin_text", text, name, version, list(token_ids), first, wants_all)
 
     async def advance_text(self, text: str) -> "TextValues | None":
         """Run a part of it, between two steps: its values if that was the last."""

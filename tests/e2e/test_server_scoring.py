@@ -123,6 +123,7 @@ def test_texts_as_long_as_the_model_allows(idle: RunningServer) -> None:
         ({"prompt": "a", "completions": [[1.5]]}, "completions"),
         ({"prompt": "a", "completions": [[True]]}, "completions"),
         ({"prompt": [1] * 4000, "completions": [[1] * 97]}, "completions[0] ends at token 4097"),
+        ({"prompt": "a", "completions": [[1] * 4000] * 17}, "completions have 68000 tokens together"),
         ({"prompt": "a", "completions": ["a"], "value_model": "nobody"}, "value_model: unknown value model 'nobody'"),
         ({"prompt": "a", "completions": ["a"], "value_model": "value@9"}, "value_model: value model 'value' has no"),
         ({"prompt": "a", "completions": ["a"], "eta": 1}, "eta"),

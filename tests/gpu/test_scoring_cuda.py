@@ -28,10 +28,10 @@ def test_each_token_has_the_distribution_of_the_return_after_it(
     settings = EngineSettings(4, 64, dtype, torch.device("cuda"), kernels=VllmKernels())
     version = Residents(reference, settings).load_at_start("value", str(directory))
     tokens = prompt(40, seed=3)
-    text = Text(version, tokens, 15, REFERENCE_VOCAB)
+    text = Text(version, tokens, 15, REFERENCE_VOCAB, wants_all=True)
     while not text.is_done:
         text.advance()
     oracle = value_oracle(directory)
-    for number, pmf in enumerate(text.values()["pmf"], start=15):
+    for number, pmf in enumerate(text.values()["distributions"], start=15):
         _, pmf_1Z = oracle.pmf(oracle.logits(tokens[:number], [tokens[number]]))
         assert pmf == pytest.approx(pmf_1Z[0].tolist(), abs=close)

@@ -34,7 +34,9 @@ class Engine:
         self.is_advancing = self.is_advancing and method != "qtilt_advance_text"
         return [getattr(self, method.removeprefix("qtilt_"))(*args)]
 
-    def begin_text(self, text: str, name: str, version: int, token_ids: Sequence[int], first: int) -> None:
+    def begin_text(
+        self, text: str, name: str, version: int, token_ids: Sequence[int], first: int, wants_all: bool
+    ) -> None:
         assert (name, version) == ("value", 1)
         self.texts[text] = list(token_ids[first:])
         self.most = max(self.most, len(self.texts))
@@ -46,7 +48,11 @@ class Engine:
         done = self.parts.count(text)
         if 13 in self.texts[text] and done == 2:
             return {"qtilt_error": "no memory"}
-        return {"support": [0.0], "pmf": [[1.0]] * done} if done == len(self.texts[text]) else None
+        return (
+            {"support": [0.0], "values": [0.0] * done, "distributions": [[1.0]]}
+            if done == len(self.texts[text])
+            else None
+        )
 
     def end_text(self, text: str) -> None:
         del self.texts[text]
@@ -56,7 +62,7 @@ def test_texts_take_turns_a_few_at_once_and_answers_are_in_order() -> None:
     engine = Engine()
     completions = [[1] * (3 + number) for number in range(3 * MOST_TEXTS)]
     values = asyncio.run(Scorer(GuidanceWorker(engine)).score(VERSION, [5, 6], completions))
-    assert [len(each["pmf"]) for each in values] == [len(each) for each in completions]
+    assert [len(each["values"]) for each in values] == [len(each) for each in completions]
     assert engine.most == MOST_TEXTS
     assert len(set(engine.parts[:MOST_TEXTS])) == MOST_TEXTS, "none waits for another one's end"
     assert engine.texts == {}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,12 +24,19 @@ def load(directory: Path, type_: str, family: str = "llama") -> ResidentVersion:
     return make_residents(4).load_at_start("value", str(path))
 
 
-def score(version: ResidentVersion, token_ids: list[int], first: int) -> list[list[float]]:
-    text = Text(version, token_ids, first, REFERENCE_VOCAB)
-    while not text.is_done:
-        text.advance()
-    assert text.values()["support"] == version.distribution.support
-    return text.values()["pmf"]
+def score(version: ResidentVersion, token_ids: list[int], first: int) -> list[list[float] | None]:
+    told = {}
+    for wants_all in (False, True):
+        text = Text(version, token_ids, first, REFERENCE_VOCAB, wants_all=wants_all)
+        while not text.is_done:
+            text.advance()
+        told[wants_all] = text.values()
+    assert told[False] == told[True] | {"distributions": told[True]["distributions"][-1:]}
+    support, means, pmf = told[True]["support"], told[True]["values"], told[True]["distributions"]
+    assert support == version.distribution.support
+    for each, mean in zip(pmf, means, strict=True):
+        assert mean == (None if each is None else pytest.approx(sum(np.array(each) * support)))
+    return pmf
 
 
 @pytest.mark.parametrize("at_once", [2, 7, 1000])
@@ -44,6 +52,7 @@ def test_each_token_has_the_distribution_of_the_return_after_it(
     assert len(values) == len(tokens) - first
     oracle = value_oracle(version.path)
     for number, pmf in enumerate(values, start=first):
+        assert pmf is not None
         returns, pmf_1Z = oracle.pmf(oracle.logits(tokens[:number], [tokens[number]]))
         assert returns.tolist() == pytest.approx(version.distribution.support)
         assert pmf == pytest.approx(pmf_1Z[0].tolist(), abs=1e-5)
@@ -111,9 +120,11 @@ def test_texts_are_told_apart_and_forgotten(tmp_path: Path, monkeypatch: pytest.
         for name in wanted.keys() - done.keys():
             values = texts.advance(name)
             if values is not None:
-                done[name] = values["pmf"]
+                done[name] = values["values"]
                 texts.end(name)
-    assert done == {name: score(version, tokens, 2) for name, tokens in wanted.items()}
+    for name, tokens in wanted.items():
+        pmf = np.array(score(version, tokens, 2))
+        assert done[name] == pytest.approx((pmf @ version.distribution.support).tolist())
     assert len(texts) == 0
     texts.end("a")
     with pytest.raises(ValueError, match="no text 'a'"):

@@ -22,21 +22,31 @@ SLOT = 0
 
 
 class TextValues(TypedDict):
-    """support: the returns z that there may be. pmf: P(Z = z) after each scored token, ``[N][Z]``; nothing of a token
-    that guidance never scores.
+    """support: the returns z that there may be. values: E[Z] after each scored token ``[N]``, None after one that
+    guidance never scores. distributions: P(Z = z) ``[N][Z]`` likewise, of all if they are wanted, or of the last.
     """
 
     support: list[float]
-    pmf: list[list[float]]
+    values: list[float | None]
+    distributions: list[list[float] | None]
 
 
 class Text:
-    """Some tokens, the last of which are scored: from number ``first`` ≥ 1 on.
+    """Some tokens, the last of which are scored: from number ``first`` ≥ 1 on. wants_all: their distributions, and not
+    only the last one's.
 
     Raises ValueError for a range that isn't there, for tokens that the reference lacks, and without memory for a cache.
     """
 
-    def __init__(self, version: ResidentVersion, token_ids: Sequence[int], first: int, vocabulary: int) -> None:
+    def __init__(
+        self,
+        version: ResidentVersion,
+        token_ids: Sequence[int],
+        first: int,
+        vocabulary: int,
+        *,
+        wants_all: bool = False,
+    ) -> None:
         if not 1 <= first < len(token_ids):
             raise ValueError(
                 f"tokens from {first} on of {len(token_ids)} are to be scored: at least one, after another"
@@ -44,11 +54,15 @@ class Text:
         if not all(0 <= token < vocabulary for token in token_ids):
             raise ValueError(f"the token ids must be 0 to {vocabulary - 1}, the reference's")
         self._version = version
-        self._engine = version.engine.apart(len(token_ids))
+        try:
+            self._engine = version.engine.apart(len(token_ids))
+        except ValueError as error:
+            raise ValueError(f"there is no memory for the values of {len(token_ids)} tokens") from error
         self._token_ids = np.array(token_ids, dtype=np.int64)
         tokens_L = torch.from_numpy(self._token_ids).to(self._engine.cache.geometry.device)
         self._tokens_L = tokens_L.clamp(max=self._engine.model.vocab_size - 1)
         self._first, self._cached = first, 0
+        self._wants_all = wants_all
         self._logits: list[Tensor] = []
         self._at_once = TOKENS_AT_ONCE[tokens_L.device.type]
 
@@ -72,11 +86,18 @@ class Text:
 
     def values(self) -> TextValues:
         """Once it is done. Waits for the device."""
-        distribution = self._version.distribution
-        pmf_NZ = distribution.pmf(torch.cat(self._logits).squeeze(1).double()).cpu()
-        is_scored_N = self._token_ids[self._first :] < self._version.scorable
-        pmf = [each.tolist() if is_scored else [] for each, is_scored in zip(pmf_NZ, is_scored_N, strict=True)]
-        return {"support": distribution.support, "pmf": pmf}
+        distribution, logits_NA = self._version.distribution, torch.cat(self._logits).squeeze(1).double()
+        is_scored_N = (self._token_ids[self._first :] < self._version.scorable).tolist()
+        mean_N = distribution.mean(logits_NA).tolist()
+        told = slice(None) if self._wants_all else slice(-1, None)
+        return {
+            "support": distribution.support,
+            "values": [each if is_scored else None for each, is_scored in zip(mean_N, is_scored_N, strict=True)],
+            "distributions": [
+                each if is_scored else None
+                for each, is_scored in zip(distribution.pmf(logits_NA[told]).tolist(), is_scored_N[told], strict=True)
+            ],
+        }
 
     def _score(self, end: int) -> Tensor:
         """Logits ``[B, 1, A]`` of the tokens after those that aren't cached, up to ``end``."""

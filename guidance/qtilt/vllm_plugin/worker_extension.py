@@ -90,11 +90,13 @@ class GuidanceWorkerExtension:
 
     @answers_errors
     @by_the_first_rank
-    def qtilt_begin_text(self, text: str, name: str, version: int, token_ids: Sequence[int], first: int) -> None:
+    def qtilt_begin_text(
+        self, text: str, name: str, version: int, token_ids: Sequence[int], first: int, wants_all: bool
+    ) -> None:
         """The tokens from number ``first`` on are to be scored, see scoring.py; ``text`` names them from now on."""
         processor = self._qtilt_processor()
-        resident = processor.residents.get(name, version)
-        processor.texts.begin(text, Text(resident, token_ids, first, processor.reference.vocab_size))
+        resident, vocabulary = processor.residents.get(name, version), processor.reference.vocab_size
+        processor.texts.begin(text, Text(resident, token_ids, first, vocabulary, wants_all=wants_all))
 
     @answers_errors
     @by_the_first_rank

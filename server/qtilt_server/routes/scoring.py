@@ -17,6 +17,9 @@ from qtilt_server.state import GuidanceState
 if TYPE_CHECKING:
     from qtilt.vllm_plugin.scoring import TextValues
 
+MOST_TOKENS = 2**16
+"""Of a request's completions: so many distributions can be answered."""
+
 router = APIRouter(dependencies=[Depends(validate_json_request)])
 
 
@@ -41,7 +44,7 @@ async def score(request: ScoreRequest, raw_request: Request) -> Any:
     _check(prompt, completions, raw_request.app.state.openai_serving_models.model_config)
     lease = state.admission.registry.lease(request.value_model, "value_model")
     try:
-        scored = await state.scorer.score(lease.version, prompt, completions)
+        scored = await state.scorer.score(lease.version, prompt, completions, wants_all=request.distributions)
     finally:
         lease.release()
     return ScoreResponse(
@@ -82,6 +85,11 @@ async def _tokenize(request: TokenizeChatRequest | TokenizeCompletionRequest, ra
 def _check(prompt: Sequence[int], completions: Sequence[Sequence[int]], model_config: Any) -> None:
     """Raises GuidanceRequestError for what can't be scored."""
     vocabulary, longest = model_config.get_vocab_size(), model_config.max_model_len
+    total = sum(map(len, completions))
+    if total > MOST_TOKENS:
+        raise GuidanceRequestError(
+            f"completions have {total} tokens together, allowed: {MOST_TOKENS} in one request", "completions"
+        )
     texts = {"prompt": prompt} | {f"completions[{index}]": each for index, each in enumerate(completions)}
     for field, token_ids in texts.items():
         if not token_ids:
@@ -97,13 +105,11 @@ def _check(prompt: Sequence[int], completions: Sequence[Sequence[int]], model_co
 
 
 def _choice(index: int, token_ids: list[int], scored: "TextValues", *, with_distributions: bool) -> ScoredCompletion:
-    support, pmf = scored["support"], scored["pmf"]
-    values = [sum(p * z for p, z in zip(each, support, strict=True)) if each else None for each in pmf]
     return ScoredCompletion(
         index=index,
         token_ids=token_ids,
-        values=values,
-        distributions=[each or None for each in pmf] if with_distributions else None,
-        value=values[-1],
-        distribution=pmf[-1] or None,
+        values=scored["values"],
+        distributions=scored["distributions"] if with_distributions else None,
+        value=scored["values"][-1],
+        distribution=scored["distributions"][-1],
     )
