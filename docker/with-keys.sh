@@ -1,6 +1,7 @@
 #!/bin/sh
 # with-keys COMMAND …: runs COMMAND with keys that lie in files, Docker's secrets, as the environment variables that it
-# reads: for each VARIABLE below what VARIABLE_FILE names. So no key is in a command line, in an image or in `docker inspect`.
+# reads: for each VARIABLE below what VARIABLE_FILE names. So no such key is in a command line, in an image or in
+# `docker inspect`.
 set -eu
 for variable in QTILT_ADMIN_KEY QTILT_API_KEY VLLM_API_KEY HF_TOKEN; do
   file=$(printenv "${variable}_FILE") || continue

@@ -30,14 +30,14 @@ def main() -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
     staged = out / CONFIG.name
-    staged.write_text("".join(line for line in CONFIG.read_text().splitlines(keepends=True) if _is_there(line)))
+    shutil.copyfile(CONFIG, staged)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(staged)]
     sys.exit(subprocess.run(command).returncode)
 
 
 def pages() -> set[Path]:
-    """Those of the navigation that are there."""
-    return {ROOT / name for name in PAGE.findall(CONFIG.read_text()) if (ROOT / name).exists()}
+    """Those of the navigation."""
+    return {ROOT / name for name in PAGE.findall(CONFIG.read_text())}
 
 
 def linked(start: set[Path]) -> set[Path]:
@@ -57,12 +57,6 @@ def links(page: Path) -> Iterator[Path]:
     for target in LINK.findall(CODE.sub("", page.read_text())):
         if "://" not in target:
             yield (page.parent / target).resolve()
-
-
-def _is_there(line: str) -> bool:
-    """Whether a line of the configuration names no page that isn't there."""
-    named = PAGE.search(line)
-    return named is None or (ROOT / named[1]).exists()
 
 
 if __name__ == "__main__":

@@ -94,7 +94,9 @@ class GuidanceFlags:
             "--guidance-plan needs to know the value models: give --value-model or --guidance-backbone",
         )
         _require(
-            self.log is None or self.log == STDOUT or (bool(self.log) and Path(self.log).parent.is_dir()),
+            self.log is None
+            or self.log == STDOUT
+            or (bool(self.log) and Path(self.log).parent.is_dir() and not Path(self.log).is_dir()),
             f"--guidance-log {self.log}: expected - or a file in a directory that exists",
         )
         for name, directory in self.value_models.items():

@@ -49,6 +49,8 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
             "without a check of models' names other routes would answer for value models' names, and unguided: "
             "unset VLLM_SKIP_MODEL_NAME_VALIDATION"
         )
+    if environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        raise StartupError("with files of several processes /metrics lacks guidance's: unset PROMETHEUS_MULTIPROC_DIR")
     environ["VLLM_PLUGINS"] = ",".join(_allowed_plugins(environ.get("VLLM_PLUGINS")))
     environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     for name, capacity in COMPILED_PRODUCTS.items():

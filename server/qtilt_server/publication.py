@@ -136,8 +136,9 @@ class Publisher:
             raise
         if older is not None:
             self._registry.remove(older)
-            self._metrics.unloaded(older.name, older.version)
         self._registry.activate(version)
+        if older is not None:
+            self._metrics.unloaded(older.name, older.version)
         return version
 
     async def _swap(self, version: ResidentVersion, older: ResidentVersion | None) -> None:

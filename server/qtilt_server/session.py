@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 from uuid import uuid4
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -56,6 +56,7 @@ class GuidedSession:
         self._running = 0
         self._closed = False
         self._failed = False
+        self._refused = False
 
     @property
     def failed(self) -> bool:
@@ -69,7 +70,7 @@ class GuidedSession:
         """
         if self._failed:
             return "failed"
-        if not self._traces:
+        if self._refused or not self._traces:
             return "refused"
         has_all = all(len(trace.records) == self._choices_per_prompt for trace in self._traces)
         return "finished" if has_all else "aborted"
@@ -135,6 +136,10 @@ class GuidedSession:
             self.metrics.failure(self.params.value_model, self.params.version, failure["kind"])
         return GuidanceFailedError(self.version.label, failure)
 
+    def refuse(self) -> None:
+        """vLLM has, when it was to hand a prompt to the engine."""
+        self._refused = True
+
     def engine_started(self) -> None:
         self._running += 1
 
@@ -195,6 +200,9 @@ class Trace:
                     yield output
             if self._failure is not None and not self._forgotten:
                 raise self._session.fail(self._failure)
+        except (VLLMClientError, GracefulHTTPError):
+            self._session.refuse()
+            raise
         finally:
             self._session.watch.remove(self.params.trace_id)
             self._session.engine_stopped()

@@ -15,13 +15,13 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qtilt.vllm_plugin.measures import CacheMeasures, Measures, VersionMeasures
+from qtilt_server.metrics import OF_A_VERSION
 from qtilt_server.registry import ValueModelRegistry
 from qtilt_server.worker import GuidanceWorker, WorkerError
 
 logger = logging.getLogger("vllm.qtilt_server.worker_figures")
 
 WAIT_S = 0.5
-OF_A_VERSION = ("value_model", "version")
 
 
 class WorkerFigures(Collector):
@@ -34,19 +34,26 @@ class WorkerFigures(Collector):
         self._asking: asyncio.Task[None] | None = None
         self._measures: Measures | None = None
         self._measured_at = 0.0
+        self._series: list[Metric] = []
 
     async def refresh(self) -> None:
-        """Ask the worker, unless it still owes an answer, and give it a moment."""
+        """Ask the worker, unless it still owes an answer, and give it a moment. Makes the series of the scrape, here on
+        the event loop: vLLM's route collects them in a thread.
+        """
         if self._asking is None or self._asking.done():
             self._asking = asyncio.get_running_loop().create_task(self._ask())
         await asyncio.wait([self._asking], timeout=self._wait_s)
+        self._series = list(self._make_series())
 
     def describe(self) -> list[Metric]:
         """Nothing is known before the first scrape."""
         return []
 
-    def collect(self) -> Iterator[Metric]:
-        """Called by prometheus_client, on the event loop."""
+    def collect(self) -> list[Metric]:
+        """Called by prometheus_client, in any thread."""
+        return self._series
+
+    def _make_series(self) -> Iterator[Metric]:
         yield self._leases()
         has_answered = self._measures is not None and self._asking is not None and self._asking.done()
         answers = GaugeMetricFamily("qtilt_worker_answers", "Whether the worker has answered this scrape: 1 or 0.")

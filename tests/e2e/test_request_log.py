@@ -97,12 +97,15 @@ def test_outcomes_of_requests_that_do_not_finish(logged: Any, client: OpenAI, li
         ask(client, logged[0], prompt=f"a{POISON}b", guidance={"value_model": "fragile"})
     with pytest.raises(openai.BadRequestError):
         ask(client, logged[0], max_tokens=10**6)
+    impossible = {"guidance": {}, "allowed_token_ids": [10**6]}
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model=logged[0].model, prompt=PROMPT, extra_body=impossible)
     with ask(client, logged[0], max_tokens=4000, stream=True) as stream:
         next(iter(stream))
-    failed, refused, aborted = lines(3)
-    assert [line["outcome"] for line in (failed, refused, aborted)] == ["failed", "refused", "aborted"]
-    assert [line["value_model"] for line in (failed, refused, aborted)] == ["fragile", "value", "value"]
-    assert [line["guided_tokens"] for line in (failed, refused, aborted)] == [0, 0, 0]
+    told = lines(4)
+    assert [line["outcome"] for line in told] == ["failed", "refused", "refused", "aborted"]
+    assert [line["value_model"] for line in told] == ["fragile", "value", "value", "value"]
+    assert [line["guided_tokens"] for line in told] == [0, 0, 0, 0]
 
 
 def test_unguided_requests_and_those_that_name_nothing_have_no_line(logged: Any, client: OpenAI, lines: Any) -> None:

@@ -33,7 +33,10 @@ from qtilt_server.cli import main
 ROOT = Path(__file__).parents[2]
 ALL = (*WORKER, *SERVER)
 PACKAGES = (ROOT / "guidance" / "qtilt", ROOT / "server" / "qtilt_server")
-CONFIGS = {"vllm_config", "model_config", "cache_config", "parallel_config", "scheduler_config", "device_config"}
+CONFIGS = {
+    *("vllm_config", "model_config", "cache_config", "parallel_config", "scheduler_config", "device_config"),
+    *("speculative_config", "lora_config"),
+}
 
 
 def installed() -> Path:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
@@ -68,8 +69,13 @@ class Scraped:
 
     async def __call__(self) -> dict[str, float]:
         await self.figures.refresh()
-        lines = generate_latest(self.series).decode().splitlines()
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+        return read(generate_latest(self.series))
+
+
+def read(scraped: bytes) -> dict[str, float]:
+    """The value of each series."""
+    lines = scraped.decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
 STEPS = 'qtilt_guided_steps_total{value_model="value",version="1"}'
@@ -185,3 +191,18 @@ def test_the_worker_is_asked_before_a_scrape_and_for_nothing_else() -> None:
             assert client.get(path).status_code == 200
             assert app.state.engine.asked == times
     assert asked == ["/health", "/v1/metrics", "/metrics", "/metrics/"]
+
+
+def test_what_is_collected_in_a_thread_was_made_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's route collects it, while versions come and go."""
+
+    async def test(scrape: Scraped) -> None:
+        told = await scrape()
+        for of_the_loop in ("_registry", "_measures", "_asking"):
+            monkeypatch.setattr(scrape.figures, of_the_loop, None)
+        lines = (await asyncio.to_thread(generate_latest, scrape.series)).decode().splitlines()
+        assert {
+            name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")
+        } == told
+
+    scraping(test)

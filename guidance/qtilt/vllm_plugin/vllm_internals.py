@@ -423,6 +423,8 @@ SERVER = (
         "refusals and failures that vLLM answers",
         has={
             "GenerationError": "",
+            "GracefulHTTPError": "",
+            "VLLMClientError": "",
         },
         calls=("VLLMValidationError(self, message, *, parameter)",),
     ),
