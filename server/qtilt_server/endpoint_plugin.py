@@ -27,7 +27,7 @@ from qtilt_server.reference import check_value_models, reference_of
 from qtilt_server.registry import ValueModelRegistry
 from qtilt_server.remembered import RegistryFile, Restored, come_back
 from qtilt_server.request_log import RequestLog
-from qtilt_server.routes import completions, guidance, models, scoring
+from qtilt_server.routes import completions, guidance, models, playground, scoring
 from qtilt_server.sampling_check import RolloutSamplingCheck
 from qtilt_server.scoring import Scorer
 from qtilt_server.state import GuidanceState
@@ -51,6 +51,7 @@ class GuidanceEndpoints:
         app.include_router(guidance.router)
         app.include_router(models.router)
         app.include_router(scoring.router)
+        app.include_router(playground.router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Raises StartupError when guidance isn't live in the worker or a value model doesn't fit."""
