@@ -28,7 +28,8 @@ PACKAGES := guidance/qtilt server/qtilt_server trainer/qtilt_trainer
 DOCS_VENV ?= .venv-docs
 DOCS_SITE ?= build/docs
 
-.PHONY: help install install-tasks install-clients demo serve toys test test-slow lint types format docs docs-site lock clean
+.PHONY: help install install-tasks install-clients install-browser demo serve toys test test-slow lint types format docs docs-site \
+  lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +63,10 @@ install-clients: $(CLIENTS_INSTALLED) ## add other people's clients, which the t
 $(CLIENTS_INSTALLED): requirements/clients.txt $(INSTALLED)
 	$(PIP) install --no-deps -r requirements/clients.txt
 	@touch $@
+
+# Without one the tests of /playground skip themselves. QTILT_CHROMIUM names a Chromium or Chrome that lies elsewhere.
+install-browser: ## add Chromium, which the tests have open the playground (Debian's package; apt-get, as root)
+	@command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; }
 
 demo: install $(SMOLLM2) ## SmolLM2 steered on two tasks, from collecting to the report; writes runs/demo/
 	$(BIN)/python examples/demo/run.py
