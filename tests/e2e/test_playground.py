@@ -222,6 +222,21 @@ def test_each_token_is_coloured_by_its_value_and_shows_its_candidates(page: Any,
     )
 
 
+def test_colours_over_the_range_of_the_answer(page: Any, idle: RunningServer) -> None:
+    without_end(page)
+    settings(page, max_tokens=12, seed=3)
+    page.click("#send")
+    wait_for_both(page)
+    distances = "all => all.map(each => parseFloat(each.style.getPropertyValue('--distance')))"
+    before = page.locator("#guided .token.scored").evaluate_all(distances)
+    page.check("#stretch")
+    least, most = (shown(page.inner_text(f"#{end}")) for end in ("least", "most"))
+    assert 0 < least < most < 1
+    after = page.locator("#guided .token.scored").evaluate_all(distances)
+    assert max(after) == 100 > max(before)
+    assert after.count(100) == 2, "the least and the most valuable"
+
+
 def test_the_curves_have_a_point_for_each_token_and_lead_to_it(page: Any, idle: RunningServer) -> None:
     without_end(page)
     settings(page, max_tokens=20, seed=1)

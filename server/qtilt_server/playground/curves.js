@@ -1,4 +1,4 @@
-// A curve over the tokens of an answer, as inline SVG; the answer before stays behind it, faint.
+// A curve over the tokens of an answer, as inline SVG; the answer before stays behind it, dotted.
 
 import { shape } from "./elements.js";
 import { number } from "./formats.js";
@@ -15,6 +15,7 @@ export class Curve {
   /** chosen(index): called as a token is pointed at. */
   constructor(figure, name, chosen) {
     this.name = name;
+    this.figure = figure;
     figure.append(this.#svg);
     const point = (event) => {
       const box = this.#svg.getBoundingClientRect();
@@ -31,6 +32,7 @@ export class Curve {
   draw(series, before, range, current = -1) {
     const numbers = [...series, ...before].filter((value) => value !== null);
     const [least, most] = [Math.min(...numbers, range[0]), Math.max(...numbers, range[1])];
+    this.figure.classList.toggle("compared", before.length > 0);
     this.#count = series.length;
     this.#span = Math.max(series.length, before.length, 2);
     const x = (index) => EDGE.left + (index / (this.#span - 1)) * this.#innerWidth;
