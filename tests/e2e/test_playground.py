@@ -15,7 +15,7 @@ from real_server.state import running
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed: make install-clients")
 Browser, Page, Route, expect = playwright.Browser, playwright.Page, playwright.Route, playwright.expect
 
-LIMIT_MS = 30_000
+LIMIT_MS = 15_000
 VIEWPORT = {"width": 1280, "height": 900}
 WITHOUT_END = {"ignore_eos": True}
 MARKUP = "<img src=x onerror=document.title=1>"

@@ -1,5 +1,6 @@
 """The files of ``/playground`` as the server gives them, without a browser."""
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from fastapi.testclient import TestClient
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from qtilt_server.endpoint_plugin import GuidanceEndpoints
-from qtilt_server.routes.playground import DIRECTORY, MEDIA_TYPES
+from qtilt_server.errors import NotFoundError
+from qtilt_server.routes.playground import DIRECTORY, MEDIA_TYPES, asset
 
 FILES = sorted(file for file in DIRECTORY.iterdir() if file.is_file())
 NAMES = {"index.html", "playground.css", "playground.js", "icon.svg"}
@@ -79,6 +81,12 @@ def test_nothing_else_is_given_out(client: TestClient, name: str) -> None:
     answer = client.get(f"/playground/{name}")
     assert answer.status_code == 404
     assert "qtilt_server" not in answer.text
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "../schema.py", "../playground/index.html", "/etc/passwd"])
+def test_nor_would_be_if_the_route_took_paths(name: str) -> None:
+    with pytest.raises(NotFoundError):
+        asyncio.run(asset(name))
 
 
 def test_a_slash_at_the_end_leads_to_the_page_whatever_prefix_a_proxy_took_away(client: TestClient) -> None:
