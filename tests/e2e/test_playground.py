@@ -311,6 +311,31 @@ def test_what_the_server_refuses_is_shown_and_its_field_marked(
     expect(page.locator("[aria-invalid=true]")).to_have_count(0)
 
 
+def test_both_answers_may_be_refused_for_reasons_of_their_own(page: Any, idle: RunningServer) -> None:
+    settings(page, temperature="-1", top_k="0")
+    page.click("#send")
+    expect(page.locator("#reference .error strong")).to_have_text("temperature")
+    expect(page.locator("#guided .error strong")).to_have_text("guidance.top_k")
+    for field in ("temperature", "top-k"):
+        expect(page.locator(f"#{field}")).to_have_attribute("aria-invalid", "true")
+
+
+def test_nothing_is_left_of_an_answer_that_another_takes_the_place_of(page: Any, idle: RunningServer) -> None:
+    without_end(page)
+    settings(page, max_tokens=4000)
+    page.click("#send")
+    expect(page.locator("#guided .token").nth(5)).to_be_attached()
+    settings(page, max_tokens=3)
+    page.click("#send")
+    wait_for_both(page)
+    expect(page.locator("#guided .token")).to_have_count(3)
+    settings(page, top_k="0")
+    page.click("#send")
+    expect(page.locator("#guided .error")).to_be_visible()
+    expect(page.locator("#guided .token")).to_have_count(0)
+    expect(page.locator("#guided .applied")).to_have_text("steered, token by token")
+
+
 def test_a_value_model_that_has_gone_is_an_error_too(page: Any, idle: RunningServer) -> None:
     page.locator("#value-model").evaluate(
         "select => { select.append(new Option('gone', 'gone')); select.value = 'gone' }"

@@ -32,16 +32,16 @@ function drawGuided(answer) {
   tokens.draw(answer, shown);
   [by("least").textContent, by("most").textContent] = shown.map((value) => number(value));
   const { guidance, total } = answer;
-  if (guidance) {
-    const { value_model, method, tail, top_k } = guidance;
-    by("guided").querySelector(".applied").textContent =
-      `${value_model}, η ${etaText(guidance.eta)}, ${method}, tail ${tail}, top_k ${top_k}`;
-  }
+  by("guided").querySelector(".applied").textContent = guidance ? applied(guidance) : "steered, token by token";
   by("guided").querySelector(".sum").textContent = total
     ? `${answer.tokens.length} tokens, KL ${number(total.kl)} nats, candidates' mass ${number(total.mass)}`
     : "";
   drawCurves();
   showButtons();
+}
+
+function applied({ value_model, eta, method, tail, top_k }) {
+  return `${value_model}, η ${etaText(eta)}, ${method}, tail ${tail}, top_k ${top_k}`;
 }
 
 function drawCurves() {
@@ -73,7 +73,7 @@ function showButtons() {
 /** Both answers, streamed at the same time. */
 async function send() {
   sent = settings.asked();
-  settings.mark(null);
+  settings.unmark();
   await Promise.all([askReference(), askGuided()]);
 }
 
@@ -82,7 +82,7 @@ async function again() {
   if (sent === null) return send();
   const guidance = { ...sent.guided.guidance, eta: settings.read("eta") };
   sent = { ...sent, guided: { ...sent.guided, guidance } };
-  settings.mark(null);
+  settings.unmark();
   await askGuided();
 }
 
@@ -94,7 +94,6 @@ async function askGuided() {
   before = { values: guided.answer.values, kl: guided.answer.runningKl };
   range = settings.returnsOf(status);
   current = -1;
-  tokens.clear();
   inspector.clear();
   await told(guided.ask(sent.path, sent.guided, settings.key()));
 }

@@ -130,9 +130,12 @@ export function keepKey(changed) {
 
 export const key = () => by("api-key").value.trim();
 
-/** Marks the field that an error names, and only that. */
-export function mark(field) {
+export function unmark() {
   for (const marked of document.querySelectorAll("[aria-invalid]")) marked.removeAttribute("aria-invalid");
+}
+
+/** Marks the field that an error names. */
+export function mark(field) {
   const meant = document.querySelector(`[data-field="${CSS.escape(field ?? "")}"]`);
   meant?.setAttribute("aria-invalid", "true");
   if (meant?.closest("details")) meant.closest("details").open = true;

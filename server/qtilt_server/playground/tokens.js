@@ -17,15 +17,11 @@ export class TokenList {
     list.addEventListener("keydown", (event) => this.#walk(event));
   }
 
-  clear() {
-    this.#spans = [];
-    this.#current = -1;
-    this.list.replaceChildren();
-  }
-
-  /** Adds what is new and corrects what has changed. range: the returns at the two ends of the colours. */
+  /** Adds what is new, corrects what has changed, and drops what another answer had. range: the returns at the two ends of the colours. */
   draw(answer, range) {
     const { pieces, left } = answer.pieces;
+    while (this.#spans.length > answer.tokens.length) this.#spans.pop().remove();
+    if (this.#current >= this.#spans.length) this.#current = -1;
     answer.tokens.forEach((token, index) => {
       const span = (this.#spans[index] ??= this.#add(index));
       const piece = pieces[index];
