@@ -13,8 +13,12 @@ from real_server.process import RunningServer
 from real_server.state import running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed: make install-clients")
-Browser, Page, Route, expect = playwright.Browser, playwright.Page, playwright.Route, playwright.expect
+expect = playwright.expect
 
+CHROMIUM = find_chromium()
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no Chromium: make install-browser, or name one with QTILT_CHROMIUM"
+)
 LIMIT_MS = 15_000
 VIEWPORT = {"width": 1280, "height": 900}
 WITHOUT_END = {"ignore_eos": True}
@@ -23,10 +27,8 @@ MARKUP = "<img src=x onerror=document.title=1>"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    chromium = find_chromium()
-    if chromium is None:
-        pytest.skip("there is no Chromium: make install-browser, or name one with QTILT_CHROMIUM")
-    with headless(chromium) as browser:
+    assert CHROMIUM is not None
+    with headless(CHROMIUM) as browser:
         yield browser
 
 
