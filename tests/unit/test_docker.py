@@ -128,6 +128,14 @@ def test_server_reads_the_value_models_where_the_trainer_writes_them() -> None:
     assert "--value-model-root=/value-models" in server["command"]
 
 
+def test_a_server_that_is_started_again_remembers_what_was_active() -> None:
+    server = COMPOSE["services"]["server"]
+    assert "--value-model-registry=/home/qtilt/state/registry.json" in server["command"]
+    assert "state:/home/qtilt/state" in server["volumes"]
+    dockerfile = (ROOT / "docker" / "Dockerfile.server").read_text()
+    assert re.search(r"install -d -o qtilt -g qtilt .*/home/qtilt/state\b", dockerfile), "it belongs to the user"
+
+
 def test_server_command_of_the_compose_file_is_accepted(tmp_path: Path) -> None:
     from qtilt_server.flags import parse_own_flags
 
