@@ -37,6 +37,7 @@ class GuidedCompletionRequest(RefusesMisplacedGuidance, CompletionRequest):
     def refuse_impossible(self) -> None:
         """Raises GuidanceRequestError when it can't be guided."""
         _refuse_beam_search(self.use_beam_search)
+        _check_best_of(self)
         if self.prompt_embeds is not None:
             raise GuidanceRequestError("guidance needs token ids and can't be used with prompt_embeds", "guidance")
 
@@ -53,6 +54,7 @@ class GuidedChatCompletionRequest(RefusesMisplacedGuidance, ChatCompletionReques
     def refuse_impossible(self) -> None:
         """Raises GuidanceRequestError when it can't be guided."""
         _refuse_beam_search(self.use_beam_search)
+        _check_best_of(self)
 
 
 GuidedRequest = GuidedCompletionRequest | GuidedChatCompletionRequest
@@ -61,3 +63,17 @@ GuidedRequest = GuidedCompletionRequest | GuidedChatCompletionRequest
 def _refuse_beam_search(use_beam_search: bool) -> None:
     if use_beam_search:
         raise GuidanceRequestError("guidance can't be used with beam search", "guidance")
+
+
+def _check_best_of(request: GuidedRequest) -> None:
+    best_of = request.guidance.best_of if request.guidance is not None else None
+    if best_of is None:
+        return
+    if request.stream:
+        raise GuidanceRequestError("guidance.best_of is known at the end only: drop it, or stream", "guidance.best_of")
+    if not request.returns_tokens:
+        raise GuidanceRequestError("guidance.best_of needs answers, and max_tokens is 0", "guidance.best_of")
+    if best_of < (request.n or 1):
+        raise GuidanceRequestError(
+            f"guidance.best_of is {best_of}, allowed: n, which is {request.n or 1}, or more", "guidance.best_of"
+        )

@@ -3,13 +3,13 @@
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse, ChatCompletionResponseChoice
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionResponseChoice
 
-from qtilt_server.schema import AppliedGuidance, ChoiceGuidance, DetailedGuidance
+from qtilt_server.schema import AppliedGuidance, ChoiceGuidance, DetailedGuidance, RankedGuidance
 
 
 class GuidedCompletionChoice(CompletionResponseChoice):
     """guidance: if it was asked for."""
 
-    guidance: DetailedGuidance | ChoiceGuidance | None = None
+    guidance: DetailedGuidance | RankedGuidance | ChoiceGuidance | None = None
 
 
 class GuidedCompletionResponse(CompletionResponse):
@@ -22,7 +22,7 @@ class GuidedCompletionResponse(CompletionResponse):
 class GuidedChatChoice(ChatCompletionResponseChoice):
     """guidance: if it was asked for."""
 
-    guidance: DetailedGuidance | ChoiceGuidance | None = None
+    guidance: DetailedGuidance | RankedGuidance | ChoiceGuidance | None = None
 
 
 class GuidedChatResponse(ChatCompletionResponse):

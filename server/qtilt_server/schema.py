@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from qtilt.params import MIN_ETA
 
 MAX_SCORED = 128
+MAX_BEST_OF = 64
 MAX_GUIDED_TOKENS = 2**31 - 1
 VALUE_MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -54,6 +55,11 @@ class GuidanceRequest(StrictModel):
         default=None,
         description="nats that a choice's KL(guided ‖ reference) adds up to at most: where a step would exceed it, its "
         "offsets are scaled down; null bounds nothing",
+    )
+    best_of: Annotated[int, Field(ge=1, le=MAX_BEST_OF)] | None = Field(
+        default=None,
+        description="sample so many choices of each prompt, and answer with the n of them whose final value is "
+        "largest, the best first; not in a stream",
     )
     details: bool | None = Field(
         default=None, description="say of each token what the reference, the values and the tilt were; default: false"
@@ -122,6 +128,12 @@ class DetailedGuidance(ChoiceGuidance):
     """
 
     details: list[TokenDetails] = Field(description="one for each returned token")
+
+
+class RankedGuidance(ChoiceGuidance):
+    """``choices[i].guidance`` where ``best_of`` was asked for."""
+
+    value: float | None = Field(description="E[Z] after the last of its tokens that is scored; null without one")
 
 
 class TotalGuidance(StrictModel):

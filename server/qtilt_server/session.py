@@ -107,9 +107,9 @@ class GuidedSession:
             guidance_kl_candidates=sum(record.kl_candidates for record in records),
         )
 
-    def open_trace(self) -> "Trace":
+    def open_trace(self, prompt_ids: list[int]) -> "Trace":
         """Called once per prompt, in the order of the prompts."""
-        trace = Trace(self, replace(self.params, trace_id=uuid4().hex))
+        trace = Trace(self, replace(self.params, trace_id=uuid4().hex), prompt_ids)
         self._traces.append(trace)
         return trace
 
@@ -127,6 +127,10 @@ class GuidedSession:
         """The details of a choice that haven't been said yet."""
         prompt, child = divmod(index, self._choices_per_prompt)
         return self._traces[prompt].news.pop(child, [])
+
+    def sampled(self) -> list[tuple[list[int], list[list[int]]]]:
+        """By prompt, its tokens, and those of each choice."""
+        return [(trace.prompt_ids, trace.answers) for trace in self._traces]
 
     def fail(self, failure: GuidanceFailure) -> GuidanceFailedError:
         """Count the failure, once for the whole request; returns the error to raise."""
@@ -160,8 +164,9 @@ class GuidedSession:
 class Trace:
     """One prompt's request in the engine: follows its outputs and fetches the record of each choice that finishes."""
 
-    def __init__(self, session: GuidedSession, params: GuidanceParams) -> None:
+    def __init__(self, session: GuidedSession, params: GuidanceParams, prompt_ids: list[int]) -> None:
         self.params = params
+        self.prompt_ids = prompt_ids
         self.records: dict[int, ChoiceGuidance] = {}
         self.news: dict[int, list[TokenDetails]] = {}
         """By choice the details that haven't been said yet, if there are any."""
@@ -170,6 +175,11 @@ class Trace:
         self._explained: dict[int, int] = {}
         self._forgotten = False
         self._failure: GuidanceFailure | None = None
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """The tokens of each choice so far."""
+        return [self._token_ids[choice] for choice in sorted(self._token_ids)]
 
     async def follow(
         self,
@@ -280,7 +290,7 @@ class GuidedEngine:
             )
         self._check_adapter(options.get("lora_request"))
         self._check_sampling(sampling_params)
-        trace = self._session.open_trace()
+        trace = self._session.open_trace(list(prompt["prompt_token_ids"]))
         sampling_params.extra_args = {
             **(sampling_params.extra_args or {}),
             EXTRA_ARGS_KEY: trace.params.to_extra_args(),

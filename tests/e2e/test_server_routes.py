@@ -57,6 +57,7 @@ def test_the_openapi_document_shows_the_guidance_of_a_request(app: FastAPI, path
         "guided_tokens",
         "candidate_mass",
         "kl_budget",
+        "best_of",
         "details",
     }
     assert set(schemas["GuidanceRequest"]["properties"]) == fields

@@ -160,7 +160,7 @@ def test_a_failure_is_raised_when_the_engine_ends_an_aborted_request_without_ano
 
     async def scenario() -> None:
         session = session_on(engine, metrics, POLL_S)
-        trace, aborted = session.open_trace(), asyncio.Event()
+        trace, aborted = session.open_trace([1]), asyncio.Event()
 
         async def outputs() -> AsyncGenerator[RequestOutput, None]:
             yield output(1)
@@ -188,7 +188,7 @@ def test_a_failure_behind_the_last_returned_token_leaves_a_finished_answer_as_it
 
     async def scenario() -> None:
         session = session_on(engine, metrics, poll_s=60)
-        trace = session.open_trace()
+        trace = session.open_trace([1])
 
         async def outputs() -> AsyncGenerator[RequestOutput, None]:
             yield output(1, 2, finish_reason="length")

@@ -15,6 +15,7 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_jso
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
+from qtilt_server.best_of import keep_best
 from qtilt_server.errors import GuidanceRequestError, NotFoundError
 from qtilt_server.guard import SESSIONS
 from qtilt_server.named_models import AnsweringAs
@@ -89,6 +90,8 @@ async def _answer(request: GuidedRequest, raw_request: Request, handler: Any, me
     if handler is None:
         raise NotImplementedError(f"the model does not support {raw_request.url.path}")
     request.refuse_impossible()
+    kept, best_of = request.n or 1, request.guidance.best_of if request.guidance is not None else None
+    request.n = best_of or request.n
     session = _open_session(request, raw_request, named=named)
     watched = _watched(handler, session, raw_request)
     if named:
@@ -98,6 +101,8 @@ async def _answer(request: GuidedRequest, raw_request: Request, handler: Any, me
         return JSONResponse(result.model_dump(), status_code=result.error.code)
     if not request.stream:
         content = add_guidance(result.model_dump(), session)
+        if best_of is not None:
+            content = await keep_best(content, session, raw_request.app.state.guidance.scorer, kept)
         load = metrics_header(raw_request.headers.get(LOAD_METRICS_FORMAT_HEADER, ""))
         return JSONResponse(content, headers={**(load or {}), **header_of(session)})
     interval = float(getattr(raw_request.app.state.args, "sse_keep_alive_interval", 0))
