@@ -19,6 +19,7 @@ APPLIED = {
     "method": "qsharp",
     "tail": DEFAULT_TAIL,
     "candidate_mass": 1.0,
+    "kl_budget": None,
 }
 
 
