@@ -167,7 +167,7 @@ def _explain(token: int, logit: float, numbers: Tensor) -> TokenDetails:
         "reference_logprob": reference,
         "guided_logprob": reference - drop - log_z,
         "value": None if place is None else values[place],
-        "offset": -drop,
+        "offset": 0.0 - drop,
         "kl": kl,
         "entropy": float((conditional_K.exp() * -conditional_K)[counts].sum()),
         "candidates": {
