@@ -17,7 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,18 +153,25 @@ def spread(mine: Sequence[float], others: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
 
 
-def main() -> None:
-    arguments = parse_arguments()
+@contextmanager
+def demo_server(tasks: Sequence[str]) -> Iterator[str]:
+    """The URL of a server of the demo's reference with its value models of these tasks."""
     sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "demo")]
     from smollm2 import DIRECTORY, server_flags
 
     from served_runs.server_process import running_server
 
-    models = [f"--value-model={task}={EXAMPLES / 'demo' / 'value_models' / task}" for task in arguments.tasks]
+    models = [f"--value-model={task}={EXAMPLES / 'demo' / 'value_models' / task}" for task in tasks]
     with (
-        tempfile.TemporaryDirectory(prefix="qtilt-candidate-mass-") as folder,
+        tempfile.TemporaryDirectory(prefix="qtilt-benchmark-") as folder,
         running_server(DIRECTORY, "reference", Path(folder), [*server_flags(), *models]) as url,
     ):
+        yield url
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with demo_server(arguments.tasks) as url:
         for task in arguments.tasks:
             print(asyncio.run(measure(url, task, arguments)), end="\n\n", flush=True)
 

@@ -12,15 +12,12 @@ gets at the same mean KL, between two of the frontier.
 import argparse
 import asyncio
 import statistics
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from openai import AsyncOpenAI
 
-from candidate_mass import EXAMPLES, TASKS, TOP_K, Setting, run_batch
+from candidate_mass import EXAMPLES, TASKS, TOP_K, Setting, demo_server, run_batch
 from qtilt_trainer.config import read_config
 from qtilt_trainer.tasks import make_task
 
@@ -78,16 +75,7 @@ def reward(rewards: Sequence[float]) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
-    sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "demo")]
-    from smollm2 import DIRECTORY, server_flags
-
-    from served_runs.server_process import running_server
-
-    models = [f"--value-model={task}={EXAMPLES / 'demo' / 'value_models' / task}" for task in arguments.tasks]
-    with (
-        tempfile.TemporaryDirectory(prefix="qtilt-kl-budget-") as folder,
-        running_server(DIRECTORY, "reference", Path(folder), [*server_flags(), *models]) as url,
-    ):
+    with demo_server(arguments.tasks) as url:
         for task in arguments.tasks:
             print(asyncio.run(measure(url, task, arguments)), end="\n\n", flush=True)
 

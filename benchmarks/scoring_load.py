@@ -10,18 +10,16 @@ round. Gaps are between the chunks of a stream, after its first.
 import argparse
 import asyncio
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from candidate_mass import demo_server, spread
+
 VALUE_MODEL = "keywords"
 PROMPT = "Tell me a story about a lighthouse."
 
@@ -118,24 +116,9 @@ def table(settings: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def spread(mine: Sequence[float], others: Sequence[float]) -> str:
-    """Median, lowest and highest of the rounds' ratios."""
-    ratios = [one / other for one, other in zip(mine, others, strict=True)]
-    return f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-
-
 def main() -> None:
     arguments = parse_arguments()
-    sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "demo")]
-    from smollm2 import DIRECTORY, server_flags
-
-    from served_runs.server_process import running_server
-
-    model = f"--value-model={VALUE_MODEL}={EXAMPLES / 'demo' / 'value_models' / VALUE_MODEL}"
-    with (
-        tempfile.TemporaryDirectory(prefix="qtilt-scoring-load-") as folder,
-        running_server(DIRECTORY, "reference", Path(folder), [*server_flags(), model]) as url,
-    ):
+    with demo_server([VALUE_MODEL]) as url:
         print(table(asyncio.run(measure(url, arguments))), flush=True)
 
 

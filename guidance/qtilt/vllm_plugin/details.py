@@ -35,9 +35,9 @@ class TokenDetails(TypedDict):
     runner V2 after them) and before truncation.
 
     reference_logprob, guided_logprob: ln of the token's probability. value: E[Z] of the return after it, None for a
-    token without a score. offset: Q/η in nats less that of the most valuable candidate, so 0 at most; a token without a
-    score has that of the tail. kl: KL(guided ‖ reference) of the step in nats. entropy: of the guided distribution,
-    in nats, given that the token is a candidate.
+    token without a score. offset: Q/η in nats, scaled as a budget has it, less that of the most valuable candidate, so
+    0 at most; a token without a score has that of the tail. kl: KL(guided ‖ reference) of the step in nats. entropy: of
+    the guided distribution, in nats, given that the token is a candidate.
     """
 
     token_id: int

@@ -28,7 +28,7 @@ from qtilt.vllm_plugin.failure import GuidanceFailure, of_exception
 from qtilt.vllm_plugin.ranks import Ranks
 from qtilt.vllm_plugin.records import Stay, StepTable
 from qtilt.vllm_plugin.runner import Requests, StepRows
-from qtilt.vllm_plugin.step import CERTAIN, FORCED, Asked, RowSettings, StepSettings, end_unless, guide_step
+from qtilt.vllm_plugin.step import CERTAIN, FORCED, Asked, Guided, RowSettings, StepSettings, end_unless, guide_step
 from qtilt.vllm_plugin.versions import ResidentVersion
 
 logger = logging.getLogger("vllm.qtilt.guided")  # vLLM configures the loggers below its own name only
@@ -344,14 +344,19 @@ class GuidedBatch:
         if settings.asked.have_budgets:
             self._spent_S.index_add_(0, slots_G, guided.divergence_G3[:, 0].nan_to_num(nan=0.0))
         self.table.write(slots_G, positions_G, guided.divergence_G3, guided.candidates_G)
-        for row, logits_V in detailed.items():
-            request = group.requests[row]
-            assert request.stay.details is not None
-            step = int(rows.lengths_N[group.where_G[row]]) - request.prompt_len
-            scale_G = scale_of(settings.temperature_G)
-            request.stay.details.add(step, logits_V, guided, row, group.version, scale_G)
+        if detailed:
+            self._keep_details(group, rows, detailed, guided, scale_of(settings.temperature_G))
         self._steps_S[group.slots_G] += 1
         group.version.counts.requests += len(group.requests)
+
+    def _keep_details(
+        self, group: Group, rows: StepRows, before: dict[int, Tensor], guided: Guided, scale_G: Tensor
+    ) -> None:
+        """Of the requests that ask for them. before: by row, its logits before they were tilted."""
+        for row, logits_V in before.items():
+            prompt_len, details = self._detailed[group.requests[row].slot]
+            step = int(rows.lengths_N[group.where_G[row]]) - prompt_len
+            details.add(step, logits_V, guided, row, group.version, scale_G)
 
     def _draw_detailed(self, rows: StepRows) -> None:
         """What the last step of a request that asks for details has drawn is fed in this one."""

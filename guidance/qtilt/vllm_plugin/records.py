@@ -29,8 +29,8 @@ from qtilt.forwards.arrays import IntArray
 from qtilt.vllm_plugin.details import Details, TokenDetails
 from qtilt.vllm_plugin.failure import GuidanceFailure, not_numbers
 from qtilt.vllm_plugin.runner import Requests
+from qtilt.vllm_plugin.step import NO_TOKEN
 
-NO_TOKEN = -1
 UNMEASURED = -1
 LEFT_OUT = -2
 """Of a step whose token was forced on the request after guidance: it was drawn from no distribution."""
